@@ -1,0 +1,171 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Notices, waiting and lifetimes.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use page_pin::{Access, Error, Interest, PinGuard, PinTable};
+
+const PAGE: u64 = 4096;
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+#[test]
+fn a_holder_that_answers_the_notice_is_not_waited_for() {
+    let table = PinTable::new(PAGE);
+    let cache: Arc<Mutex<Option<PinGuard>>> = Arc::default();
+    let notified = cache.clone();
+    let access = table.register(
+        "vgpu",
+        Interest::Holder,
+        Arc::new(move |_, _| drop(notified.lock().unwrap().take())),
+    );
+    *cache.lock().unwrap() = Some(access.pin(0, 8).unwrap());
+
+    table.tell(4 * PAGE, PAGE);
+    assert!(table.wait_released(0, 8 * PAGE, Instant::now()).is_ok());
+}
+
+#[test]
+fn waiting_ends_when_another_thread_releases() {
+    let table = PinTable::new(PAGE);
+    let access = table.register("disk", Interest::Holder, Arc::new(|_, _| ()));
+    let pin = access.pin(PAGE, 1).unwrap();
+    let elsewhere = access.pin(9 * PAGE, 1).unwrap();
+    let waiter = {
+        let table = table.clone();
+        thread::spawn(move || table.wait_released(0, 4 * PAGE, soon()))
+    };
+    drop(pin);
+    assert_eq!(waiter.join().unwrap(), Ok(()));
+    drop(elsewhere);
+}
+
+#[test]
+fn a_deadline_names_everyone_who_still_holds() {
+    let table = PinTable::new(PAGE);
+    let nic = table.register("nic", Interest::Holder, Arc::new(|_, _| ()));
+    let gpu = table.register("gpu", Interest::Holder, Arc::new(|_, _| ()));
+    let _nic_pin = nic.pin(0, 2).unwrap();
+    let _gpu_pin = gpu.pin(PAGE, 3).unwrap();
+
+    let holders = table
+        .wait_released(PAGE, 2 * PAGE, Instant::now())
+        .unwrap_err();
+    let seen: Vec<_> = holders
+        .iter()
+        .map(|holder| (holder.name.as_str(), holder.iova, holder.pages))
+        .collect();
+    assert_eq!(seen, [("nic", PAGE, 1), ("gpu", PAGE, 2)]);
+    assert!(holders[0]
+        .to_string()
+        .starts_with("nic (access 0) has had 1 pages from 0x1000"));
+}
+
+#[test]
+fn a_notice_may_pin_elsewhere_and_end_its_own_access() {
+    let table = PinTable::new(PAGE);
+    let slot: Arc<OnceLock<Mutex<Option<Access>>>> = Arc::default();
+    let seen = slot.clone();
+    let access = table.register(
+        "cache",
+        Interest::All,
+        Arc::new(move |_, _| {
+            let access = seen.get().unwrap().lock().unwrap().take().unwrap();
+            drop(access.pin(100 * PAGE, 1).unwrap());
+        }),
+    );
+    slot.set(Mutex::new(Some(access))).unwrap();
+    table.tell(0, PAGE);
+    assert!(slot.get().unwrap().lock().unwrap().is_none());
+    // Ended: nobody is left to be told, so the empty slot is not touched again.
+    table.tell(0, PAGE);
+}
+
+#[test]
+fn a_registration_lives_as_long_as_its_pins() {
+    let table = PinTable::new(PAGE);
+    let told = Arc::new(AtomicUsize::new(0));
+    let count = told.clone();
+    let access = table.register(
+        "short",
+        Interest::Holder,
+        Arc::new(move |_, _| {
+            count.fetch_add(1, Ordering::Relaxed);
+        }),
+    );
+    let pin = access.pin(0, 1).unwrap();
+    drop(access);
+    table.tell(0, PAGE);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    drop(pin);
+    table.tell(0, PAGE);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn kept_pins_end_with_their_access() {
+    let table = PinTable::new(PAGE);
+    let access = table.register("kept", Interest::Holder, Arc::new(|_, _| ()));
+    access.pin(0, 4).unwrap().keep();
+    assert_eq!(table.pins(3 * PAGE), 1);
+    let waiter = {
+        let table = table.clone();
+        thread::spawn(move || table.wait_released(0, 4 * PAGE, soon()))
+    };
+    drop(access);
+    assert_eq!(waiter.join().unwrap(), Ok(()));
+}
+
+#[test]
+fn an_owner_cannot_unpin_what_a_guard_or_another_owner_holds() {
+    let table = PinTable::new(PAGE);
+    let one = table.register("one", Interest::Holder, Arc::new(|_, _| ()));
+    let two = table.register("two", Interest::Holder, Arc::new(|_, _| ()));
+    let guard = one.pin(0, 1).unwrap();
+    two.pin(0, 1).unwrap().keep();
+
+    let error = one.unpin(0, 1).unwrap_err();
+    assert_eq!(error.errno(), libc::EINVAL);
+    assert_eq!(
+        error.to_string(),
+        "one (access 0) has no kept pin on the page at 0x0"
+    );
+    assert_eq!(table.pins(0), 2);
+    drop(guard);
+    two.unpin(0, 1).unwrap();
+    assert_eq!(table.pins(0), 0);
+}
+
+#[test]
+fn bad_ranges_are_refused_with_their_errno() {
+    let table = PinTable::new(PAGE);
+    let access = table.register("bad", Interest::Holder, Arc::new(|_, _| ()));
+    let errno = |iova, npages| access.pin(iova, npages).map(drop).map_err(|e| e.errno());
+
+    assert_eq!(errno(0, 0), Err(libc::EINVAL));
+    assert_eq!(errno(1, 1), Err(libc::EINVAL));
+    assert_eq!(errno(0, 513), Err(libc::E2BIG));
+    assert_eq!(errno(0, usize::MAX), Err(libc::E2BIG));
+    assert_eq!(errno(0, 512), Ok(()));
+    assert_eq!(errno(u64::MAX - PAGE + 1, 1), Ok(()));
+    assert_eq!(errno(u64::MAX - PAGE + 1, 2), Err(libc::EOVERFLOW));
+    assert_eq!(
+        access.pin(1, 1).unwrap_err(),
+        Error::Misaligned {
+            iova: 1,
+            page_size: PAGE
+        }
+    );
+}
+
+static_assertions::assert_impl_all!(PinTable: Send, Sync, Clone);
+static_assertions::assert_impl_all!(Access: Send, Sync, Clone);
+static_assertions::assert_impl_all!(PinGuard: Send, Sync);
+static_assertions::assert_not_impl_any!(PinGuard: Clone);
