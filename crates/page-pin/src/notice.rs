@@ -50,3 +50,20 @@ impl Interest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_inclusive_at_both_ends() {
+        let window = Interest::Within { iova: 10, last: 20 };
+        assert!(window.covers(20, 30));
+        assert!(window.covers(0, 10));
+        assert!(window.covers(15, 15));
+        assert!(!window.covers(21, 30));
+        assert!(!window.covers(0, 9));
+        assert!(Interest::All.covers(0, 0));
+        assert!(!Interest::Holder.covers(0, u64::MAX));
+    }
+}

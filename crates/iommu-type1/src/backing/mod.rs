@@ -1,0 +1,196 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The memory behind a mapping.
+
+mod region;
+
+use std::fmt;
+use std::sync::Arc;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, Permissions, VolatileSlice,
+};
+
+pub(crate) use region::Region;
+
+use crate::dirty::DirtySlice;
+use crate::{Error, Result};
+
+/// Memory of this process that a mapping can show to a device: a part of a memory region.
+///
+/// Clones refer to the same memory, which stays alive as long as any of them or any mapping of it.
+///
+/// ```
+/// use iommu_type1::Backing;
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+///
+/// let own = Backing::anonymous(0x4000)?;
+/// assert_eq!(own.len(), 0x4000);
+///
+/// // What a VMM has already mapped for its guest.
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0x10_0000), 0x10_0000)]).unwrap();
+/// let guest = Backing::from_guest_memory(&memory, GuestAddress(0x10_2000), 0x2000)?;
+/// assert_eq!(guest.len(), 0x2000);
+/// # Ok::<(), iommu_type1::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Backing {
+    /// INVARIANT: `offset + len` is at most `region.size()`.
+    region: Arc<dyn Region>,
+    offset: usize,
+    len: usize,
+}
+
+impl Backing {
+    /// Fresh zeroed memory of `len` bytes, private to this process.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Mmap`].
+    pub fn anonymous(len: usize) -> Result<Self> {
+        let region = MmapRegionBuilder::new_with_bitmap(len, ())
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_PRIVATE)
+            .build()?;
+        Ok(Backing::whole(region))
+    }
+
+    /// `len` bytes of a file (a memfd, a file on hugetlbfs or tmpfs), shared with everyone who
+    /// maps it. `access` says what this process may do with it, [`Permissions::Read`] for a file
+    /// opened for reading only.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BackingRange`]: the range is not inside the file, where touching it would kill the
+    /// process with SIGBUS. [`Error::Mmap`]: for one, the offset is not page aligned.
+    pub fn file(file: FileOffset, len: usize, access: Permissions) -> Result<Self> {
+        check_inside(&file, len)?;
+        let region = MmapRegionBuilder::new_with_bitmap(len, ())
+            .with_mmap_prot(region::to_prot(access))
+            .with_mmap_flags(libc::MAP_NORESERVE | libc::MAP_SHARED)
+            .with_file_offset(file)
+            .build()?;
+        Ok(Backing::whole(region))
+    }
+
+    /// `len` bytes from `offset` of a guest memory region. Writes are marked in its bitmap.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BackingRange`].
+    pub fn from_region<B>(region: &GuestRegionMmap<B>, offset: u64, len: usize) -> Result<Self>
+    where
+        B: Bitmap + Send + Sync + 'static,
+    {
+        let mmap = region.get_mmap();
+        let outside = || Error::BackingRange {
+            offset,
+            len: len as u64,
+            size: mmap.size() as u64,
+        };
+        let start = usize::try_from(offset).map_err(|_| outside())?;
+        let end = start.checked_add(len).ok_or_else(outside)?;
+        if end > mmap.size() {
+            return Err(outside());
+        }
+        Ok(Backing {
+            region: mmap,
+            offset: start,
+            len,
+        })
+    }
+
+    /// `len` bytes of guest memory from a guest physical address, inside one region.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRegion`], [`Error::BackingRange`].
+    pub fn from_guest_memory<B>(
+        memory: &GuestMemoryMmap<B>,
+        gpa: GuestAddress,
+        len: usize,
+    ) -> Result<Self>
+    where
+        B: Bitmap + Send + Sync + 'static,
+    {
+        let region = memory.find_region(gpa).ok_or(Error::NoRegion(gpa.0))?;
+        Backing::from_region(region, gpa.0 - region.start_addr().0, len)
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no memory in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What this process may do with the memory.
+    pub fn access(&self) -> Permissions {
+        self.region.access()
+    }
+
+    /// Address of the first byte in this process.
+    pub fn host_address(&self) -> *mut u8 {
+        self.region.host_address().wrapping_add(self.offset)
+    }
+
+    /// `len` bytes from `offset`; both are cut to what there is.
+    pub(crate) fn slice(&self, offset: usize, len: usize) -> VolatileSlice<'_, DirtySlice<'_>> {
+        let offset = offset.min(self.len);
+        let len = len.min(self.len - offset);
+        let start = self.offset + offset;
+        let dirty = DirtySlice::new(&*self.region, start);
+        let address = self.region.host_address().wrapping_add(start);
+        // SAFETY:
+        // - by the invariant of `Backing` and the two cuts above, `start + len` is at most the
+        //   region's size, and by the contract of `Region` that many bytes are mapped at its host
+        //   address for as long as it lives, which the returned lifetime does not exceed;
+        // - guest memory is only ever accessed through volatile slices.
+        unsafe { VolatileSlice::with_bitmap(address, len, dirty, None) }
+    }
+
+    fn whole(region: impl Region + 'static) -> Self {
+        let len = region.size();
+        Backing {
+            region: Arc::new(region),
+            offset: 0,
+            len,
+        }
+    }
+
+    #[cfg(all(test, loom))]
+    pub(crate) fn for_model(region: impl Region + 'static) -> Self {
+        Backing::whole(region)
+    }
+}
+
+/// Refuses what is behind the end of a regular file; other kinds of files do not know their end.
+fn check_inside(file: &FileOffset, len: usize) -> Result<()> {
+    let metadata = file.file().metadata().map_err(MmapRegionError::Mmap)?;
+    let end = file.start().checked_add(len as u64);
+    if metadata.is_file() && end.is_none_or(|end| end > metadata.len()) {
+        return Err(Error::BackingRange {
+            offset: file.start(),
+            len: len as u64,
+            size: metadata.len(),
+        });
+    }
+    Ok(())
+}
+
+impl fmt::Debug for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backing")
+            .field("offset", &self.offset)
+            .field("len", &self.len)
+            .field("access", &self.access())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,94 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory regions of any bitmap type behind one face.
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{MmapRegion, Permissions};
+
+/// Memory mapped into this process.
+///
+/// # Safety
+///
+/// `size()` bytes are mapped at `host_address()` for as long as the value lives, both never change,
+/// and what `access()` allows can be done with every one of them.
+pub(crate) unsafe trait Region: Send + Sync {
+    fn host_address(&self) -> *mut u8;
+    fn size(&self) -> usize;
+    fn access(&self) -> Permissions;
+    fn mark_dirty(&self, offset: usize, len: usize);
+    fn dirty_at(&self, offset: usize) -> bool;
+}
+
+// SAFETY: an `MmapRegion` maps `size` bytes at its address until it is dropped; its constructors
+// check that (and `build_raw`'s caller promises it).
+unsafe impl<B: Bitmap + Send + Sync + 'static> Region for MmapRegion<B> {
+    fn host_address(&self) -> *mut u8 {
+        self.as_ptr()
+    }
+
+    fn size(&self) -> usize {
+        self.size()
+    }
+
+    fn access(&self) -> Permissions {
+        from_prot(self.prot())
+    }
+
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.bitmap().mark_dirty(offset, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.bitmap().dirty_at(offset)
+    }
+}
+
+// SAFETY: no bytes are claimed.
+unsafe impl Region for () {
+    fn host_address(&self) -> *mut u8 {
+        std::ptr::NonNull::dangling().as_ptr()
+    }
+
+    fn size(&self) -> usize {
+        0
+    }
+
+    fn access(&self) -> Permissions {
+        Permissions::No
+    }
+
+    fn mark_dirty(&self, _offset: usize, _len: usize) {}
+
+    fn dirty_at(&self, _offset: usize) -> bool {
+        false
+    }
+}
+
+pub(super) fn to_prot(access: Permissions) -> i32 {
+    let read = if access.allow(Permissions::Read) {
+        libc::PROT_READ
+    } else {
+        libc::PROT_NONE
+    };
+    let write = if access.allow(Permissions::Write) {
+        libc::PROT_WRITE
+    } else {
+        libc::PROT_NONE
+    };
+    read | write
+}
+
+fn from_prot(prot: i32) -> Permissions {
+    let read = if prot & libc::PROT_READ != 0 {
+        Permissions::Read
+    } else {
+        Permissions::No
+    };
+    let write = if prot & libc::PROT_WRITE != 0 {
+        Permissions::Write
+    } else {
+        Permissions::No
+    };
+    read | write
+}

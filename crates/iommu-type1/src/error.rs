@@ -1,0 +1,235 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can go wrong, with the errno the kernel answers in the same case.
+
+use std::io;
+
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{GuestMemoryError, Permissions};
+
+use crate::holder::{Holder, Listed};
+
+/// Errors of an IO address space.
+///
+/// [`errno`](Error::errno) is what Linux 6.18 and later answers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A mapping, unmapping or kernel-shaped access of no bytes.
+    #[error("a range of no bytes at {iova:#x}")]
+    Empty {
+        /// Start of the range.
+        iova: u64,
+    },
+    /// An address or size that is not a multiple of its unit.
+    #[error("{what} {value:#x} is not a multiple of {unit:#x}")]
+    Misaligned {
+        /// What was misaligned.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it has to be a multiple of, in bytes.
+        unit: u64,
+    },
+    /// A range that does not fit the 64-bit address space.
+    #[error("{size:#x} bytes at {iova:#x} end beyond the 64-bit address space")]
+    Overflow {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A mapping that nobody could use.
+    #[error("the mapping at {iova:#x} would allow neither reads nor writes")]
+    NoPermissions {
+        /// Start of the mapping.
+        iova: u64,
+    },
+    /// The memory behind a mapping does not allow in this process what the mapping should allow.
+    #[error(
+        "the mapping at {iova:#x} would allow {asked:?}, the memory behind it only {allowed:?}"
+    )]
+    BackingProtection {
+        /// Start of the mapping.
+        iova: u64,
+        /// Permissions of the mapping.
+        asked: Permissions,
+        /// Permissions of the memory.
+        allowed: Permissions,
+    },
+    /// A part of a memory region or a file that is not there.
+    #[error(
+        "{len:#x} bytes at offset {offset:#x} are not inside a region or file of {size:#x} bytes"
+    )]
+    BackingRange {
+        /// Offset in the region or file.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Size of the region or file.
+        size: u64,
+    },
+    /// No guest memory region holds this guest physical address.
+    #[error("no memory region at guest physical address {0:#x}")]
+    NoRegion(u64),
+    /// Memory could not be mapped into this process.
+    #[error("memory for a mapping: {0}")]
+    Mmap(#[from] MmapRegionError),
+    /// The range overlaps a mapping.
+    #[error(
+        "{size:#x} bytes at {iova:#x} overlap the mapping of {mapped_size:#x} bytes at {mapped:#x}"
+    )]
+    Overlap {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Start of the mapping in the way.
+        mapped: u64,
+        /// Its size in bytes.
+        mapped_size: u64,
+    },
+    /// As many mappings as the space may have.
+    #[error("the limit of {limit} mappings is reached")]
+    EntryLimit {
+        /// The limit.
+        limit: usize,
+    },
+    /// An unmap that would leave a part of a mapping.
+    #[error("unmapping {size:#x} bytes at {iova:#x} would cut the mapping of {mapped_size:#x} bytes at {mapped:#x}")]
+    Bisect {
+        /// Start of the range to be unmapped.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Start of the mapping that would be cut.
+        mapped: u64,
+        /// Its size in bytes.
+        mapped_size: u64,
+    },
+    /// The range is being unmapped, or an earlier unmap of it has not finished.
+    #[error("{iova:#x} is being unmapped ({completed} bytes were done)")]
+    Revoked {
+        /// First address concerned.
+        iova: u64,
+        /// Bytes done before.
+        completed: usize,
+    },
+    /// Nothing is mapped at an address.
+    #[error("{iova:#x} is not mapped ({completed} bytes were done)")]
+    NotMapped {
+        /// The address.
+        iova: u64,
+        /// Bytes done before.
+        completed: usize,
+    },
+    /// The mapping does not permit the access.
+    #[error("{access:?} of {iova:#x} is not permitted by its mapping ({allowed:?}; {completed} bytes were done)")]
+    Permission {
+        /// The address.
+        iova: u64,
+        /// What was tried.
+        access: Permissions,
+        /// What the mapping permits.
+        allowed: Permissions,
+        /// Bytes done before.
+        completed: usize,
+    },
+    /// An unmap whose holders did not let go in time.
+    #[error("{unmapped:#x} bytes were unmapped, {left:#x} bytes are still held: {}", Listed(.holders))]
+    Deadline {
+        /// Bytes that are unmapped now.
+        unmapped: u64,
+        /// Bytes of the range that are still held.
+        left: u64,
+        /// Who holds them.
+        holders: Vec<Holder>,
+    },
+    /// An unmap from inside an access of the same space on the same thread: it would wait for itself.
+    #[error(
+        "{size:#x} bytes at {iova:#x} cannot be unmapped from inside an access of the same space"
+    )]
+    InsideAccess {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// The reader or writer of a stream failed.
+    #[error("streaming at {iova:#x} ({completed} bytes were done): {source}")]
+    Stream {
+        /// Where the stream was.
+        iova: u64,
+        /// Bytes done before.
+        completed: usize,
+        /// What the reader or writer said.
+        source: io::Error,
+    },
+    /// Pinning or unpinning was refused.
+    #[error(transparent)]
+    Pin(#[from] page_pin::Error),
+}
+
+/// Result of an IO address space.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The errno the kernel answers in this case.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::Empty { .. }
+            | Error::Misaligned { .. }
+            | Error::NoPermissions { .. }
+            | Error::Bisect { .. }
+            | Error::NotMapped { .. } => libc::EINVAL,
+            Error::Overflow { .. } => libc::EOVERFLOW,
+            Error::BackingProtection { .. } | Error::BackingRange { .. } | Error::NoRegion(_) => {
+                libc::EFAULT
+            }
+            Error::Mmap(MmapRegionError::Mmap(error)) => {
+                error.raw_os_error().unwrap_or(libc::ENOMEM)
+            }
+            Error::Mmap(_) => libc::EINVAL,
+            Error::Overlap { .. } => libc::EEXIST,
+            Error::EntryLimit { .. } => libc::ENOSPC,
+            Error::Revoked { .. } => libc::EBUSY,
+            Error::Permission { .. } => libc::EPERM,
+            Error::Deadline { .. } | Error::InsideAccess { .. } => libc::EDEADLK,
+            Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::Pin(error) => error.errno(),
+        }
+    }
+
+    /// Bytes that an access had done before it failed.
+    pub fn completed(&self) -> usize {
+        match self {
+            Error::Revoked { completed, .. }
+            | Error::NotMapped { completed, .. }
+            | Error::Permission { completed, .. }
+            | Error::Stream { completed, .. } => *completed,
+            _ => 0,
+        }
+    }
+
+    /// The same error of an access that had done `before` bytes when this part of it began.
+    pub(crate) fn after(mut self, before: usize) -> Self {
+        if let Error::Revoked { completed, .. }
+        | Error::NotMapped { completed, .. }
+        | Error::Permission { completed, .. }
+        | Error::Stream { completed, .. } = &mut self
+        {
+            *completed += before;
+        }
+        self
+    }
+}
+
+/// vm-memory has no room for our errors: they travel in its I/O error, and
+/// [`io::Error::get_ref`] finds them again.
+impl From<Error> for GuestMemoryError {
+    fn from(error: Error) -> Self {
+        let kind = io::Error::from_raw_os_error(error.errno()).kind();
+        GuestMemoryError::IOError(io::Error::new(kind, error))
+    }
+}

@@ -1,0 +1,187 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! vm-memory's traits: whatever takes guest memory takes an IO address space.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::iter::FusedIterator;
+use std::ops::{ControlFlow, Deref};
+use std::sync::Arc;
+
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryResult, Permissions, VolatileSlice,
+};
+
+use crate::dirty::{Dirty, DirtySlice};
+use crate::lease::LeaseSet;
+use crate::mapping::Mapping;
+use crate::sync::read;
+use crate::{Error, IoAddressSpace};
+
+impl GuestAddressSpace for IoAddressSpace {
+    type M = DmaMemory;
+    type T = DmaGuard;
+
+    /// A guard for one request; see [`DmaGuard`].
+    fn memory(&self) -> DmaGuard {
+        DmaGuard {
+            memory: DmaMemory {
+                leases: RefCell::new(LeaseSet::new(self.view.clone())),
+            },
+        }
+    }
+}
+
+/// Guest memory behind an IO address space, for as long as one request lasts.
+///
+/// It is owned, can be sent to another thread, and dereferences to a [`GuestMemory`]. It leases
+/// every mapping of which it has lent a slice, and returns the leases when it is dropped: until
+/// then an unmap of those mappings waits. A clone begins without leases.
+///
+/// ```
+/// use iommu_type1::{Backing, IoAddressSpace, UnmapOptions};
+/// use std::time::Duration;
+/// use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
+///
+/// let space = IoAddressSpace::new().named("queue 0");
+/// space.map(0x1000, Backing::anonymous(0x1000)?, Permissions::ReadWrite)?;
+/// let guard = space.memory();
+/// let slices = guard.get_slices(GuestAddress(0x1800), 0x10, Permissions::Read).unwrap();
+/// assert_eq!(slices.map(|slice| slice.unwrap().len()).sum::<usize>(), 0x10);
+///
+/// let at_once = UnmapOptions::new().deadline(Duration::ZERO);
+/// let error = space.unmap_with(0x1000, 0x1000, at_once).unwrap_err();
+/// assert!(error.to_string().contains("queue 0 leases"));
+///
+/// drop(guard);
+/// assert_eq!(space.unmap(0x1000, 0x1000)?, 0x1000);
+/// # Ok::<(), iommu_type1::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct DmaGuard {
+    memory: DmaMemory,
+}
+
+impl Deref for DmaGuard {
+    type Target = DmaMemory;
+
+    fn deref(&self) -> &DmaMemory {
+        &self.memory
+    }
+}
+
+impl Clone for DmaGuard {
+    fn clone(&self) -> Self {
+        let view = self.memory.leases.borrow().view().clone();
+        IoAddressSpace { view }.memory()
+    }
+}
+
+/// What a [`DmaGuard`] dereferences to: IOVAs as [`GuestMemory`].
+///
+/// A slice lent for [`Permissions::Read`] must only be read: the memory behind it may be mapped
+/// read-only in this process.
+pub struct DmaMemory {
+    leases: RefCell<LeaseSet>,
+}
+
+impl DmaMemory {
+    /// The space it belongs to.
+    pub fn space(&self) -> IoAddressSpace {
+        IoAddressSpace {
+            view: self.leases.borrow().view().clone(),
+        }
+    }
+}
+
+impl fmt::Debug for DmaMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.leases.borrow().fmt(f)
+    }
+}
+
+impl GuestMemory for DmaMemory {
+    type PhysicalMemory = GuestMemoryMmap<()>;
+    type Bitmap = Dirty;
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        let leases = self.leases.borrow();
+        let table = read(&leases.view().space.table);
+        table
+            .walk(addr.0, count, access, |_, _, _, _| {
+                ControlFlow::<()>::Continue(())
+            })
+            .is_ok()
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, DirtySlice<'a>>> {
+        if count > 0 && addr.0.checked_add(count as u64 - 1).is_none() {
+            let size = count as u64;
+            return Err(Error::Overflow { iova: addr.0, size }.into());
+        }
+        Ok(DmaSlices {
+            memory: self,
+            iova: addr.0,
+            left: count,
+            completed: 0,
+            access,
+        })
+    }
+}
+
+/// The slices that make up a range, one a mapping; from [`GuestMemory::get_slices`].
+#[derive(Debug)]
+pub struct DmaSlices<'a> {
+    memory: &'a DmaMemory,
+    iova: u64,
+    left: usize,
+    completed: usize,
+    access: Permissions,
+}
+
+impl<'a> DmaSlices<'a> {
+    fn lend(&mut self) -> crate::Result<VolatileSlice<'a, DirtySlice<'a>>> {
+        let mut leases = self.memory.leases.borrow_mut();
+        let (mapping, len) = leases
+            .lease(self.iova, self.left, self.access)
+            .map_err(|error| error.after(self.completed))?;
+        // SAFETY: the lease set of `self.memory`, borrowed for `'a`, has just been given a reference
+        // to this very mapping (a leased mapping stays in the table, so no other takes its place)
+        // and gives none back before it is dropped itself, which it cannot be during `'a`.
+        let mapping: &'a Mapping = unsafe { &*Arc::as_ptr(&mapping) };
+        Ok(mapping.slice(self.iova, len))
+    }
+}
+
+impl<'a> Iterator for DmaSlices<'a> {
+    type Item = GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 {
+            return None;
+        }
+        let lent = self.lend();
+        match &lent {
+            Ok(slice) => {
+                self.left -= slice.len();
+                self.completed += slice.len();
+                // Only behind the last slice may the next address be 2^64, and it is not used then.
+                self.iova = self.iova.wrapping_add(slice.len() as u64);
+            }
+            Err(_) => self.left = 0,
+        }
+        Some(lent.map_err(GuestMemoryError::from))
+    }
+}
+
+impl FusedIterator for DmaSlices<'_> {}
+
+impl<'a> GuestMemorySliceIterator<'a, DirtySlice<'a>> for DmaSlices<'a> {}

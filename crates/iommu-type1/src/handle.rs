@@ -1,0 +1,168 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The handle: one per user of the memory.
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::sync::atomic::Ordering;
+
+use vm_memory::{AtomicAccess, Bytes, GuestAddress, ReadVolatile, WriteVolatile};
+
+use crate::lease::LeaseSet;
+use crate::{stream, Error, IoAddressSpace, Result, Transfer};
+
+/// One user's way to the memory of an [`IoAddressSpace`].
+///
+/// A thread or a queue takes its own: a handle can be sent to another thread but not shared with
+/// one. It implements [`Bytes`] with IOVAs as [`GuestAddress`], typed and atomic accesses included.
+///
+/// ```
+/// use std::sync::atomic::Ordering;
+/// use iommu_type1::{Backing, IoAddressSpace};
+/// use vm_memory::{Bytes, GuestAddress, Permissions};
+///
+/// let space = IoAddressSpace::new();
+/// space.map(0, Backing::anonymous(0x1_0000)?, Permissions::ReadWrite)?;
+/// let handle = space.handle();
+/// handle.write_obj(0x1234_5678_u32, GuestAddress(0x10))?;
+/// assert_eq!(handle.load::<u16>(GuestAddress(0x12), Ordering::Acquire)?, 0x1234);
+/// # Ok::<(), iommu_type1::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct DmaHandle {
+    space: IoAddressSpace,
+    /// A handle belongs to one user at a time: `Send`, not `Sync`.
+    _one_user: PhantomData<Cell<()>>,
+}
+
+impl IoAddressSpace {
+    /// A handle for one user of the memory.
+    pub fn handle(&self) -> DmaHandle {
+        DmaHandle {
+            space: self.clone(),
+            _one_user: PhantomData,
+        }
+    }
+}
+
+impl DmaHandle {
+    /// Fills `buf` from `iova` on; an empty buffer succeeds.
+    ///
+    /// # Errors
+    ///
+    /// As [`IoAddressSpace::read`].
+    pub fn read(&self, iova: u64, buf: &mut [u8]) -> Result<()> {
+        self.space.view.space.read(iova, buf)
+    }
+
+    /// Writes `buf` from `iova` on; an empty buffer succeeds.
+    ///
+    /// # Errors
+    ///
+    /// As [`IoAddressSpace::write`].
+    pub fn write(&self, iova: u64, buf: &[u8]) -> Result<()> {
+        self.space.view.space.write(iova, buf)
+    }
+
+    /// The kernel's `vfio_dma_rw`: an empty transfer is refused.
+    ///
+    /// # Errors
+    ///
+    /// As [`IoAddressSpace::dma_rw`].
+    pub fn dma_rw(&self, iova: u64, transfer: Transfer<'_>) -> Result<()> {
+        self.space.view.space.dma_rw(iova, transfer)
+    }
+
+    /// The space it belongs to.
+    pub fn space(&self) -> &IoAddressSpace {
+        &self.space
+    }
+
+    fn leases(&self) -> LeaseSet {
+        LeaseSet::new(self.space.view.clone())
+    }
+}
+
+/// What was done before an error counts as success with fewer bytes, as in vm-memory.
+fn partial(result: Result<()>, len: usize) -> Result<usize> {
+    match result {
+        Ok(()) => Ok(len),
+        Err(error) if error.completed() > 0 => Ok(error.completed()),
+        Err(error) => Err(error),
+    }
+}
+
+/// A stream that ended early, where all of it was asked for.
+fn exact(iova: u64, completed: usize, count: usize) -> Result<()> {
+    if completed == count {
+        return Ok(());
+    }
+    Err(Error::Stream {
+        iova,
+        completed,
+        source: std::io::ErrorKind::UnexpectedEof.into(),
+    })
+}
+
+impl Bytes<GuestAddress> for DmaHandle {
+    type E = Error;
+
+    fn write(&self, buf: &[u8], addr: GuestAddress) -> Result<usize> {
+        partial(self.write(addr.0, buf), buf.len())
+    }
+
+    fn read(&self, buf: &mut [u8], addr: GuestAddress) -> Result<usize> {
+        let len = buf.len();
+        partial(self.read(addr.0, buf), len)
+    }
+
+    fn write_slice(&self, buf: &[u8], addr: GuestAddress) -> Result<()> {
+        self.write(addr.0, buf)
+    }
+
+    fn read_slice(&self, buf: &mut [u8], addr: GuestAddress) -> Result<()> {
+        self.read(addr.0, buf)
+    }
+
+    fn read_volatile_from<F>(&self, addr: GuestAddress, src: &mut F, count: usize) -> Result<usize>
+    where
+        F: ReadVolatile,
+    {
+        stream::fill(&mut self.leases(), addr.0, src, count)
+    }
+
+    fn read_exact_volatile_from<F>(
+        &self,
+        addr: GuestAddress,
+        src: &mut F,
+        count: usize,
+    ) -> Result<()>
+    where
+        F: ReadVolatile,
+    {
+        exact(addr.0, self.read_volatile_from(addr, src, count)?, count)
+    }
+
+    fn write_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<usize>
+    where
+        F: WriteVolatile,
+    {
+        stream::drain(&mut self.leases(), addr.0, dst, count)
+    }
+
+    fn write_all_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<()>
+    where
+        F: WriteVolatile,
+    {
+        exact(addr.0, self.write_volatile_to(addr, dst, count)?, count)
+    }
+
+    fn store<T: AtomicAccess>(&self, val: T, addr: GuestAddress, order: Ordering) -> Result<()> {
+        self.space.view.space.store(val, addr.0, order)
+    }
+
+    fn load<T: AtomicAccess>(&self, addr: GuestAddress, order: Ordering) -> Result<T> {
+        self.space.view.space.load(addr.0, order)
+    }
+}

@@ -1,0 +1,107 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! An IO address space with the rules of the VFIO type1 IOMMU, and DMA through it from the CPU side.
+//!
+//! # What for
+//!
+//! A device sees memory through I/O virtual addresses (IOVAs). A device model that runs in user
+//! space (a vfio-user server, a vhost-user back end, an emulated or mediated device) must read and
+//! write those addresses on the device's behalf, while somebody else maps and unmaps them. This
+//! crate is that address space: what Linux' `vfio_iommu_type1` keeps for a container, and what its
+//! `vfio_dma_rw` does with it.
+//!
+//! # How it works
+//!
+//! - [`IoAddressSpace`] holds mappings from IOVA ranges to a [`Backing`]: anonymous or file memory
+//!   from vm-memory. [`map`](IoAddressSpace::map) and [`unmap`](IoAddressSpace::unmap) follow type1
+//!   v2: overlaps, cuts, misalignment and too many entries are refused as the kernel refuses them,
+//!   and [`Error::errno`] says how.
+//! - An access crosses any number of mappings, in chunks as large as the mappings allow. An error
+//!   says how many bytes were done ([`Error::completed`]).
+//! - Two tiers of protection. *Inline* accesses (through a [`DmaHandle`], or directly on the space)
+//!   are short and finish before an unmap proceeds. Memory that *leaves the call* (slices of a
+//!   [`DmaGuard`], a [`ScatterList`]) holds a lease on the mappings it touches, and pinned pages
+//!   ([`Pinner`]) a pin: an unmap of such a range tells the holders, waits for them up to a
+//!   deadline, and names them when it passes. Unmaps elsewhere are not delayed.
+//!
+//! # Example
+//!
+//! ```
+//! use iommu_type1::{Backing, IoAddressSpace};
+//! use vm_memory::Permissions;
+//!
+//! let space = IoAddressSpace::new();
+//! space.map(0x1_0000, Backing::anonymous(0x1000)?, Permissions::ReadWrite)?;
+//! space.map(0x1_1000, Backing::anonymous(0x1000)?, Permissions::ReadWrite)?;
+//!
+//! // One access over both mappings.
+//! let handle = space.handle();
+//! handle.write(0x1_0ffe, b"DMA!")?;
+//! let mut bytes = [0; 4];
+//! handle.read(0x1_0ffe, &mut bytes)?;
+//! assert_eq!(&bytes, b"DMA!");
+//!
+//! // Errors carry the kernel's errno, the values, and how far the access came.
+//! let error = space.read(0x1_1ffe, &mut bytes).unwrap_err();
+//! assert_eq!((error.errno(), error.completed()), (libc::EINVAL, 2));
+//!
+//! assert_eq!(space.unmap(0x1_0000, 0x2000)?, 0x2000);
+//! # Ok::<(), iommu_type1::Error>(())
+//! ```
+//!
+//! # Gotchas
+//!
+//! - The smallest unit is the host page, see [`page_size`]; it is not 4096 everywhere.
+//! - A write needs the mapping's read permission too, as in the kernel.
+//! - A [`DmaGuard`] keeps a lease on every mapping it has touched until it is dropped: take one per
+//!   request, not one per device.
+//! - Never unmap from inside a [`ReadVolatile`](vm_memory::ReadVolatile) or
+//!   [`WriteVolatile`](vm_memory::WriteVolatile) that an access of the same space has called: it
+//!   fails at once with [`Error::InsideAccess`].
+//! - Guest memory is shared with the guest: bytes may change between two reads of them.
+//!
+//! # Implementation notes
+//!
+//! Lookups and accesses share a reader-writer lock: a running inline access holds it for reading,
+//! an unmap takes it for writing once to make the range inaccessible. No lock is held while
+//! somebody is told of an unmap or waited for.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for Linux only");
+
+mod access;
+mod backing;
+mod dirty;
+mod error;
+mod guest_memory;
+mod handle;
+mod holder;
+mod lease;
+mod map;
+mod mapping;
+mod pin;
+mod range;
+mod sg;
+mod space;
+mod stream;
+mod sync;
+mod table;
+mod unmap;
+
+#[cfg(all(test, loom))]
+mod model;
+
+pub use access::Transfer;
+pub use backing::Backing;
+pub use dirty::{Dirty, DirtySlice};
+pub use error::{Error, Result};
+pub use guest_memory::{DmaGuard, DmaMemory, DmaSlices};
+pub use handle::DmaHandle;
+pub use holder::{Holder, HolderKind};
+pub use page_pin::{Interest, PinPages, UnmapNotice};
+pub use pin::{PinnedPages, Pinner};
+pub use range::page_size;
+pub use sg::ScatterList;
+pub use space::{IoAddressSpace, IoAddressSpaceBuilder, DMA_ENTRY_LIMIT, UNMAP_DEADLINE};
+pub use unmap::{UnmapOptions, UnmapPolicy};

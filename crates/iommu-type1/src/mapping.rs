@@ -1,0 +1,38 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One mapping: a range of IOVAs, the memory behind it, and what may be done with it.
+
+use vm_memory::{Permissions, VolatileSlice};
+
+use crate::dirty::DirtySlice;
+use crate::range::IovaRange;
+use crate::Backing;
+
+/// # Invariants
+///
+/// `range.size()` equals `backing.len()`, and the memory allows what `prot` allows.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    pub(crate) range: IovaRange,
+    pub(crate) prot: Permissions,
+    pub(crate) backing: Backing,
+}
+
+impl Mapping {
+    /// The memory from `iova` to the end of the mapping, at most `len` bytes of it.
+    pub(crate) fn slice(&self, iova: u64, len: usize) -> VolatileSlice<'_, DirtySlice<'_>> {
+        // A mapping is not larger than the address space of this process: offsets fit.
+        self.backing.slice((iova - self.range.first) as usize, len)
+    }
+
+    /// The policy of type1: a write needs the read permission too.
+    pub(crate) fn permits(&self, access: Permissions) -> bool {
+        let needed = if access.has_write() {
+            Permissions::ReadWrite
+        } else {
+            access
+        };
+        self.prot.allow(needed)
+    }
+}

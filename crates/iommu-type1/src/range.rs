@@ -1,0 +1,67 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Ranges of I/O virtual addresses, inclusive at their end so that the last page of the 64-bit
+//! space is one like any other.
+
+use std::sync::OnceLock;
+
+use crate::{Error, Result};
+
+/// The host page size in bytes: the unit of mappings and pins.
+pub fn page_size() -> u64 {
+    static PAGE_SIZE: OnceLock<u64> = OnceLock::new();
+    *PAGE_SIZE.get_or_init(|| {
+        // SAFETY: sysconf has no preconditions.
+        let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        u64::try_from(size).unwrap_or(4096)
+    })
+}
+
+/// A non-empty range `first..=last`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct IovaRange {
+    pub(crate) first: u64,
+    pub(crate) last: u64,
+}
+
+impl IovaRange {
+    pub(crate) const ALL: IovaRange = IovaRange {
+        first: 0,
+        last: u64::MAX,
+    };
+
+    /// `size` bytes from `iova`.
+    pub(crate) fn new(iova: u64, size: u64) -> Result<Self> {
+        let Some(length) = size.checked_sub(1) else {
+            return Err(Error::Empty { iova });
+        };
+        match iova.checked_add(length) {
+            Some(last) => Ok(IovaRange { first: iova, last }),
+            None => Err(Error::Overflow { iova, size }),
+        }
+    }
+
+    /// Bytes in the range; only [`IovaRange::ALL`] has one more than this can say.
+    pub(crate) fn size(&self) -> u64 {
+        (self.last - self.first).saturating_add(1)
+    }
+
+    pub(crate) fn contains(&self, iova: u64) -> bool {
+        self.first <= iova && iova <= self.last
+    }
+}
+
+/// Refuses a value that is not a multiple of the page size.
+pub(crate) fn check_aligned(what: &'static str, value: u64) -> Result<()> {
+    let page_size = page_size();
+    if value % page_size == 0 {
+        Ok(())
+    } else {
+        Err(Error::Misaligned {
+            what,
+            value,
+            unit: page_size,
+        })
+    }
+}

@@ -1,0 +1,194 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The address space: what it is made of and how it is referred to.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use page_pin::PinTable;
+
+use crate::lease::Ledger;
+use crate::range::page_size;
+use crate::sync::{read, RwLock};
+use crate::table::Table;
+use crate::{UnmapOptions, UnmapPolicy};
+
+/// How many mappings a space may have unless told otherwise: the kernel's `dma_entry_limit`, which
+/// keeps a guest from exhausting the host's memory with them (CVE-2019-3882).
+pub const DMA_ENTRY_LIMIT: usize = 65535;
+
+/// How long an unmap waits for holders unless told otherwise: below the 5 s after which QEMU gives
+/// up on a vfio-user server.
+pub const UNMAP_DEADLINE: Duration = Duration::from_secs(1);
+
+/// An IO address space: mappings from I/O virtual addresses to memory.
+///
+/// A cheap reference: clones are the same space. It can be shared between threads; accesses
+/// directly on it are the convenience path, a [`DmaHandle`](crate::DmaHandle) per user of the
+/// memory is the fast one. As a [`GuestAddressSpace`](vm_memory::GuestAddressSpace) it fits
+/// wherever rust-vmm takes guest memory.
+#[derive(Clone)]
+pub struct IoAddressSpace {
+    pub(crate) view: Arc<View>,
+}
+
+/// A way to refer to a space: who looks, and what is kept alive meanwhile.
+pub(crate) struct View {
+    pub(crate) space: Arc<Space>,
+    pub(crate) name: String,
+    /// Only held, never looked at: its drop is what counts.
+    owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// # Invariants
+///
+/// A lease or a pin exists only on a mapping that is in `table`, and is only made under its read
+/// lock while that mapping is live. So under the write lock, after a mapping was made not live, the
+/// set of its leases and pins can only shrink.
+pub(crate) struct Space {
+    pub(crate) table: RwLock<Table>,
+    pub(crate) leases: Ledger,
+    pub(crate) pins: PinTable,
+    pub(crate) entry_limit: usize,
+    pub(crate) unmap: UnmapOptions,
+}
+
+impl IoAddressSpace {
+    /// An empty space with the default limits.
+    pub fn new() -> Self {
+        IoAddressSpace::builder().build()
+    }
+
+    /// An empty space with limits of one's own.
+    pub fn builder() -> IoAddressSpaceBuilder {
+        IoAddressSpaceBuilder {
+            entry_limit: DMA_ENTRY_LIMIT,
+            unmap: UnmapOptions::new(),
+        }
+    }
+
+    /// The same space under a name, which errors give for leases taken through it.
+    pub fn named(&self, name: impl Into<String>) -> Self {
+        self.derive(name.into(), self.view.owner.clone())
+    }
+
+    /// The same space, keeping `owner` alive: so does every handle, guard, scatter list and pin
+    /// made from the result.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use iommu_type1::IoAddressSpace;
+    ///
+    /// let owner = Arc::new("whatever must outlive the users of the memory");
+    /// let handle = IoAddressSpace::new().held_by(owner.clone()).handle();
+    /// assert_eq!(Arc::strong_count(&owner), 2);
+    /// drop(handle);
+    /// assert_eq!(Arc::strong_count(&owner), 1);
+    /// ```
+    pub fn held_by(&self, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        self.derive(self.view.name.clone(), Some(owner))
+    }
+
+    /// How many mappings there are, those included whose unmap has not finished.
+    pub fn mappings(&self) -> usize {
+        read(&self.view.space.table).len()
+    }
+
+    /// How many mappings there may be.
+    pub fn entry_limit(&self) -> usize {
+        self.view.space.entry_limit
+    }
+
+    fn derive(&self, name: String, owner: Option<Arc<dyn Any + Send + Sync>>) -> Self {
+        IoAddressSpace {
+            view: Arc::new(View {
+                space: self.view.space.clone(),
+                name,
+                owner,
+            }),
+        }
+    }
+}
+
+impl Default for IoAddressSpace {
+    fn default() -> Self {
+        IoAddressSpace::new()
+    }
+}
+
+impl fmt::Debug for IoAddressSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.view.fmt(f)
+    }
+}
+
+impl fmt::Debug for View {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IoAddressSpace")
+            .field("name", &self.name)
+            .field("mappings", &read(&self.space.table).len())
+            .field("held", &self.owner.is_some())
+            .finish()
+    }
+}
+
+/// Limits of an [`IoAddressSpace`].
+///
+/// ```
+/// use std::time::Duration;
+/// use iommu_type1::{IoAddressSpace, UnmapPolicy};
+///
+/// let space = IoAddressSpace::builder()
+///     .entry_limit(1024)
+///     .unmap_deadline(Duration::from_millis(100))
+///     .unmap_policy(UnmapPolicy::Restore)
+///     .build();
+/// assert_eq!(space.entry_limit(), 1024);
+/// ```
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub struct IoAddressSpaceBuilder {
+    entry_limit: usize,
+    unmap: UnmapOptions,
+}
+
+impl IoAddressSpaceBuilder {
+    /// Most mappings at a time; [`DMA_ENTRY_LIMIT`] by default.
+    pub fn entry_limit(mut self, limit: usize) -> Self {
+        self.entry_limit = limit;
+        self
+    }
+
+    /// How long an unmap waits for holders; [`UNMAP_DEADLINE`] by default.
+    pub fn unmap_deadline(mut self, deadline: Duration) -> Self {
+        self.unmap = self.unmap.deadline(deadline);
+        self
+    }
+
+    /// What becomes of a mapping whose holders do not let go in time;
+    /// [`UnmapPolicy::Revoked`] by default.
+    pub fn unmap_policy(mut self, policy: UnmapPolicy) -> Self {
+        self.unmap = self.unmap.policy(policy);
+        self
+    }
+
+    /// The space.
+    pub fn build(self) -> IoAddressSpace {
+        IoAddressSpace {
+            view: Arc::new(View {
+                space: Arc::new(Space {
+                    table: RwLock::new(Table::default()),
+                    leases: Ledger::default(),
+                    pins: PinTable::new(page_size()),
+                    entry_limit: self.entry_limit,
+                    unmap: self.unmap,
+                }),
+                name: String::from("unnamed"),
+                owner: None,
+            }),
+        }
+    }
+}

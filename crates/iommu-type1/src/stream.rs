@@ -1,0 +1,112 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Streams between memory and a reader or writer of the caller.
+//!
+//! Foreign code runs in the middle of the access, so no lock is held: the stream leases the
+//! mapping it is in. A thread-local remembers that the thread is inside, because an unmap from
+//! there would wait for its own lease.
+
+use std::cell::RefCell;
+use std::io;
+use std::ptr;
+
+use vm_memory::{Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+
+use crate::dirty::DirtySlice;
+use crate::lease::LeaseSet;
+use crate::space::Space;
+use crate::{Error, Result};
+
+thread_local! {
+    /// The spaces whose streams this thread is inside of.
+    static INSIDE: RefCell<Vec<*const Space>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether the current thread is inside a stream of `space`.
+pub(crate) fn is_inside(space: &Space) -> bool {
+    INSIDE.with_borrow(|spaces| spaces.contains(&ptr::from_ref(space)))
+}
+
+/// From `src` into memory; returns the bytes moved, fewer than `count` where `src` ends.
+pub(crate) fn fill<F: ReadVolatile>(
+    leases: &mut LeaseSet,
+    iova: u64,
+    src: &mut F,
+    count: usize,
+) -> Result<usize> {
+    run(leases, iova, count, Permissions::Write, |slice| loop {
+        match src.read_volatile(slice) {
+            Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    })
+}
+
+/// From memory into `dst`; returns the bytes moved.
+pub(crate) fn drain<F: WriteVolatile>(
+    leases: &mut LeaseSet,
+    iova: u64,
+    dst: &mut F,
+    count: usize,
+) -> Result<usize> {
+    run(leases, iova, count, Permissions::Read, |slice| {
+        dst.write_all_volatile(slice).map(|()| slice.len())
+    })
+}
+
+fn run(
+    leases: &mut LeaseSet,
+    iova: u64,
+    count: usize,
+    access: Permissions,
+    mut op: impl FnMut(&mut VolatileSlice<'_, DirtySlice<'_>>) -> vm_memory::VolatileMemoryResult<usize>,
+) -> Result<usize> {
+    let _inside = Inside::enter(&leases.view().space);
+    let mut completed = 0;
+    while completed < count {
+        let at = iova.checked_add(completed as u64).ok_or(Error::Overflow {
+            iova,
+            size: count as u64,
+        })?;
+        let (mapping, len) = match leases.lease(at, count - completed, access) {
+            Ok(leased) => leased,
+            // As vm-memory: what was moved counts, the error comes with the next call.
+            Err(_) if completed > 0 => break,
+            Err(error) => return Err(error),
+        };
+        let mut slice = mapping.slice(at, len);
+        let n = op(&mut slice).map_err(|error| Error::Stream {
+            iova: at,
+            completed,
+            source: into_io(error),
+        })?;
+        completed += n;
+        if n < len {
+            break;
+        }
+    }
+    Ok(completed)
+}
+
+fn into_io(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+struct Inside;
+
+impl Inside {
+    fn enter(space: &Space) -> Self {
+        INSIDE.with_borrow_mut(|spaces| spaces.push(ptr::from_ref(space)));
+        Inside
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        INSIDE.with_borrow_mut(|spaces| spaces.pop());
+    }
+}
