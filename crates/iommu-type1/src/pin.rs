@@ -45,17 +45,23 @@ use crate::{Error, IoAddressSpace, Result};
 /// ```
 #[derive(Clone)]
 pub struct Pinner {
-    view: Arc<View>,
+    // Dropped first: the owner that the view keeps may wait until kept pins are gone.
     access: Access,
+    view: Arc<View>,
 }
 
 impl IoAddressSpace {
     /// Registers an owner of pins under a name that appears in errors.
     pub fn pinner(&self, name: &str, interest: Interest, notice: Arc<dyn UnmapNotice>) -> Pinner {
         Pinner {
-            view: self.view.clone(),
             access: self.view.space.pins.register(name, interest, notice),
+            view: self.view.clone(),
         }
+    }
+
+    /// The most pages one call may pin or unpin: 512 of 4 KiB.
+    pub fn max_pin_pages(&self) -> usize {
+        self.view.space.pins.max_pages()
     }
 }
 
@@ -93,11 +99,6 @@ impl Pinner {
     /// on one of the pages; nothing is released then. What others pinned is never touched.
     pub fn unpin_pages(&self, iova: u64, npages: usize) -> Result<()> {
         Ok(self.access.unpin(iova, npages)?)
-    }
-
-    /// The most pages one call may pin or unpin: 512 of 4 KiB.
-    pub fn max_pages(&self) -> usize {
-        self.view.space.pins.max_pages()
     }
 }
 

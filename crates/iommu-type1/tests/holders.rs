@@ -230,7 +230,7 @@ fn pins_are_refused_like_accesses() {
     };
     assert_eq!(errno(0, 0, Read), Err(libc::EINVAL));
     assert_eq!(errno(1, 1, Read), Err(libc::EINVAL));
-    assert_eq!(errno(0, pinner.max_pages() + 1, Read), Err(libc::E2BIG));
+    assert_eq!(errno(0, space.max_pin_pages() + 1, Read), Err(libc::E2BIG));
     assert_eq!(errno(0u64.wrapping_sub(p), 2, Read), Err(libc::EOVERFLOW));
     assert_eq!(errno(0, 4, Read), Err(libc::EINVAL));
     assert_eq!(errno(0, 3, ReadWrite), Err(libc::EPERM));
@@ -299,6 +299,26 @@ fn what_is_held_keeps_the_owner_of_the_view() {
         drop(user);
     }
     assert_eq!(Arc::strong_count(&owner), 1);
+}
+
+/// The owner of a view may wait for what was pinned through it, so the pins go first.
+#[test]
+fn kept_pins_go_before_the_owner_of_their_view() {
+    struct Owner(IoAddressSpace, Arc<Mutex<Option<Result<u64, Error>>>>);
+    impl Drop for Owner {
+        fn drop(&mut self) {
+            *self.1.lock().unwrap() = Some(self.0.unmap_with(0, 16 * page_size(), at_once()));
+        }
+    }
+    let space = space();
+    let result = Arc::default();
+    let view = space.held_by(Arc::new(Owner(space.clone(), Arc::clone(&result))));
+    let pinner = view.pinner("p", Interest::Holder, Arc::new(|_, _| ()));
+    drop(view);
+    pinner.pin_pages(0, 1, Read).unwrap().keep();
+    drop(pinner);
+    let unmapped = result.lock().unwrap().take().unwrap();
+    assert_eq!(unmapped.unwrap(), 4 * page_size());
 }
 
 /// A reader sees all of one mapping's bytes or is refused: never memory that is gone, never a mix.

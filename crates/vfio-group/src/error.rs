@@ -1,0 +1,147 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can go wrong, with the errno the kernel answers in the same case.
+
+use crate::IommuType;
+
+/// Errors of containers, groups, devices and external users.
+///
+/// [`errno`](Error::errno) is what Linux 6.18 and later answers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A group can be open once at a time.
+    #[error("group {group} is open already")]
+    GroupOpen {
+        /// Id of the group.
+        group: u32,
+    },
+    /// Somebody from the last time the group was open still keeps its attachment.
+    #[error("group {group} is still attached to a container by {users} users")]
+    StillAttached {
+        /// Id of the group.
+        group: u32,
+        /// Its container users.
+        users: u32,
+    },
+    /// The group is attached already, or its detaching has not finished.
+    #[error("group {group} is attached to a container already")]
+    AlreadyAttached {
+        /// Id of the group.
+        group: u32,
+    },
+    /// The group is attached to no container.
+    #[error("group {group} is not attached to a container")]
+    NotAttached {
+        /// Id of the group.
+        group: u32,
+    },
+    /// Others than the group file itself use the container through the group.
+    #[error("group {group} cannot leave its container: it has {users} users")]
+    ContainerUsers {
+        /// Id of the group.
+        group: u32,
+        /// Its container users, the group file included.
+        users: u32,
+    },
+    /// An IOMMU can be set only in a container with a group.
+    #[error("an IOMMU was asked for in a container without a group")]
+    NoGroup,
+    /// The IOMMU of a container cannot be set twice.
+    #[error("the container has an IOMMU already")]
+    IommuSet,
+    /// No IOMMU driver offers the type.
+    #[error("no IOMMU driver offers type {}", u32::from(*.iommu_type))]
+    NoDriver {
+        /// Type asked for.
+        iommu_type: IommuType,
+    },
+    /// The container has no IOMMU: not yet set, or released with the last group.
+    #[error("the container has no IOMMU")]
+    NoIommu,
+    /// A second device of the same name.
+    #[error("group {group} has a device {name:?} already")]
+    DeviceExists {
+        /// Id of the group.
+        group: u32,
+        /// Name of the device.
+        name: String,
+    },
+    /// The group has no such device, or no longer.
+    #[error("group {group} has no device {name:?}")]
+    NoDevice {
+        /// Id of the group.
+        group: u32,
+        /// Name asked for.
+        name: String,
+    },
+    /// The device is open, so it cannot be removed.
+    #[error("device {name:?} of group {group} is open {files} times")]
+    DeviceOpen {
+        /// Id of the group.
+        group: u32,
+        /// Name of the device.
+        name: String,
+        /// How many device files are open.
+        files: usize,
+    },
+    /// Pages are pinned only for a group with a single device: pins do not say which device dirties
+    /// the pages.
+    #[error("pages cannot be pinned for group {group}: it has {devices} devices")]
+    NotSingleton {
+        /// Id of the group.
+        group: u32,
+        /// How many devices it has.
+        devices: usize,
+    },
+    /// Pages are pinned only by those who can be told that they go.
+    #[error("pages cannot be pinned through group {group} before a notifier is registered")]
+    NoNotifier {
+        /// Id of the group.
+        group: u32,
+    },
+    /// An external user has one notifier.
+    #[error("this external user of group {group} has a notifier already")]
+    NotifierRegistered {
+        /// Id of the group.
+        group: u32,
+    },
+    /// The IO address space refused.
+    #[error(transparent)]
+    Iommu(#[from] iommu_type1::Error),
+}
+
+/// Result of containers, groups, devices and external users.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The errno the kernel answers in this case.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::GroupOpen { .. }
+            | Error::StillAttached { .. }
+            | Error::ContainerUsers { .. }
+            | Error::DeviceOpen { .. }
+            | Error::NotifierRegistered { .. } => libc::EBUSY,
+            Error::AlreadyAttached { .. }
+            | Error::NotAttached { .. }
+            | Error::NoGroup
+            | Error::IommuSet
+            | Error::NoIommu
+            | Error::NotSingleton { .. }
+            | Error::NoNotifier { .. } => libc::EINVAL,
+            Error::NoDriver { .. } | Error::NoDevice { .. } => libc::ENODEV,
+            Error::DeviceExists { .. } => libc::EEXIST,
+            Error::Iommu(error) => error.errno(),
+        }
+    }
+
+    /// Bytes that an access had done before it failed.
+    pub fn completed(&self) -> usize {
+        match self {
+            Error::Iommu(error) => error.completed(),
+            _ => 0,
+        }
+    }
+}

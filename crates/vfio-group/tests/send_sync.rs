@@ -1,0 +1,16 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which public types may be sent and shared.
+
+use static_assertions::assert_impl_all;
+use vfio_group::{Container, Device, DeviceFile, Error, ExternalUser, Group, GroupFile, IommuType};
+
+assert_impl_all!(Container: Send, Sync);
+assert_impl_all!(Device: Send, Sync, Clone);
+assert_impl_all!(DeviceFile: Send, Sync);
+assert_impl_all!(Error: Send, Sync, std::error::Error);
+assert_impl_all!(ExternalUser: Send, Sync, Clone, page_pin::PinPages);
+assert_impl_all!(Group: Send, Sync, Clone);
+assert_impl_all!(GroupFile: Send, Sync);
+assert_impl_all!(IommuType: Send, Sync, Copy);
