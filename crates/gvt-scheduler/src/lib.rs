@@ -1,0 +1,120 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A GVT workload scheduler shim: GPU contexts, page tables and execlists over any guest memory.
+//!
+//! # What for
+//! i915 GVT-g gave a virtual machine a share of an Intel GPU of generation 8 or 9: it took the guest's
+//! submissions, copied the context of each into a shadow of the host's, had the GPU execute it and
+//! copied the result back. This crate does what lies between the guest's register writes and the GPU,
+//! in a user-space process and over any memory that implements [`vm_memory::Bytes`]: a
+//! `GuestMemoryMmap`, or an I/O address space that may lose its mappings at any time. It makes the same
+//! accesses to guest memory as the kernel, in the same order, and can count them; pages of a context
+//! that are adjacent in guest memory are copied by one access.
+//!
+//! # How it works
+//! A [`Vgpu`] is given the guest's writes: to registers, to the GGTT and to page tables. The fourth
+//! dword to a submission port (ELSP) creates a workload for each of the two context descriptors:
+//!
+//! | step | guest memory |
+//! |---|---|
+//! | create | the ring context is read field by field; written entries of known page tables are read again, tables of a new root are read whole and the pages they map are pinned through [`page_pin::PinPages`] |
+//! | scan | the commands between head and tail of the ring and the indirect context batch are copied |
+//! | populate | the context is copied into the [`ShadowImage`]: fields, the rest of page 1, and the other pages in [`Runs`] |
+//! | prepare | the execlist is scheduled in; an event goes to the status page |
+//! | (engine) | an [`Engine`] executes the workload on the image |
+//! | complete | pages, head, context control, time stamp and the rest of page 1 are written back; the execlist is scheduled out with up to two events |
+//!
+//! The last four are [`Vgpu::run_next`]. The commands are scanned at once if the engine's queue is
+//! empty, otherwise when it is the workload's turn.
+//!
+//! # Example
+//! A guest with one context on the blitter, made by hand:
+//! ```
+//! use gvt_scheduler::{
+//!     ring_context, AddressingMode, ContextDescriptor, CsbEvent, EngineId, SimulatedEngine, Vgpu,
+//!     VgpuConfig,
+//! };
+//! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)])?;
+//! let mut vgpu = Vgpu::new(memory.clone(), (), (), VgpuConfig::default());
+//!
+//! // Graphics pages 1 (status page), 2 (ring), 8 and 9 (context) are guest pages 1, 2, 8 and 9.
+//! for page in [1, 2, 8, 9] {
+//!     vgpu.write_ggtt_entry(page, u64::from(page) << 12 | 1)?;
+//! }
+//! for (field, value) in [(ring_context::TAIL, 160), (ring_context::START, 2 << 12)] {
+//!     memory.write_obj::<u32>(value, GuestAddress(0x9000 + field as u64))?;
+//! }
+//! let engine = EngineId::Bcs;
+//! vgpu.mmio_write(engine.mmio_base() + 0x80, 1 << 12)?; // HWS_PGA
+//!
+//! let context = u64::from(ContextDescriptor::new(8, 42, AddressingMode::Legacy64));
+//! for dword in [0, 0, (context >> 32) as u32, context as u32] {
+//!     vgpu.mmio_write(engine.mmio_base() + 0x230, dword)?; // ELSP
+//! }
+//! let completion = vgpu.run_next(engine, &mut SimulatedEngine)?.expect("one was queued");
+//! assert_eq!(completion.interrupts, 2);
+//!
+//! // The second event in the context status buffer of the status page.
+//! let event: u64 = memory.read_obj(GuestAddress(0x1000 + 0x48))?;
+//! let complete = CsbEvent::CONTEXT_COMPLETE | CsbEvent::ACTIVE_TO_IDLE;
+//! assert_eq!(CsbEvent::from(event), CsbEvent::new(complete, 42));
+//! let head: u32 = memory.read_obj(GuestAddress(0x9000 + ring_context::HEAD as u64))?;
+//! assert_eq!(head, 160);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Gotchas
+//! - Nothing traps: a user-space process sees no writes of the guest to its page tables, so the caller
+//!   says where it wrote ([`Vgpu::page_table_written`]). A write that goes unsaid is not seen until the
+//!   root is released and used again.
+//! - The pages of a context that runs twice in a row are read once, as in the kernel since 5.8. A
+//!   guest that changes them in between without touching the GGTT is not seen;
+//!   [`VgpuConfig::skip_unchanged`] turns that off.
+//! - Roots of page tables stay known until [`Vgpu::release_page_tables`]. Their shadow takes host memory
+//!   in proportion: 4 KiB for a table and some 100 bytes for a page that is mapped.
+//! - The queue has no limit of its own: the caller runs what was submitted.
+//! - An unmap notice must not wait for the thread that runs a workload: the vGPU is one `&mut` object,
+//!   so hand [`Vgpu::release_pins`] to its owner.
+//!
+//! # Where it differs from the kernel
+//! - Accesses that fail are errors (`EFAULT`); the kernel ignores most of them.
+//! - The last page of a context is always copied. The kernel's loop loses it when it is not adjacent to
+//!   the page before; [`CopyMode::UpstreamTail`] does so for comparison.
+//! - A submission queues both of its workloads or none.
+//! - A skip ends with a GGTT write to any page of the context, not only to its first one.
+//! - Left out: the command parser and failsafe mode, register tables, scheduling between vGPUs,
+//!   out-of-sync page tables, the host's observation registers.
+
+#![forbid(unsafe_code)]
+
+mod context;
+mod descriptor;
+mod engine;
+mod error;
+mod execlist;
+mod ggtt;
+mod memory;
+mod observe;
+mod ppgtt;
+mod regs;
+mod ring;
+mod vgpu;
+mod workload;
+
+pub use context::{ContextPages, CopyMode, CopyStats, Run, Runs, ShadowImage};
+pub use descriptor::{AddressingMode, ContextDescriptor};
+pub use engine::{Engine, EngineJob, SimulatedEngine};
+pub use error::{Cause, EngineFault, Error, Result};
+pub use execlist::CsbEvent;
+pub use ggtt::{Ggtt, GmWindow, GmWindows, HalfEntry};
+pub use memory::DmaMemory;
+pub use observe::{Access, AccessCounts, AccessKind, Counts, Observer, Step};
+pub use ppgtt::PageTableRoot;
+pub use regs::{ring_context, ring_register, EngineId, Generation, PAGE_SIZE};
+pub use ring::Ring;
+pub use vgpu::{Completion, Submission, Vgpu, VgpuConfig};

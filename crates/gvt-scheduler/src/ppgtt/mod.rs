@@ -1,0 +1,12 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's own page tables (PPGTT), shadowed.
+
+mod entry;
+mod leaf;
+mod root;
+mod shadow;
+
+pub use root::PageTableRoot;
+pub(crate) use shadow::{Ppgtt, Source};

@@ -1,0 +1,251 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The virtual GPU: takes the guest's register and table writes and runs its workloads.
+
+mod config;
+mod engine_state;
+mod outcome;
+mod run;
+mod submit;
+
+pub use config::VgpuConfig;
+pub use outcome::{Completion, Submission};
+
+use std::collections::HashMap;
+use std::fmt;
+
+use page_pin::PinPages;
+use vm_memory::GuestAddress;
+
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::ggtt::{Ggtt, HalfEntry};
+use crate::memory::DmaMemory;
+use crate::observe::Observer;
+use crate::ppgtt::{PageTableRoot, Ppgtt};
+use crate::regs::{ring_register, EngineId};
+use crate::vgpu::engine_state::EngineState;
+use crate::workload::Commands;
+
+/// Size of the register space at the beginning of the MMIO BAR.
+const REGISTER_SPACE: u32 = 0x20_0000;
+
+/// A virtual GPU over guest memory `M`, with pages pinned through `P`, watched by `O`.
+///
+/// The caller drives it: with the guest's writes to registers ([`Vgpu::mmio_write`]), to the GGTT
+/// ([`Vgpu::write_ggtt_entry`]) and to page tables ([`Vgpu::page_table_written`]), and with
+/// [`Vgpu::run_next`], which runs a queued workload to its end. The crate's front page has an example.
+pub struct Vgpu<M, P: PinPages = (), O = ()> {
+    memory: M,
+    pins: P,
+    observer: O,
+    config: VgpuConfig,
+    ggtt: Ggtt,
+    ppgtt: Ppgtt<P::Pinned>,
+    registers: HashMap<u32, u32>,
+    engines: [EngineState; EngineId::ALL.len()],
+    next_sequence: u64,
+    skips: u64,
+    spare: Vec<Commands>,
+}
+
+impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
+    /// A vGPU after reset, with an empty GGTT.
+    pub fn new(memory: M, pins: P, observer: O, config: VgpuConfig) -> Self {
+        let ggtt = match config.windows {
+            Some(windows) => Ggtt::with_windows(config.ggtt_entries, windows),
+            None => Ggtt::new(config.ggtt_entries),
+        };
+        let engines =
+            EngineId::ALL.map(|engine| EngineState::new(engine.context_pages(config.generation)));
+        Self {
+            memory,
+            pins,
+            observer,
+            config,
+            ggtt,
+            ppgtt: Ppgtt::default(),
+            registers: HashMap::new(),
+            engines,
+            next_sequence: 0,
+            skips: 0,
+            spare: Vec::new(),
+        }
+    }
+
+    /// The GGTT, as the guest has written it.
+    pub fn ggtt(&self) -> &Ggtt {
+        &self.ggtt
+    }
+
+    /// The guest writes a whole entry of the GGTT.
+    pub fn write_ggtt_entry(&mut self, index: u32, value: u64) -> Result<()> {
+        self.ggtt.write_entry(index, value)?;
+        self.ggtt_written(index);
+        Ok(())
+    }
+
+    /// The guest writes half of an entry of the GGTT, which takes effect with the other half.
+    pub fn write_ggtt_half(&mut self, index: u32, half: HalfEntry, value: u32) -> Result<()> {
+        self.ggtt.write_half(index, half, value)?;
+        self.ggtt_written(index);
+        Ok(())
+    }
+
+    /// The guest writes a register.
+    ///
+    /// The fourth dword to a submission port creates and queues the workloads of the submission, all
+    /// of them or none. Writes to the read-only status registers are ignored, the pointers of the
+    /// context status buffer are written under their mask, every other register is stored.
+    pub fn mmio_write(&mut self, offset: u32, value: u32) -> Result<Option<Submission>> {
+        if offset % 4 != 0 || offset >= REGISTER_SPACE {
+            return Err(Error::Register { offset });
+        }
+        if let Some((engine, register)) = EngineId::from_mmio(offset) {
+            let state = &mut self.engines[engine as usize];
+            if register == ring_register::ELSP {
+                return match state.elsp.write(value) {
+                    Some(elements) => self.submit(engine, elements).map(Some),
+                    None => Ok(None),
+                };
+            }
+            if register == ring_register::CONTEXT_STATUS_POINTER {
+                state.csb.write_pointers(value);
+                return Ok(None);
+            }
+            if state.status_register(register).is_some() {
+                return Ok(None);
+            }
+        }
+        self.registers.insert(offset, value);
+        Ok(None)
+    }
+
+    /// The guest reads a register: EXECLIST_STATUS, the context status buffer and its pointers, or
+    /// what was last written; 0 for a register that never was.
+    pub fn mmio_read(&self, offset: u32) -> u32 {
+        EngineId::from_mmio(offset)
+            .and_then(|(engine, register)| self.engines[engine as usize].status_register(register))
+            .or_else(|| self.registers.get(&offset).copied())
+            .unwrap_or(0)
+    }
+
+    /// The guest has written `len` bytes at `gpa`, where page tables may be.
+    ///
+    /// Entries of tables that are shadowed by now are read again when the next workload is created.
+    /// Any other write is ignored: a table is read whole when it becomes known.
+    pub fn page_table_written(&mut self, gpa: GuestAddress, len: u64) {
+        self.ppgtt.written(gpa, len);
+    }
+
+    /// Runs the workload at the head of an engine's queue to its end; `None` when there is none.
+    ///
+    /// After an error nothing tells the guest that the workload ended, and the queue of the engine is
+    /// empty, as behind a hang: the guest resets the engine ([`Vgpu::reset_engine`]).
+    pub fn run_next(
+        &mut self,
+        engine: EngineId,
+        hw: &mut dyn Engine,
+    ) -> Result<Option<Completion>> {
+        let state = &mut self.engines[engine as usize];
+        let Some(mut workload) = state.queue.pop_front() else {
+            return Ok(None);
+        };
+        let completion = self.run(engine, &mut workload, hw);
+        self.spare.push(workload.commands);
+        if let Err(error) = &completion {
+            let state = &mut self.engines[engine as usize];
+            log::warn!(
+                "workload {} on {engine:?} failed, dropping it and {} more: {error}",
+                workload.sequence,
+                state.queue.len()
+            );
+            state.skip.forget();
+            state.queue.clear();
+        }
+        completion.map(Some)
+    }
+
+    /// Number of workloads in an engine's queue.
+    pub fn queued(&self, engine: EngineId) -> usize {
+        self.engines[engine as usize].queue.len()
+    }
+
+    /// The guest resets an engine: its queue, submission port, slots and context status buffer.
+    pub fn reset_engine(&mut self, engine: EngineId) {
+        let pages = engine.context_pages(self.config.generation);
+        self.engines[engine as usize] = EngineState::new(pages);
+    }
+
+    /// Drops the pins of pages that page tables map inside `size` bytes from `iova`: what an unmap
+    /// notice asks for. The pages are pinned again when an entry that maps them is next read.
+    pub fn release_pins(&mut self, iova: u64, size: u64) {
+        self.ppgtt.unpin(iova, size);
+    }
+
+    /// The guest gives up the page tables of a context: their shadow and its pins are dropped. Should
+    /// they be used again, they are read again.
+    pub fn release_page_tables(&mut self, root: PageTableRoot) {
+        self.ppgtt.forget(root);
+    }
+
+    /// Translates an address of a context through the shadow of its page tables, as it was when the
+    /// last workload was created.
+    pub fn translate(&self, root: PageTableRoot, gma: u64) -> Option<GuestAddress> {
+        self.ppgtt.translate(root, gma)
+    }
+
+    /// Number of page tables that are shadowed.
+    pub fn shadowed_tables(&self) -> usize {
+        self.ppgtt.tables()
+    }
+
+    /// Number of pages, of 4 KiB or 2 MiB, that are pinned because page tables map them.
+    pub fn pinned_leaves(&self) -> usize {
+        self.ppgtt.pinned_leaves()
+    }
+
+    /// Number of populates whose pages were skipped.
+    pub fn skips(&self) -> u64 {
+        self.skips
+    }
+
+    /// The observer.
+    pub fn observer(&self) -> &O {
+        &self.observer
+    }
+
+    /// The observer, to be changed.
+    pub fn observer_mut(&mut self) -> &mut O {
+        &mut self.observer
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// How the vGPU was made.
+    pub fn config(&self) -> &VgpuConfig {
+        &self.config
+    }
+
+    fn ggtt_written(&mut self, index: u32) {
+        for (engine, state) in EngineId::ALL.into_iter().zip(&mut self.engines) {
+            let pages = engine.context_pages(self.config.generation);
+            state.skip.ggtt_written(index, pages);
+        }
+    }
+}
+
+impl<M, P: PinPages, O> fmt::Debug for Vgpu<M, P, O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vgpu")
+            .field("config", &self.config)
+            .field("next_sequence", &self.next_sequence)
+            .field("skips", &self.skips)
+            .field("shadowed_tables", &self.ppgtt.tables())
+            .finish_non_exhaustive()
+    }
+}
