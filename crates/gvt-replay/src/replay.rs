@@ -1,0 +1,257 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Replays a plan on one or more virtual machines, and counts and verifies.
+
+use std::collections::BTreeMap;
+
+use gvt_scheduler::{Access, AccessCounts, AccessKind, CopyMode, Observer, VgpuConfig};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::inject::Fault;
+use crate::machine::Machine;
+use crate::model::Model;
+use crate::plan::Plan;
+use crate::verify::Verdict;
+
+/// How the pages of a context are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Page by page.
+    Page,
+    /// A run of adjacent pages at once.
+    Run,
+    /// A run of adjacent pages at once, and unchanged contexts are not read again.
+    Skip,
+    /// In runs as the kernel makes them: a last page that is not adjacent is lost.
+    Upstream,
+}
+
+impl Mode {
+    /// The modes that must leave guest memory as the model has it.
+    pub const CORRECT: [Mode; 3] = [Mode::Page, Mode::Run, Mode::Skip];
+
+    /// Its name: `page`, `run`, `skip` or `upstream`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Page => "page",
+            Mode::Run => "run",
+            Mode::Skip => "skip",
+            Mode::Upstream => "upstream",
+        }
+    }
+
+    fn config(self) -> VgpuConfig {
+        VgpuConfig {
+            copy_mode: match self {
+                Mode::Page => CopyMode::PerPage,
+                Mode::Run | Mode::Skip => CopyMode::Coalesced,
+                Mode::Upstream => CopyMode::UpstreamTail,
+            },
+            skip_unchanged: self == Mode::Skip,
+            ..VgpuConfig::default()
+        }
+    }
+}
+
+/// Accesses of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Count {
+    /// Calls that read guest memory.
+    pub reads: u64,
+    /// Bytes they read.
+    pub read_bytes: u64,
+    /// Calls that write guest memory.
+    pub writes: u64,
+    /// Bytes they write.
+    pub written_bytes: u64,
+}
+
+/// A workload that was replayed.
+#[derive(Debug)]
+pub struct Workload {
+    /// Number of the vGPU, from 0.
+    pub vgpu: usize,
+    /// Number of the submission on this vGPU, from 0.
+    pub submission: u64,
+    /// The accesses since the workload before, if they are recorded.
+    pub accesses: Vec<Access>,
+}
+
+/// What a replay gives.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// How context pages were copied.
+    pub mode: Mode,
+    /// Workloads, of all vGPUs.
+    pub workloads: u64,
+    /// Accesses by [`AccessKind::name`], of all vGPUs.
+    pub accesses: BTreeMap<&'static str, Count>,
+    /// One for each vGPU.
+    pub verdicts: Vec<Verdict>,
+}
+
+impl Outcome {
+    /// Whether the memory of every guest is what it must be.
+    pub fn verified(&self) -> bool {
+        self.verdicts.iter().all(Verdict::verified)
+    }
+
+    /// The accesses to whole context pages.
+    pub fn context_pages(&self) -> Count {
+        self.count(AccessKind::ContextPage)
+    }
+
+    /// The accesses of a kind.
+    pub fn count(&self, kind: AccessKind) -> Count {
+        self.accesses.get(kind.name()).copied().unwrap_or_default()
+    }
+}
+
+/// What to replay, and on what.
+///
+/// ```
+/// use gvt_replay::aub::Trace;
+/// use gvt_replay::{Contiguity, Mode, Model, Plan, Replay};
+///
+/// let trace = Trace::from_bytes(include_bytes!("../data/ncnn-vulkan-skl.aub.xz"))?;
+/// let plan = Plan::new(&trace, &Contiguity::bundled("as-found").expect("a bundled profile"))?;
+/// let model = Model::after(&plan)?;
+/// let outcome = Replay::new(&plan, &model).run(Mode::Run, &mut |_| Ok(()))?;
+/// assert!(outcome.verified());
+/// assert_eq!(outcome.workloads, 6);
+/// # Ok::<(), gvt_replay::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Replay<'a> {
+    plan: &'a Plan,
+    model: &'a Model,
+    vgpus: usize,
+    fault: Option<Fault>,
+    record: bool,
+}
+
+impl<'a> Replay<'a> {
+    /// Replays `plan` on one virtual machine; `model` is what its memory must hold afterwards.
+    pub fn new(plan: &'a Plan, model: &'a Model) -> Self {
+        Replay {
+            plan,
+            model,
+            vgpus: 1,
+            fault: None,
+            record: false,
+        }
+    }
+
+    /// Replays on `vgpus` virtual machines, each with a vGPU, taking turns by submission.
+    pub fn vgpus(mut self, vgpus: usize) -> Self {
+        self.vgpus = vgpus;
+        self
+    }
+
+    /// Puts a fault in the way to guest memory.
+    pub fn fault(mut self, fault: Option<Fault>) -> Self {
+        self.fault = fault;
+        self
+    }
+
+    /// Hands the accesses of each workload to the watcher of [`Replay::run`].
+    pub fn record_accesses(mut self, record: bool) -> Self {
+        self.record = record;
+        self
+    }
+
+    /// Replays on fresh virtual machines. `watch` is called after each workload.
+    pub fn run(
+        &self,
+        mode: Mode,
+        watch: &mut dyn FnMut(Workload) -> Result<()>,
+    ) -> Result<Outcome> {
+        let machines = self.play(mode, watch)?;
+        let mut outcome = Outcome {
+            mode,
+            workloads: self.plan.submissions() * machines.len() as u64,
+            accesses: BTreeMap::new(),
+            verdicts: Vec::new(),
+        };
+        for machine in &machines {
+            add(&mut outcome.accesses, &machine.vgpu().observer().counts);
+            outcome
+                .verdicts
+                .push(machine.verify(self.model, self.plan)?);
+        }
+        Ok(outcome)
+    }
+
+    /// Replays on fresh virtual machines and gives them back as they are then.
+    pub(crate) fn play(
+        &self,
+        mode: Mode,
+        watch: &mut dyn FnMut(Workload) -> Result<()>,
+    ) -> Result<Vec<Machine<Tally>>> {
+        let copied = self.plan.contexts().iter().any(|c| !c.pages.is_empty());
+        if self.fault.is_some() && !copied {
+            return Err(Error::NothingToInject);
+        }
+        let mut machines = (0..self.vgpus)
+            .map(|id| {
+                let tally = Tally {
+                    record: self.record,
+                    ..Tally::default()
+                };
+                Machine::new(id as u32, self.plan, mode.config(), self.fault, tally)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut positions = vec![self.plan.events().iter(); machines.len()];
+        let mut submission = 0;
+        loop {
+            let mut played = false;
+            for (vgpu, (machine, events)) in machines.iter_mut().zip(&mut positions).enumerate() {
+                for event in events {
+                    if machine.play(event)?.is_some() {
+                        played = true;
+                        watch(Workload {
+                            vgpu,
+                            submission,
+                            accesses: std::mem::take(&mut machine.observer_mut().accesses),
+                        })?;
+                        break;
+                    }
+                }
+            }
+            if !played {
+                return Ok(machines);
+            }
+            submission += 1;
+        }
+    }
+}
+
+fn add(sums: &mut BTreeMap<&'static str, Count>, counts: &AccessCounts) {
+    for kind in AccessKind::ALL {
+        let count = counts.get(kind);
+        let sum = sums.entry(kind.name()).or_default();
+        sum.reads += count.reads;
+        sum.read_bytes += count.read_bytes;
+        sum.writes += count.writes;
+        sum.written_bytes += count.written_bytes;
+    }
+}
+
+/// Counts the accesses of a vGPU, and keeps them if asked to.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    counts: AccessCounts,
+    record: bool,
+    accesses: Vec<Access>,
+}
+
+impl Observer for Tally {
+    fn access(&mut self, access: &Access) {
+        self.counts.access(access);
+        if self.record {
+            self.accesses.push(*access);
+        }
+    }
+}

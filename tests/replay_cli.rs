@@ -1,0 +1,263 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The replay example as a program: exit statuses, what goes to stdout and stderr, JSON.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/crates/gvt-replay/data");
+
+/// The example lies beside the tests: `deps/` of the tests and `examples/` are neighbours. With
+/// `cargo test --test` it is not built, so it is then built here.
+fn example() -> &'static Path {
+    static EXAMPLE: OnceLock<PathBuf> = OnceLock::new();
+    EXAMPLE.get_or_init(|| {
+        let test = std::env::current_exe().unwrap();
+        let profile = test.parent().and_then(Path::parent).unwrap();
+        let example = profile.join("examples/replay");
+        if !example.exists() {
+            let mut build = Command::new(env!("CARGO"));
+            build.args(["build", "--example", "replay", "--target-dir"]);
+            build.arg(profile.parent().unwrap());
+            if !cfg!(debug_assertions) {
+                build.arg("--release");
+            }
+            assert!(build.status().unwrap().success());
+        }
+        example
+    })
+}
+
+fn replay(args: &[&str]) -> Output {
+    Command::new(example()).args(args).output().unwrap()
+}
+
+fn recording(name: &str) -> String {
+    format!("{DATA}/{name}-skl.aub.xz")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// A file that is removed again.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str, contents: &[u8]) -> Self {
+        let path = std::env::temp_dir().join(format!("replay-cli-{}-{name}", std::process::id()));
+        fs::write(&path, contents).unwrap();
+        Scratch(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn json_is_one_object_with_the_published_figures() {
+    let output = replay(&["--json"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stderr.is_empty());
+    let report = json(&output);
+    assert_eq!(report["workloads"], 202);
+    assert_eq!(report["contexts"], 34);
+    assert_eq!(report["verified"], true);
+    let modes = report["modes"].as_object().unwrap();
+    assert_eq!(modes.keys().collect::<Vec<_>>(), ["page", "run", "skip"]);
+    for (mode, reads, writes) in [("page", 3360, 4040), ("run", 168, 202), ("skip", 34, 202)] {
+        assert_eq!(modes[mode]["context_page"]["reads"], reads);
+        assert_eq!(modes[mode]["context_page"]["writes"], writes);
+        assert_eq!(modes[mode]["context_page"]["written_bytes"], 16_547_840);
+        assert_eq!(modes[mode]["page_table"]["reads"], 24_202);
+        assert_eq!(modes[mode]["completion"]["writes"], 1414);
+        for kind in ["context_dword", "ring", "page1"] {
+            assert!(modes[mode][kind]["read_bytes"].is_u64(), "{mode} {kind}");
+        }
+    }
+    assert_eq!(report["contiguity"].as_array().unwrap().len(), 5);
+}
+
+#[test]
+fn text_shows_each_mode_and_the_verdict() {
+    let output = replay(&[&recording("ncnn-vulkan"), "--profile", "as-found"]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "6 workloads of 1 contexts on 1 vGPU",
+        "mode page",
+        "mode run",
+        "mode skip",
+        "recycled",
+        "Made up by the recorder",
+        "verified: true",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in:\n{text}");
+    }
+}
+
+#[test]
+fn one_mode_and_more_vgpus() {
+    let output = replay(&[
+        &recording("ncnn-vulkan"),
+        "--mode",
+        "skip",
+        "--vgpus",
+        "2",
+        "--json",
+    ]);
+    assert_eq!(output.status.code(), Some(0));
+    let report = json(&output);
+    assert_eq!(report["workloads"], 12);
+    assert_eq!(report["contexts"], 2);
+    assert_eq!(report["modes"].as_object().unwrap().len(), 1);
+    assert_eq!(
+        report["modes"]["skip"]["page_table"]["reads"],
+        2 * (26_624 + 1480)
+    );
+}
+
+#[test]
+fn every_fault_ends_unverified() {
+    for fault in ["lose-tail", "swap-pages", "stale-skip"] {
+        for profile in ["consecutive", "as-found"] {
+            let output = replay(&["--inject", fault, "--profile", profile, "--json"]);
+            assert_eq!(output.status.code(), Some(1), "{fault} {profile}");
+            let report = json(&output);
+            assert_eq!(report["verified"], false);
+            assert_eq!(report["injected"], fault);
+            let first = &report["differences"]["run"][0];
+            assert!(first["gpa"].is_u64() && first["context_page"].is_array());
+        }
+    }
+}
+
+#[test]
+fn accesses_are_dumped_one_a_line() {
+    let file = Scratch::new("dump", b"");
+    let trace = recording("h264-vcs");
+    let output = replay(&[
+        &trace,
+        "--mode",
+        "run",
+        "--json",
+        "--dump-accesses",
+        file.path(),
+    ]);
+    assert_eq!(output.status.code(), Some(0));
+    let report = json(&output);
+    let kinds = report["modes"]["run"].as_object().unwrap();
+    let calls = |member| {
+        kinds
+            .values()
+            .map(|k| k[member].as_u64().unwrap())
+            .sum::<u64>()
+    };
+    let dump = fs::read_to_string(&file.0).unwrap();
+    assert_eq!(
+        dump.lines().count() as u64,
+        calls("reads") + calls("writes")
+    );
+    for line in dump.lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [vgpu, mode, submission, kind, direction, gpa, len] = fields[..] else {
+            panic!("{line}");
+        };
+        assert_eq!((vgpu, mode), ("0", "run"));
+        assert!(submission.parse::<u64>().unwrap() < 30);
+        assert!(kinds.contains_key(kind));
+        assert!(["R", "W"].contains(&direction));
+        assert!(u64::from_str_radix(gpa.strip_prefix("0x").unwrap(), 16).is_ok());
+        assert!(len.parse::<u64>().unwrap() > 0);
+    }
+}
+
+/// Status 2, nothing on stdout, and one line on stderr, which is returned.
+fn refused(args: &[&str]) -> String {
+    let output = replay(args);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+    assert!(output.stdout.is_empty(), "{args:?}");
+    assert_eq!(error.lines().count(), 1, "{args:?}: {error}");
+    error
+}
+
+#[test]
+fn wrong_traces_are_refused_in_one_line_with_an_offset() {
+    let whole = fs::read(recording("h264-vcs")).unwrap();
+    let cut = Scratch::new("cut.aub.xz", &whole[..whole.len() / 2]);
+    let text = Scratch::new("text.aub", b"this is no recording");
+    let empty = Scratch::new("empty.aub", b"");
+    let gzip = Scratch::new("bad.aub.gz", &[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 0xff]);
+    // A version packet, then an unknown one.
+    let packets: Vec<u8> = [0xf70e_0003u32, 1, 12 << 8, 0, 0xf705_0000]
+        .iter()
+        .flat_map(|dword| dword.to_le_bytes())
+        .collect();
+    let unknown = Scratch::new("unknown.aub", &packets);
+    let truncated = Scratch::new("truncated.aub", &packets[..10]);
+    for file in [&cut, &text, &empty, &gzip, &unknown, &truncated] {
+        let error = refused(&[file.path()]);
+        assert!(error.contains("byte offset "), "{error}");
+    }
+    assert!(refused(&[unknown.path()]).contains("byte offset 16"));
+    assert!(refused(&["/nonexistent.aub"]).contains("/nonexistent.aub"));
+}
+
+#[test]
+fn wrong_arguments_are_refused_in_one_line() {
+    let profile = Scratch::new("profile.csv", b"20\n4,4\n");
+    assert!(refused(&["--profile", profile.path()]).contains("line 2"));
+    assert!(refused(&["--profile", "no-such-profile"]).contains("no-such-profile"));
+    assert!(refused(&["--mode", "fast"]).contains("possible values: page, run, skip"));
+    assert!(refused(&["--inject", "nothing"]).contains("lose-tail"));
+    refused(&["--vgpus", "0"]);
+    refused(&["--unknown"]);
+    refused(&["one", "two"]);
+    refused(&[&recording("h264-vcs"), "--inject", "lose-tail"]);
+    refused(&[
+        &recording("h264-vcs"),
+        "--dump-accesses",
+        "/nonexistent/dump",
+    ]);
+}
+
+#[test]
+fn help_is_no_error() {
+    let output = replay(&["--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(String::from_utf8(output.stdout)
+        .unwrap()
+        .contains("--dump-accesses"));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut child = Command::new(example())
+        .arg(recording("ncnn-vulkan"))
+        .args(["--mode", "run"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(
+        output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
