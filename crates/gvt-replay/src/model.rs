@@ -141,7 +141,8 @@ impl Model {
 
         let mut page1 = self.read_page(page1_gpa);
         let mut pages: Vec<Page> = gpas.iter().map(|gpa| self.read_page(*gpa)).collect();
-        self.context_event(engine, IDLE_TO_ACTIVE, context_id);
+        // The first event names no context.
+        self.context_event(engine, IDLE_TO_ACTIVE, 0);
 
         let sequence = self.sequence;
         self.sequence += 1;
