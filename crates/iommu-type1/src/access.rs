@@ -3,14 +3,16 @@
 
 //! Inline accesses: short, on the caller's thread, never outliving the call.
 
-use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 
 use vm_memory::{AtomicAccess, ByteValued, Bytes, Permissions, VolatileSlice};
 
 use crate::dirty::DirtySlice;
+use crate::grace::Inside;
+use crate::mapping::Mapping;
+use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::read;
+use crate::sync::lock;
 use crate::{Error, IoAddressSpace, Result};
 
 /// The direction and the data of a [`dma_rw`](IoAddressSpace::dma_rw).
@@ -32,7 +34,10 @@ impl IoAddressSpace {
     /// [`Error::Overflow`] (EOVERFLOW) before anything is read; [`Error::NotMapped`] (EINVAL),
     /// [`Error::Revoked`] (EBUSY) or [`Error::Permission`] (EPERM) with the bytes read before.
     pub fn read(&self, iova: u64, buf: &mut [u8]) -> Result<()> {
-        self.view.space.read(iova, buf)
+        let space = &self.view.space;
+        space
+            .grace
+            .enter_shared(|inside| space.read(inside, iova, buf))
     }
 
     /// Writes `buf` from `iova` on; an empty buffer succeeds.
@@ -41,7 +46,10 @@ impl IoAddressSpace {
     ///
     /// As [`read`](IoAddressSpace::read), with the bytes written before; what was written stays.
     pub fn write(&self, iova: u64, buf: &[u8]) -> Result<()> {
-        self.view.space.write(iova, buf)
+        let space = &self.view.space;
+        space
+            .grace
+            .enter_shared(|inside| space.write(inside, iova, buf))
     }
 
     /// The kernel's `vfio_dma_rw`: as [`read`](IoAddressSpace::read) and
@@ -58,42 +66,72 @@ impl IoAddressSpace {
     ///
     /// [`Error::Empty`] (EINVAL), otherwise as [`read`](IoAddressSpace::read).
     pub fn dma_rw(&self, iova: u64, transfer: Transfer<'_>) -> Result<()> {
-        self.view.space.dma_rw(iova, transfer)
+        let space = &self.view.space;
+        space
+            .grace
+            .enter_shared(|inside| space.dma_rw(inside, iova, transfer))
     }
 }
 
 impl Space {
-    pub(crate) fn read(&self, iova: u64, buf: &mut [u8]) -> Result<()> {
-        self.for_each_chunk(iova, buf.len(), Permissions::Read, |slice, at| {
-            slice.copy_to(&mut buf[at..]);
-        })
+    #[inline]
+    pub(crate) fn read(&self, inside: &Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
+        self.for_each_chunk(
+            inside,
+            iova,
+            buf.len(),
+            Permissions::Read,
+            |mapping, at, n, done| {
+                mapping.slice(at, n).copy_to(&mut buf[done..]);
+            },
+        )
     }
 
-    pub(crate) fn write(&self, iova: u64, buf: &[u8]) -> Result<()> {
-        self.for_each_chunk(iova, buf.len(), Permissions::Write, |slice, at| {
-            slice.copy_from(&buf[at..]);
-        })
+    #[inline]
+    pub(crate) fn write(&self, inside: &Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
+        self.for_each_chunk(
+            inside,
+            iova,
+            buf.len(),
+            Permissions::Write,
+            |mapping, at, n, done| {
+                mapping.slice(at, n).copy_from(&buf[done..]);
+            },
+        )
     }
 
-    pub(crate) fn dma_rw(&self, iova: u64, transfer: Transfer<'_>) -> Result<()> {
+    pub(crate) fn dma_rw(
+        &self,
+        inside: &Inside<'_>,
+        iova: u64,
+        transfer: Transfer<'_>,
+    ) -> Result<()> {
         match transfer {
             Transfer::Read([]) | Transfer::Write([]) => Err(Error::Empty { iova }),
-            Transfer::Read(buf) => self.read(iova, buf),
-            Transfer::Write(buf) => self.write(iova, buf),
+            Transfer::Read(buf) => self.read(inside, iova, buf),
+            Transfer::Write(buf) => self.write(inside, iova, buf),
         }
     }
 
-    pub(crate) fn load<T: AtomicAccess>(&self, iova: u64, order: Ordering) -> Result<T> {
-        self.atomic::<T, T>(iova, Permissions::Read, |slice| slice.load(0, order))
+    pub(crate) fn load<T: AtomicAccess>(
+        &self,
+        inside: &Inside<'_>,
+        iova: u64,
+        order: Ordering,
+    ) -> Result<T> {
+        self.atomic::<T, T>(inside, iova, Permissions::Read, |slice| {
+            slice.load(0, order)
+        })
     }
 
     pub(crate) fn store<T: AtomicAccess>(
         &self,
+        inside: &Inside<'_>,
         value: T,
         iova: u64,
         order: Ordering,
     ) -> Result<()> {
-        self.atomic::<T, ()>(iova, Permissions::Write, |slice| {
+        self.atomic::<T, ()>(inside, iova, Permissions::Write, |slice| {
             slice.store(value, 0, order)
         })
     }
@@ -101,9 +139,10 @@ impl Space {
     /// A naturally aligned value lies inside one page and so inside one mapping.
     fn atomic<T: ByteValued, R>(
         &self,
+        inside: &Inside<'_>,
         iova: u64,
         access: Permissions,
-        op: impl Fn(&VolatileSlice<'_, DirtySlice<'_>>) -> vm_memory::VolatileMemoryResult<R>,
+        op: impl FnOnce(&VolatileSlice<'_, DirtySlice<'_>>) -> vm_memory::VolatileMemoryResult<R>,
     ) -> Result<R> {
         let size = size_of::<T>();
         let misaligned = || Error::Misaligned {
@@ -114,25 +153,93 @@ impl Space {
         if size == 0 || iova % size as u64 != 0 {
             return Err(misaligned());
         }
-        let mut result = None;
-        self.for_each_chunk(iova, size, access, |slice, _| result = op(&slice).ok())?;
-        result.ok_or_else(misaligned)
+        let (mapping, n) = self.first_chunk(inside, iova, size, access)?;
+        op(&mapping.slice(iova, n)).map_err(|_| misaligned())
     }
 
-    /// Runs `op` on each chunk of the range with the bytes done before it. The table stays locked
-    /// for reading meanwhile, so `op` must not call out of this crate.
-    fn for_each_chunk(
+    /// The mapping that `len` bytes from `iova` begin in, and how many of them lie in it.
+    pub(crate) fn first_chunk<'a>(
         &self,
+        inside: &'a Inside<'_>,
         iova: u64,
         len: usize,
         access: Permissions,
-        mut op: impl FnMut(VolatileSlice<'_, DirtySlice<'_>>, usize),
+    ) -> Result<(&'a Mapping, usize)> {
+        let range = IovaRange::new(iova, len as u64)?;
+        let mapping = self.usable(inside, iova, access, 0)?;
+        let end = mapping.range.last.min(range.last);
+        Ok((mapping, (end - iova) as usize + 1))
+    }
+
+    /// Visits the mappings that `len` bytes from `iova` touch, in order, as
+    /// `(mapping, address, bytes of it, bytes before it)`.
+    ///
+    /// A chunk is the rest of a mapping, never a page. The first address that cannot be accessed
+    /// ends the walk with an error that says how many bytes came before.
+    #[inline]
+    pub(crate) fn for_each_chunk(
+        &self,
+        inside: &Inside<'_>,
+        iova: u64,
+        len: usize,
+        access: Permissions,
+        mut op: impl FnMut(&Mapping, u64, usize, usize),
     ) -> Result<()> {
-        read(&self.table)
-            .walk(iova, len, access, |mapping, at, n, completed| {
-                op(mapping.slice(at, n), completed);
-                ControlFlow::<()>::Continue(())
-            })
-            .map(|_| ())
+        if len == 0 {
+            return Ok(());
+        }
+        let last = match iova.checked_add(len as u64 - 1) {
+            Some(last) => last,
+            None => {
+                let size = len as u64;
+                return Err(Error::Overflow { iova, size });
+            }
+        };
+        let mut at = iova;
+        let mut done = 0;
+        loop {
+            let mapping = self.usable(inside, at, access, done)?;
+            let end = mapping.range.last.min(last);
+            let n = (end - at) as usize + 1;
+            op(mapping, at, n, done);
+            if end == last {
+                return Ok(());
+            }
+            done += n;
+            at = end + 1;
+        }
+    }
+
+    #[inline]
+    fn usable<'a>(
+        &self,
+        inside: &'a Inside<'_>,
+        iova: u64,
+        access: Permissions,
+        completed: usize,
+    ) -> Result<&'a Mapping> {
+        match self.table.find(iova, inside) {
+            Some(mapping) if mapping.permits(access) => Ok(mapping),
+            Some(mapping) => Err(Error::Permission {
+                iova,
+                access,
+                allowed: mapping.prot,
+                completed,
+            }),
+            None => Err(self.unusable(iova, completed)),
+        }
+    }
+
+    /// Why nothing was found at an address.
+    #[cold]
+    fn unusable(&self, iova: u64, completed: usize) -> Error {
+        let at = IovaRange {
+            first: iova,
+            last: iova,
+        };
+        match lock(&self.writer).leaving_in(at) {
+            Some(_) => Error::Revoked { iova, completed },
+            None => Error::NotMapped { iova, completed },
+        }
     }
 }

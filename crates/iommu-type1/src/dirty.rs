@@ -19,13 +19,22 @@ pub struct Dirty(());
 /// The part of a region's bitmap that belongs to one slice.
 #[derive(Clone, Copy)]
 pub struct DirtySlice<'a> {
-    region: &'a dyn Region,
+    /// `None` where nobody tracks.
+    region: Option<&'a dyn Region>,
     offset: usize,
 }
 
 impl<'a> DirtySlice<'a> {
+    pub(crate) const NONE: DirtySlice<'static> = DirtySlice {
+        region: None,
+        offset: 0,
+    };
+
     pub(crate) fn new(region: &'a dyn Region, offset: usize) -> Self {
-        DirtySlice { region, offset }
+        DirtySlice {
+            region: Some(region),
+            offset,
+        }
     }
 }
 
@@ -48,8 +57,8 @@ impl Bitmap for Dirty {
         false
     }
 
-    fn slice_at(&self, offset: usize) -> DirtySlice<'_> {
-        DirtySlice::new(&(), offset)
+    fn slice_at(&self, _offset: usize) -> DirtySlice<'_> {
+        DirtySlice::NONE
     }
 }
 
@@ -61,13 +70,15 @@ impl BitmapSlice for DirtySlice<'_> {}
 
 impl Bitmap for DirtySlice<'_> {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        // Offsets come from slices inside the region, so the sum cannot wrap.
-        self.region
-            .mark_dirty(self.offset.wrapping_add(offset), len);
+        if let Some(region) = self.region {
+            // Offsets come from slices inside the region, so the sum cannot wrap.
+            region.mark_dirty(self.offset.wrapping_add(offset), len);
+        }
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.region.dirty_at(self.offset.wrapping_add(offset))
+        self.region
+            .is_some_and(|region| region.dirty_at(self.offset.wrapping_add(offset)))
     }
 
     fn slice_at(&self, offset: usize) -> Self {

@@ -74,8 +74,13 @@ pub enum Error {
     #[error("no memory region at guest physical address {0:#x}")]
     NoRegion(u64),
     /// Memory could not be mapped into this process.
-    #[error("memory for a mapping: {0}")]
-    Mmap(#[from] MmapRegionError),
+    #[error("{len:#x} bytes of memory: {source}")]
+    Mmap {
+        /// Bytes asked for.
+        len: usize,
+        /// What vm-memory says.
+        source: MmapRegionError,
+    },
     /// The range overlaps a mapping.
     #[error(
         "{size:#x} bytes at {iova:#x} overlap the mapping of {mapped_size:#x} bytes at {mapped:#x}"
@@ -96,6 +101,14 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
+    /// The table of mappings takes as much memory as it may.
+    #[error("the table of mappings takes {bytes:#x} bytes, the limit is {limit:#x}")]
+    TableLimit {
+        /// Bytes of the table's nodes.
+        bytes: usize,
+        /// Most bytes they may take.
+        limit: usize,
+    },
     /// An unmap that would leave a part of a mapping.
     #[error("unmapping {size:#x} bytes at {iova:#x} would cut the mapping of {mapped_size:#x} bytes at {mapped:#x}")]
     Bisect {
@@ -108,10 +121,26 @@ pub enum Error {
         /// Its size in bytes.
         mapped_size: u64,
     },
-    /// The range is being unmapped, or an earlier unmap of it has not finished.
-    #[error("{iova:#x} is being unmapped ({completed} bytes were done)")]
+    /// A map or unmap of a range whose addresses another unmap has not given back yet: it is running,
+    /// or has ended at its deadline ([`Error::Deadline`]) and waits to be tried again.
+    #[error(
+        "{size:#x} bytes at {iova:#x} overlap the mapping of {mapped_size:#x} bytes at {mapped:#x}, whose unmap has not finished"
+    )]
+    Unmapping {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Start of the mapping in the way.
+        mapped: u64,
+        /// Its size in bytes.
+        mapped_size: u64,
+    },
+    /// An access to a mapping that is being unmapped, or whose unmap has ended at its deadline and
+    /// waits to be tried again.
+    #[error("{iova:#x} is revoked, its unmap has not finished ({completed} bytes were done)")]
     Revoked {
-        /// First address concerned.
+        /// The address.
         iova: u64,
         /// Bytes done before.
         completed: usize,
@@ -187,13 +216,13 @@ impl Error {
             Error::BackingProtection { .. } | Error::BackingRange { .. } | Error::NoRegion(_) => {
                 libc::EFAULT
             }
-            Error::Mmap(MmapRegionError::Mmap(error)) => {
-                error.raw_os_error().unwrap_or(libc::ENOMEM)
-            }
-            Error::Mmap(_) => libc::EINVAL,
+            Error::Mmap { source, .. } => match source {
+                MmapRegionError::Mmap(error) => error.raw_os_error().unwrap_or(libc::ENOMEM),
+                _ => libc::EINVAL,
+            },
             Error::Overlap { .. } => libc::EEXIST,
-            Error::EntryLimit { .. } => libc::ENOSPC,
-            Error::Revoked { .. } => libc::EBUSY,
+            Error::EntryLimit { .. } | Error::TableLimit { .. } => libc::ENOSPC,
+            Error::Unmapping { .. } | Error::Revoked { .. } => libc::EBUSY,
             Error::Permission { .. } => libc::EPERM,
             Error::Deadline { .. } | Error::InsideAccess { .. } => libc::EDEADLK,
             Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),

@@ -3,10 +3,9 @@
 
 //! vm-memory's traits: whatever takes guest memory takes an IO address space.
 
-use std::cell::RefCell;
 use std::fmt;
 use std::iter::FusedIterator;
-use std::ops::{ControlFlow, Deref};
+use std::ops::Deref;
 use std::sync::Arc;
 
 use vm_memory::guest_memory::GuestMemorySliceIterator;
@@ -18,7 +17,6 @@ use vm_memory::{
 use crate::dirty::{Dirty, DirtySlice};
 use crate::lease::LeaseSet;
 use crate::mapping::Mapping;
-use crate::sync::read;
 use crate::{Error, IoAddressSpace};
 
 impl GuestAddressSpace for IoAddressSpace {
@@ -29,7 +27,7 @@ impl GuestAddressSpace for IoAddressSpace {
     fn memory(&self) -> DmaGuard {
         DmaGuard {
             memory: DmaMemory {
-                leases: RefCell::new(LeaseSet::new(self.view.clone())),
+                leases: LeaseSet::new(self.view.clone()),
             },
         }
     }
@@ -75,7 +73,7 @@ impl Deref for DmaGuard {
 
 impl Clone for DmaGuard {
     fn clone(&self) -> Self {
-        let view = self.memory.leases.borrow().view().clone();
+        let view = self.memory.leases.view().clone();
         IoAddressSpace { view }.memory()
     }
 }
@@ -85,21 +83,21 @@ impl Clone for DmaGuard {
 /// A slice lent for [`Permissions::Read`] must only be read: the memory behind it may be mapped
 /// read-only in this process.
 pub struct DmaMemory {
-    leases: RefCell<LeaseSet>,
+    leases: LeaseSet,
 }
 
 impl DmaMemory {
     /// The space it belongs to.
     pub fn space(&self) -> IoAddressSpace {
         IoAddressSpace {
-            view: self.leases.borrow().view().clone(),
+            view: self.leases.view().clone(),
         }
     }
 }
 
 impl fmt::Debug for DmaMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.leases.borrow().fmt(f)
+        self.leases.fmt(f)
     }
 }
 
@@ -108,13 +106,12 @@ impl GuestMemory for DmaMemory {
     type Bitmap = Dirty;
 
     fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
-        let leases = self.leases.borrow();
-        let table = read(&leases.view().space.table);
-        table
-            .walk(addr.0, count, access, |_, _, _, _| {
-                ControlFlow::<()>::Continue(())
-            })
-            .is_ok()
+        let space = &self.leases.view().space;
+        space.grace.enter_shared(|inside| {
+            space
+                .for_each_chunk(inside, addr.0, count, access, |_, _, _, _| ())
+                .is_ok()
+        })
     }
 
     fn get_slices<'a>(
@@ -149,13 +146,13 @@ pub struct DmaSlices<'a> {
 
 impl<'a> DmaSlices<'a> {
     fn lend(&mut self) -> crate::Result<VolatileSlice<'a, DirtySlice<'a>>> {
-        let mut leases = self.memory.leases.borrow_mut();
-        let (mapping, len) = leases
+        let (mapping, len) = self
+            .memory
+            .leases
             .lease(self.iova, self.left, self.access)
             .map_err(|error| error.after(self.completed))?;
-        // SAFETY: the lease set of `self.memory`, borrowed for `'a`, has just been given a reference
-        // to this very mapping (a leased mapping stays in the table, so no other takes its place)
-        // and gives none back before it is dropped itself, which it cannot be during `'a`.
+        // SAFETY: the lease set of `self.memory`, borrowed for `'a`, has a reference to the
+        // mapping and gives none back before it is dropped itself, which it cannot be during `'a`.
         let mapping: &'a Mapping = unsafe { &*Arc::as_ptr(&mapping) };
         Ok(mapping.slice(self.iova, len))
     }

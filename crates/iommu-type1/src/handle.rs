@@ -4,11 +4,14 @@
 //! The handle: one per user of the memory.
 
 use std::cell::Cell;
+use std::fmt;
 use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 use vm_memory::{AtomicAccess, Bytes, GuestAddress, ReadVolatile, WriteVolatile};
 
+use crate::grace::Slot;
 use crate::lease::LeaseSet;
 use crate::{stream, Error, IoAddressSpace, Result, Transfer};
 
@@ -29,10 +32,10 @@ use crate::{stream, Error, IoAddressSpace, Result, Transfer};
 /// assert_eq!(handle.load::<u16>(GuestAddress(0x12), Ordering::Acquire)?, 0x1234);
 /// # Ok::<(), iommu_type1::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct DmaHandle {
     space: IoAddressSpace,
-    /// A handle belongs to one user at a time: `Send`, not `Sync`.
+    slot: Arc<Slot>,
+    /// The slot has one user, who runs one access at a time: `Send`, not `Sync`.
     _one_user: PhantomData<Cell<()>>,
 }
 
@@ -41,6 +44,7 @@ impl IoAddressSpace {
     pub fn handle(&self) -> DmaHandle {
         DmaHandle {
             space: self.clone(),
+            slot: self.view.space.grace.register(),
             _one_user: PhantomData,
         }
     }
@@ -53,7 +57,8 @@ impl DmaHandle {
     ///
     /// As [`IoAddressSpace::read`].
     pub fn read(&self, iova: u64, buf: &mut [u8]) -> Result<()> {
-        self.space.view.space.read(iova, buf)
+        let inside = self.slot.enter();
+        self.space.view.space.read(&inside, iova, buf)
     }
 
     /// Writes `buf` from `iova` on; an empty buffer succeeds.
@@ -62,7 +67,8 @@ impl DmaHandle {
     ///
     /// As [`IoAddressSpace::write`].
     pub fn write(&self, iova: u64, buf: &[u8]) -> Result<()> {
-        self.space.view.space.write(iova, buf)
+        let inside = self.slot.enter();
+        self.space.view.space.write(&inside, iova, buf)
     }
 
     /// The kernel's `vfio_dma_rw`: an empty transfer is refused.
@@ -71,7 +77,8 @@ impl DmaHandle {
     ///
     /// As [`IoAddressSpace::dma_rw`].
     pub fn dma_rw(&self, iova: u64, transfer: Transfer<'_>) -> Result<()> {
-        self.space.view.space.dma_rw(iova, transfer)
+        let inside = self.slot.enter();
+        self.space.view.space.dma_rw(&inside, iova, transfer)
     }
 
     /// The space it belongs to.
@@ -81,6 +88,20 @@ impl DmaHandle {
 
     fn leases(&self) -> LeaseSet {
         LeaseSet::new(self.space.view.clone())
+    }
+}
+
+impl fmt::Debug for DmaHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmaHandle")
+            .field("space", &self.space)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for DmaHandle {
+    fn drop(&mut self) {
+        self.space.view.space.grace.unregister(&self.slot);
     }
 }
 
@@ -129,7 +150,7 @@ impl Bytes<GuestAddress> for DmaHandle {
     where
         F: ReadVolatile,
     {
-        stream::fill(&mut self.leases(), addr.0, src, count)
+        stream::fill(&self.leases(), addr.0, src, count)
     }
 
     fn read_exact_volatile_from<F>(
@@ -148,7 +169,7 @@ impl Bytes<GuestAddress> for DmaHandle {
     where
         F: WriteVolatile,
     {
-        stream::drain(&mut self.leases(), addr.0, dst, count)
+        stream::drain(&self.leases(), addr.0, dst, count)
     }
 
     fn write_all_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<()>
@@ -159,10 +180,12 @@ impl Bytes<GuestAddress> for DmaHandle {
     }
 
     fn store<T: AtomicAccess>(&self, val: T, addr: GuestAddress, order: Ordering) -> Result<()> {
-        self.space.view.space.store(val, addr.0, order)
+        let inside = self.slot.enter();
+        self.space.view.space.store(&inside, val, addr.0, order)
     }
 
     fn load<T: AtomicAccess>(&self, addr: GuestAddress, order: Ordering) -> Result<T> {
-        self.space.view.space.load(addr.0, order)
+        let inside = self.slot.enter();
+        self.space.view.space.load(&inside, addr.0, order)
     }
 }

@@ -14,6 +14,9 @@ pub enum HolderKind {
     Pin,
     /// Slices that left the call: of a guard, a scatter list or a running stream.
     Lease,
+    /// An access that has been running since the unmap began: a copy that is very long, or whose
+    /// thread does not get the processor.
+    Access,
 }
 
 /// Somebody who holds memory in a range that is to be unmapped.
@@ -37,10 +40,11 @@ impl fmt::Display for Holder {
         let verb = match self.kind {
             HolderKind::Pin => "pins",
             HolderKind::Lease => "leases",
+            HolderKind::Access => "uses",
         };
         write!(
             f,
-            "{} {verb} {:#x} bytes at {:#x} since {:?}",
+            "{} {verb} {:#x} bytes at {:#x} for {:.1?} now",
             self.name, self.size, self.iova, self.age
         )
     }

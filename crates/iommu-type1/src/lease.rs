@@ -2,113 +2,141 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Leases: what keeps an unmap waiting while slices of a mapping are outside of a call.
+//!
+//! A mapping counts its leases; that is what an unmap waits on. Who has them is looked up only when
+//! it waited in vain.
 
-use std::collections::btree_map::{BTreeMap, Entry};
 use std::fmt;
-use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use vm_memory::Permissions;
 
 use crate::holder::HolderKind;
 use crate::mapping::Mapping;
-use crate::range::IovaRange;
 use crate::space::View;
-use crate::sync::{lock, read, wait_until, Condvar, Mutex};
-use crate::{Error, Holder, Result};
+use crate::sync::{fence, lock, wait_until, AtomicUsize, Condvar, Mutex, Ordering};
+use crate::table::Table;
+use crate::{Holder, Result};
 
-/// Every lease of a space, ordered by the address of its mapping.
-#[derive(Default)]
+/// Every holder of leases in a space, and those who wait for them.
 pub(crate) struct Ledger {
-    state: Mutex<LedgerState>,
-    released: Condvar,
+    records: Mutex<Vec<Arc<Record>>>,
+    /// How many unmaps wait, so that whoever returns a lease need not look further when none does.
+    waiting: AtomicUsize,
+    gate: Mutex<()>,
+    returned: Condvar,
 }
 
-#[derive(Default)]
-struct LedgerState {
-    next_id: u64,
-    leases: BTreeMap<LeaseKey, Record>,
-}
-
-/// Unique while the lease lives: its mapping stays in the table that long.
-type LeaseKey = (u64, u64);
-
+/// The leases of one holder.
 struct Record {
-    name: String,
-    size: u64,
+    view: Arc<View>,
     since: Instant,
+    /// At most once each; kept until the holder is dropped.
+    held: Mutex<Vec<Arc<Mapping>>>,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Ledger {
+            records: Mutex::new(Vec::new()),
+            waiting: AtomicUsize::new(0),
+            gate: Mutex::new(()),
+            returned: Condvar::new(),
+        }
+    }
 }
 
 impl Ledger {
-    /// Waits until nothing in `range` is leased; returns who still leases at the deadline.
-    pub(crate) fn wait_released(&self, range: IovaRange, deadline: Instant) -> Vec<Holder> {
-        let keys = (range.first, 0)..=(range.last, u64::MAX);
-        let mut state = lock(&self.state);
-        while state.leases.range(keys.clone()).next().is_some() {
-            match wait_until(&self.released, state, deadline) {
-                Some(guard) => state = guard,
-                None => {
-                    state = lock(&self.state);
-                    break;
-                }
+    /// Waits until nobody leases the mapping; returns who still does at the deadline.
+    ///
+    /// The mapping is out of the table and a grace period has passed: no lease can be added.
+    pub(crate) fn wait_released(&self, mapping: &Mapping, deadline: Instant) -> Vec<Holder> {
+        if mapping.leases.load(Ordering::Acquire) == 0 {
+            return Vec::new();
+        }
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        order_for_model();
+        let mut gate = lock(&self.gate);
+        while mapping.leases.load(Ordering::SeqCst) != 0 {
+            match wait_until(&self.returned, gate, deadline) {
+                Some(guard) => gate = guard,
+                None => break,
             }
         }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        if mapping.leases.load(Ordering::Acquire) == 0 {
+            return Vec::new();
+        }
+        self.holders(mapping)
+    }
+
+    fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
         let now = Instant::now();
-        state
-            .leases
-            .range(keys)
-            .map(|((iova, _), record)| Holder {
+        let has_it = |record: &&Arc<Record>| {
+            let held = lock(&record.held);
+            held.iter().any(|other| std::ptr::eq(&**other, mapping))
+        };
+        lock(&self.records)
+            .iter()
+            .filter(has_it)
+            .map(|record| Holder {
                 kind: HolderKind::Lease,
-                name: record.name.clone(),
-                iova: *iova,
-                size: record.size,
+                name: record.view.name.clone(),
+                iova: mapping.range.first,
+                size: mapping.range.size(),
                 age: now.saturating_duration_since(record.since),
             })
             .collect()
     }
 
-    fn add(&self, mapping: &Mapping, name: &str) -> LeaseKey {
-        let mut state = lock(&self.state);
-        let key = (mapping.range.first, state.next_id);
-        state.next_id += 1;
-        state.leases.insert(
-            key,
-            Record {
-                name: name.to_owned(),
-                size: mapping.range.size(),
-                since: Instant::now(),
-            },
-        );
-        key
+    fn enrol(&self, view: &Arc<View>) -> Arc<Record> {
+        let record = Arc::new(Record {
+            view: view.clone(),
+            since: Instant::now(),
+            held: Mutex::new(Vec::new()),
+        });
+        lock(&self.records).push(record.clone());
+        record
     }
 
-    fn release(&self, keys: impl Iterator<Item = LeaseKey>) {
-        let mut state = lock(&self.state);
-        for key in keys {
-            state.leases.remove(&key);
+    fn give_back(&self, record: &Arc<Record>) {
+        for mapping in lock(&record.held).drain(..) {
+            mapping.leases.fetch_sub(1, Ordering::SeqCst);
         }
-        self.released.notify_all();
+        let mut records = lock(&self.records);
+        if let Some(at) = records.iter().position(|other| Arc::ptr_eq(other, record)) {
+            records.swap_remove(at);
+        }
+        drop(records);
+        order_for_model();
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            // Whoever has looked at the count but does not sleep yet has the gate.
+            drop(lock(&self.gate));
+            self.returned.notify_all();
+        }
+    }
+}
+
+/// Loom takes sequentially consistent operations for acquire and release ones, but knows fences.
+fn order_for_model() {
+    if cfg!(loom) {
+        fence(Ordering::SeqCst);
     }
 }
 
 /// The leases of one holder, at most one a mapping; dropping it returns them.
 pub(crate) struct LeaseSet {
     view: Arc<View>,
-    leases: BTreeMap<u64, Lease>,
-}
-
-struct Lease {
-    key: LeaseKey,
-    /// Keeps the memory mapped, also past the deadline of an unmap.
-    _mapping: Arc<Mapping>,
+    /// Made with the first lease: a guard that lends nothing costs nothing.
+    record: OnceLock<Arc<Record>>,
 }
 
 impl LeaseSet {
     pub(crate) fn new(view: Arc<View>) -> Self {
         LeaseSet {
             view,
-            leases: BTreeMap::new(),
+            record: OnceLock::new(),
         }
     }
 
@@ -119,38 +147,49 @@ impl LeaseSet {
     /// Leases the mapping that contains `iova`; returns it and how many of `len` bytes, at least
     /// one, lie in it.
     pub(crate) fn lease(
-        &mut self,
+        &self,
         iova: u64,
         len: usize,
         access: Permissions,
     ) -> Result<(Arc<Mapping>, usize)> {
-        let space = self.view.space.clone();
-        // Held until the lease is taken: see the invariant of `Space`.
-        let table = read(&space.table);
-        let first = table.walk(iova, len, access, |mapping, _, n, _| {
-            ControlFlow::Break((mapping.clone(), n))
-        })?;
-        let (mapping, n) = first.ok_or(Error::Empty { iova })?;
-        self.take(&mapping);
-        Ok((mapping, n))
+        let space = &self.view.space;
+        space.grace.enter_shared(|inside| {
+            let (mapping, n) = space.first_chunk(inside, iova, len, access)?;
+            Ok((self.take(mapping), n))
+        })
     }
 
-    /// Leases a mapping that was found live under the table's lock, which is still held.
-    pub(crate) fn take(&mut self, mapping: &Arc<Mapping>) {
-        if let Entry::Vacant(vacant) = self.leases.entry(mapping.range.first) {
-            vacant.insert(Lease {
-                key: self.view.space.leases.add(mapping, &self.view.name),
-                _mapping: mapping.clone(),
-            });
+    /// Leases a mapping that a running access has found.
+    pub(crate) fn take(&self, mapping: &Mapping) -> Arc<Mapping> {
+        let record = self
+            .record
+            .get_or_init(|| self.view.space.leases.enrol(&self.view));
+        let mut held = lock(&record.held);
+        // The newest first: a request keeps to one mapping for a while.
+        let known = held
+            .iter()
+            .rev()
+            .find(|other| std::ptr::eq(&***other, mapping));
+        if let Some(known) = known {
+            return known.clone();
         }
+        mapping.leases.fetch_add(1, Ordering::Relaxed);
+        let shared = Table::share(mapping);
+        held.push(shared.clone());
+        shared
+    }
+
+    fn len(&self) -> usize {
+        self.record
+            .get()
+            .map_or(0, |record| lock(&record.held).len())
     }
 }
 
 impl Drop for LeaseSet {
     fn drop(&mut self) {
-        if !self.leases.is_empty() {
-            let keys = self.leases.values().map(|lease| lease.key);
-            self.view.space.leases.release(keys);
+        if let Some(record) = self.record.get() {
+            self.view.space.leases.give_back(record);
         }
     }
 }
@@ -159,7 +198,7 @@ impl fmt::Debug for LeaseSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LeaseSet")
             .field("view", &self.view)
-            .field("mappings", &self.leases.len())
+            .field("mappings", &self.len())
             .finish()
     }
 }

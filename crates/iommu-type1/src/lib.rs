@@ -63,9 +63,10 @@
 //!
 //! # Implementation notes
 //!
-//! Lookups and accesses share a reader-writer lock: a running inline access holds it for reading,
-//! an unmap takes it for writing once to make the range inaccessible. No lock is held while
-//! somebody is told of an unmap or waited for.
+//! An access takes no lock and no reference count: it announces itself in a slot of its own (a
+//! handle has one, the shared path tries for one), looks the address up in a radix table, and copies.
+//! An unmap takes the mapping out of the table, then waits for the slots whose accesses were running.
+//! What it took out is freed after that.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for Linux only");
@@ -74,6 +75,7 @@ mod access;
 mod backing;
 mod dirty;
 mod error;
+mod grace;
 mod guest_memory;
 mod handle;
 mod holder;
@@ -88,6 +90,7 @@ mod stream;
 mod sync;
 mod table;
 mod unmap;
+mod writer;
 
 #[cfg(all(test, loom))]
 mod model;
@@ -103,5 +106,7 @@ pub use page_pin::{Interest, PinPages, UnmapNotice};
 pub use pin::{PinnedPages, Pinner};
 pub use range::page_size;
 pub use sg::ScatterList;
-pub use space::{IoAddressSpace, IoAddressSpaceBuilder, DMA_ENTRY_LIMIT, UNMAP_DEADLINE};
+pub use space::{
+    IoAddressSpace, IoAddressSpaceBuilder, DMA_ENTRY_LIMIT, TABLE_LIMIT, UNMAP_DEADLINE,
+};
 pub use unmap::{UnmapOptions, UnmapPolicy};

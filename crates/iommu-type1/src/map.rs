@@ -3,12 +3,14 @@
 
 //! Adding mappings: the checks of `VFIO_IOMMU_MAP_DMA`, in its order.
 
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
 use vm_memory::Permissions;
 
 use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
-use crate::sync::write;
-use crate::table::State;
+use crate::sync::lock;
 use crate::{Backing, Error, IoAddressSpace, Result};
 
 impl IoAddressSpace {
@@ -22,8 +24,9 @@ impl IoAddressSpace {
     /// In this order, as Linux 6.18 and later check:
     /// [`Error::Empty`] (EINVAL), [`Error::Overflow`] (EOVERFLOW), [`Error::NoPermissions`]
     /// (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
-    /// [`Error::BackingProtection`] (EFAULT), [`Error::Overlap`] (EEXIST) or [`Error::Revoked`]
-    /// (EBUSY) where the mapping in the way is being unmapped, [`Error::EntryLimit`] (ENOSPC).
+    /// [`Error::BackingProtection`] (EFAULT), [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`]
+    /// (EBUSY) where the mapping in the way is being unmapped, [`Error::EntryLimit`] or
+    /// [`Error::TableLimit`] (ENOSPC).
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
         let size = backing.len() as u64;
         let range = IovaRange::new(iova, size)?;
@@ -42,32 +45,41 @@ impl IoAddressSpace {
         }
 
         let space = &self.view.space;
-        let mut table = write(&space.table);
-        if let Some(entry) = table.first_overlap(range) {
-            let mapped = entry.mapping.range;
-            return Err(match entry.state {
-                State::Live => Error::Overlap {
-                    iova,
-                    size,
-                    mapped: mapped.first,
-                    mapped_size: mapped.size(),
-                },
-                State::Revoking | State::Revoked => Error::Revoked {
-                    iova: mapped.first,
-                    completed: 0,
-                },
+        let mut writer = lock(&space.writer);
+        if let Some(leaving) = writer.leaving_in(range) {
+            let mapped = leaving.mapping.range;
+            return Err(Error::Unmapping {
+                iova,
+                size,
+                mapped: mapped.first,
+                mapped_size: mapped.size(),
             });
         }
-        if table.len() >= space.entry_limit {
+        let in_the_way = space
+            .table
+            .visit(range, |mapping| ControlFlow::Break(mapping.range));
+        if let Some(mapped) = in_the_way {
+            return Err(Error::Overlap {
+                iova,
+                size,
+                mapped: mapped.first,
+                mapped_size: mapped.size(),
+            });
+        }
+        if writer.len() >= space.entry_limit {
             return Err(Error::EntryLimit {
                 limit: space.entry_limit,
             });
         }
-        table.insert(Mapping {
-            range,
-            prot,
-            backing,
-        });
+        let bytes = writer.table_bytes();
+        if bytes >= space.table_limit {
+            return Err(Error::TableLimit {
+                bytes,
+                limit: space.table_limit,
+            });
+        }
+        let mapping = Mapping::new(range, prot, backing);
+        writer.publish(&space.table, Arc::new(mapping));
         Ok(())
     }
 }

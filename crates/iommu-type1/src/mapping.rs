@@ -7,6 +7,7 @@ use vm_memory::{Permissions, VolatileSlice};
 
 use crate::dirty::DirtySlice;
 use crate::range::IovaRange;
+use crate::sync::AtomicUsize;
 use crate::Backing;
 
 /// # Invariants
@@ -17,16 +18,29 @@ pub(crate) struct Mapping {
     pub(crate) range: IovaRange,
     pub(crate) prot: Permissions,
     pub(crate) backing: Backing,
+    /// How many have slices of it outside of a call.
+    pub(crate) leases: AtomicUsize,
 }
 
 impl Mapping {
+    pub(crate) fn new(range: IovaRange, prot: Permissions, backing: Backing) -> Self {
+        Mapping {
+            range,
+            prot,
+            backing,
+            leases: AtomicUsize::new(0),
+        }
+    }
+
     /// The memory from `iova` to the end of the mapping, at most `len` bytes of it.
+    #[inline]
     pub(crate) fn slice(&self, iova: u64, len: usize) -> VolatileSlice<'_, DirtySlice<'_>> {
         // A mapping is not larger than the address space of this process: offsets fit.
         self.backing.slice((iova - self.range.first) as usize, len)
     }
 
     /// The policy of type1: a write needs the read permission too.
+    #[inline]
     pub(crate) fn permits(&self, access: Permissions) -> bool {
         let needed = if access.has_write() {
             Permissions::ReadWrite

@@ -39,6 +39,10 @@ unsafe impl Region for Watched {
         Permissions::ReadWrite
     }
 
+    fn tracks(&self) -> bool {
+        true
+    }
+
     fn mark_dirty(&self, _offset: usize, _len: usize) {
         assert!(
             !self.gone.load(Ordering::Relaxed),
@@ -68,7 +72,10 @@ fn patient() -> UnmapOptions {
 
 /// What a device model is told when it comes too late.
 fn is_refusal(error: &Error) -> bool {
-    matches!(error, Error::NotMapped { .. } | Error::Revoked { .. })
+    matches!(
+        error,
+        Error::NotMapped { .. } | Error::Revoked { .. } | Error::Unmapping { .. }
+    )
 }
 
 #[test]
@@ -87,6 +94,49 @@ fn an_inline_access_against_an_unmap() {
         );
         gone.store(true, Ordering::Relaxed);
         reader.join().unwrap();
+    });
+}
+
+/// Two pages need a node to be told apart; when one goes, so does the node, under the reader's feet.
+#[test]
+fn an_access_to_the_neighbour_of_an_unmap() {
+    loom::model(|| {
+        let (space, _) = space();
+        let backing = Backing::anonymous(page_size() as usize).unwrap();
+        space
+            .map(page_size(), backing, Permissions::ReadWrite)
+            .unwrap();
+        let handle = space.handle();
+        let reader = thread::spawn(move || handle.write(8, &[1]).unwrap());
+        space
+            .unmap_with(page_size(), page_size(), patient())
+            .unwrap();
+        reader.join().unwrap();
+    });
+}
+
+/// A second reader needs a slot while the first has the only shared one.
+#[test]
+fn two_shared_accesses_against_an_unmap() {
+    // Three threads: every interleaving with up to two preemptions.
+    let mut bounded = loom::model::Builder::new();
+    bounded.preemption_bound = Some(2);
+    bounded.check(|| {
+        let (space, gone) = space();
+        let other = space.clone();
+        let reader = thread::spawn(move || {
+            let refused = other.write(8, &[1]).err();
+            assert!(refused.as_ref().is_none_or(is_refusal));
+        });
+        let third = space.clone();
+        let second = thread::spawn(move || {
+            let refused = third.write(16, &[1]).err();
+            assert!(refused.as_ref().is_none_or(is_refusal));
+        });
+        space.unmap_with(0, page_size(), patient()).unwrap();
+        gone.store(true, Ordering::Relaxed);
+        reader.join().unwrap();
+        second.join().unwrap();
     });
 }
 

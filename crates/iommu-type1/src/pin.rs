@@ -4,7 +4,6 @@
 //! Pinned pages: memory somebody keeps using across calls, and is told about before it goes.
 
 use std::fmt;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use page_pin::{Access, Interest, PinGuard, PinPages, UnmapNotice};
@@ -14,7 +13,7 @@ use crate::dirty::DirtySlice;
 use crate::mapping::Mapping;
 use crate::range::page_size;
 use crate::space::View;
-use crate::sync::read;
+use crate::table::Table;
 use crate::{Error, IoAddressSpace, Result};
 
 /// A registered owner of pins in an [`IoAddressSpace`].
@@ -76,18 +75,18 @@ impl Pinner {
     pub fn pin_pages(&self, iova: u64, npages: usize, prot: Permissions) -> Result<PinnedPages> {
         let space = &self.view.space;
         space.pins.check(iova, npages)?;
-        // Held until the pins are made: see the invariant of `Space`.
-        let table = read(&space.table);
         let len = npages * page_size() as usize;
-        let mut mappings = Vec::new();
-        table.walk(iova, len, prot, |mapping, _, _, _| {
-            mappings.push(mapping.clone());
-            ControlFlow::<()>::Continue(())
-        })?;
-        Ok(PinnedPages {
-            guard: self.access.pin(iova, npages)?,
-            mappings,
-            view: self.view.clone(),
+        // The pins are made while the access runs: see the invariant of `Space`.
+        space.grace.enter_shared(|inside| {
+            let mut mappings = Vec::new();
+            space.for_each_chunk(inside, iova, len, prot, |mapping, _, _, _| {
+                mappings.push(Table::share(mapping));
+            })?;
+            Ok(PinnedPages {
+                guard: self.access.pin(iova, npages)?,
+                mappings,
+                view: self.view.clone(),
+            })
         })
     }
 

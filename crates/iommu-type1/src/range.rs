@@ -18,6 +18,17 @@ pub fn page_size() -> u64 {
     })
 }
 
+/// Bits of an address inside a page.
+#[inline]
+pub(crate) fn page_shift() -> u32 {
+    // Where the architecture has one page size only, look-ups need not load it.
+    if cfg!(target_arch = "x86_64") {
+        12
+    } else {
+        page_size().trailing_zeros()
+    }
+}
+
 /// A non-empty range `first..=last`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct IovaRange {

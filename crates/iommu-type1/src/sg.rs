@@ -4,7 +4,6 @@
 //! Owned scatter lists: memory of a range for as long as the list lives.
 
 use std::fmt;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use vm_memory::{Permissions, VolatileSlice};
@@ -12,7 +11,6 @@ use vm_memory::{Permissions, VolatileSlice};
 use crate::dirty::DirtySlice;
 use crate::lease::LeaseSet;
 use crate::mapping::Mapping;
-use crate::sync::read;
 use crate::{IoAddressSpace, Result};
 
 /// The memory of a range of IOVAs, one slice a mapping, owned by whoever has the list.
@@ -52,20 +50,18 @@ impl IoAddressSpace {
     ///
     /// As [`read`](IoAddressSpace::read); nothing is leased then. No bytes give an empty list.
     pub fn scatter(&self, iova: u64, len: usize, access: Permissions) -> Result<ScatterList> {
-        let mut leases = LeaseSet::new(self.view.clone());
+        let space = &self.view.space;
+        let leases = LeaseSet::new(self.view.clone());
         let mut segments = Vec::new();
-        {
-            let table = read(&self.view.space.table);
-            table.walk(iova, len, access, |mapping, at, n, _| {
-                leases.take(mapping);
+        space.grace.enter_shared(|inside| {
+            space.for_each_chunk(inside, iova, len, access, |mapping, iova, len, _| {
                 segments.push(Segment {
-                    mapping: mapping.clone(),
-                    iova: at,
-                    len: n,
+                    mapping: leases.take(mapping),
+                    iova,
+                    len,
                 });
-                ControlFlow::<()>::Continue(())
-            })?;
-        }
+            })
+        })?;
         Ok(ScatterList {
             segments,
             len,

@@ -10,15 +10,21 @@ use std::time::Duration;
 
 use page_pin::PinTable;
 
+use crate::grace::Grace;
 use crate::lease::Ledger;
 use crate::range::page_size;
-use crate::sync::{read, RwLock};
+use crate::sync::{lock, Mutex};
 use crate::table::Table;
+use crate::writer::Writer;
 use crate::{UnmapOptions, UnmapPolicy};
 
 /// How many mappings a space may have unless told otherwise: the kernel's `dma_entry_limit`, which
 /// keeps a guest from exhausting the host's memory with them (CVE-2019-3882).
 pub const DMA_ENTRY_LIMIT: usize = 65535;
+
+/// Memory the nodes of the table may take unless told otherwise. A guest that maps two pages in each
+/// of 30 000 places far from each other gets there; dense mappings take 8 bytes each.
+pub const TABLE_LIMIT: usize = 128 << 20;
 
 /// How long an unmap waits for holders unless told otherwise: below the 5 s after which QEMU gives
 /// up on a vfio-user server.
@@ -45,14 +51,17 @@ pub(crate) struct View {
 
 /// # Invariants
 ///
-/// A lease or a pin exists only on a mapping that is in `table`, and is only made under its read
-/// lock while that mapping is live. So under the write lock, after a mapping was made not live, the
-/// set of its leases and pins can only shrink.
+/// A lease or a pin is only made by a running access ([`crate::grace::Inside`]) on a mapping that it has found in
+/// `table`. So once a mapping was taken out of the table and a grace period has passed, the set of
+/// its leases and pins can only shrink.
 pub(crate) struct Space {
-    pub(crate) table: RwLock<Table>,
+    pub(crate) table: Table,
+    pub(crate) grace: Grace,
+    pub(crate) writer: Mutex<Writer>,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
     pub(crate) entry_limit: usize,
+    pub(crate) table_limit: usize,
     pub(crate) unmap: UnmapOptions,
 }
 
@@ -66,6 +75,7 @@ impl IoAddressSpace {
     pub fn builder() -> IoAddressSpaceBuilder {
         IoAddressSpaceBuilder {
             entry_limit: DMA_ENTRY_LIMIT,
+            table_limit: TABLE_LIMIT,
             unmap: UnmapOptions::new(),
         }
     }
@@ -94,7 +104,7 @@ impl IoAddressSpace {
 
     /// How many mappings there are, those included whose unmap has not finished.
     pub fn mappings(&self) -> usize {
-        read(&self.view.space.table).len()
+        lock(&self.view.space.writer).len()
     }
 
     /// How many mappings there may be.
@@ -129,7 +139,7 @@ impl fmt::Debug for View {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IoAddressSpace")
             .field("name", &self.name)
-            .field("mappings", &read(&self.space.table).len())
+            .field("mappings", &lock(&self.space.writer).len())
             .field("held", &self.owner.is_some())
             .finish()
     }
@@ -152,6 +162,7 @@ impl fmt::Debug for View {
 #[must_use]
 pub struct IoAddressSpaceBuilder {
     entry_limit: usize,
+    table_limit: usize,
     unmap: UnmapOptions,
 }
 
@@ -159,6 +170,12 @@ impl IoAddressSpaceBuilder {
     /// Most mappings at a time; [`DMA_ENTRY_LIMIT`] by default.
     pub fn entry_limit(mut self, limit: usize) -> Self {
         self.entry_limit = limit;
+        self
+    }
+
+    /// Most bytes that the nodes of the table take; [`TABLE_LIMIT`] by default.
+    pub fn table_limit(mut self, bytes: usize) -> Self {
+        self.table_limit = bytes;
         self
     }
 
@@ -180,10 +197,13 @@ impl IoAddressSpaceBuilder {
         IoAddressSpace {
             view: Arc::new(View {
                 space: Arc::new(Space {
-                    table: RwLock::new(Table::default()),
+                    table: Table::new(),
+                    grace: Grace::new(),
+                    writer: Mutex::new(Writer::default()),
                     leases: Ledger::default(),
                     pins: PinTable::new(page_size()),
                     entry_limit: self.entry_limit,
+                    table_limit: self.table_limit,
                     unmap: self.unmap,
                 }),
                 name: String::from("unnamed"),

@@ -30,7 +30,7 @@ pub(crate) fn is_inside(space: &Space) -> bool {
 
 /// From `src` into memory; returns the bytes moved, fewer than `count` where `src` ends.
 pub(crate) fn fill<F: ReadVolatile>(
-    leases: &mut LeaseSet,
+    leases: &LeaseSet,
     iova: u64,
     src: &mut F,
     count: usize,
@@ -45,7 +45,7 @@ pub(crate) fn fill<F: ReadVolatile>(
 
 /// From memory into `dst`; returns the bytes moved.
 pub(crate) fn drain<F: WriteVolatile>(
-    leases: &mut LeaseSet,
+    leases: &LeaseSet,
     iova: u64,
     dst: &mut F,
     count: usize,
@@ -56,7 +56,7 @@ pub(crate) fn drain<F: WriteVolatile>(
 }
 
 fn run(
-    leases: &mut LeaseSet,
+    leases: &LeaseSet,
     iova: u64,
     count: usize,
     access: Permissions,

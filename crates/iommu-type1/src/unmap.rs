@@ -3,12 +3,10 @@
 
 //! Removing mappings: Live, then Revoking, then gone; or, at the deadline, what the policy says.
 //!
-//! 1. Under the write lock the mappings are made inaccessible. Taking that lock waits for the
-//!    running inline accesses: it is the grace period.
-//! 2. With no lock held, those interested are told, then leases and pins in the range are waited
-//!    for.
-//! 3. Under the write lock again, what is free now is removed; its memory is released after the
-//!    lock.
+//! 1. Under the writer's lock the mappings are taken out of the table: no later access finds them.
+//! 2. With no lock held, the accesses that run are waited for (the grace period), those interested
+//!    are told, then leases and pins in the range are waited for.
+//! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,8 +16,8 @@ use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
 use crate::space::Space;
 use crate::stream;
-use crate::sync::write;
-use crate::table::State;
+use crate::sync::lock;
+use crate::table::Unlinked;
 use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
 /// What becomes of a mapping whose holders do not let go before the deadline of an unmap.
@@ -92,7 +90,7 @@ impl IoAddressSpace {
     ///
     /// In this order: [`Error::Misaligned`] or [`Error::Empty`] (EINVAL), [`Error::Overflow`]
     /// (EOVERFLOW), [`Error::InsideAccess`] (EDEADLK), [`Error::Bisect`] (EINVAL: type1 v2 cuts no
-    /// mapping), [`Error::Revoked`] (EBUSY: another unmap of it is running); nothing is removed by
+    /// mapping), [`Error::Unmapping`] (EBUSY: another unmap of it is running); nothing is removed by
     /// these. [`Error::Deadline`] (EDEADLK) says what was removed, and who holds the rest.
     pub fn unmap(&self, iova: u64, size: u64) -> Result<u64> {
         self.unmap_with(iova, size, self.view.space.unmap)
@@ -113,17 +111,22 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
-    /// [`Error::InsideAccess`], [`Error::Revoked`] and [`Error::Deadline`] as
+    /// [`Error::InsideAccess`], [`Error::Unmapping`] and [`Error::Deadline`] as
     /// [`unmap`](IoAddressSpace::unmap).
     pub fn unmap_all(&self) -> Result<u64> {
         self.unmap_range(IovaRange::ALL, self.view.space.unmap)
     }
 
     fn unmap_range(&self, range: IovaRange, options: UnmapOptions) -> Result<u64> {
-        let deadline = Instant::now().checked_add(options.deadline);
-        let revocation = Revocation::begin(&self.view.space, range, options.policy)?;
+        let begun = Instant::now();
+        // A deadline beyond the clock's range is no deadline; a day is as good.
+        let deadline = begun
+            .checked_add(options.deadline)
+            .unwrap_or_else(|| begun + Duration::from_secs(86_400));
+        let mut revocation = Revocation::begin(&self.view.space, range, options.policy, begun)?;
+        let graced = revocation.grace_period(deadline);
         revocation.tell();
-        revocation.finish(deadline)
+        revocation.finish(graced, deadline)
     }
 }
 
@@ -133,46 +136,70 @@ struct Revocation<'a> {
     space: &'a Space,
     mappings: Vec<Arc<Mapping>>,
     policy: UnmapPolicy,
+    /// What accesses that ran when it was taken out of the table may still see.
+    unlinked: Unlinked,
+    begun: Instant,
 }
 
 impl<'a> Revocation<'a> {
-    fn begin(space: &'a Space, range: IovaRange, policy: UnmapPolicy) -> Result<Self> {
+    fn begin(
+        space: &'a Space,
+        range: IovaRange,
+        policy: UnmapPolicy,
+        begun: Instant,
+    ) -> Result<Self> {
         if stream::is_inside(space) {
             return Err(Error::InsideAccess {
                 iova: range.first,
                 size: range.size(),
             });
         }
-        let mut table = write(&space.table);
-        if let Some(cut) = table.cut_by(range) {
+        let mut writer = lock(&space.writer);
+        if let Some(mapped) = writer.cut_by(&space.table, range) {
             return Err(Error::Bisect {
                 iova: range.first,
                 size: range.size(),
-                mapped: cut.range.first,
-                mapped_size: cut.range.size(),
+                mapped: mapped.first,
+                mapped_size: mapped.size(),
             });
         }
-        let running = table
-            .in_range_mut(range)
-            .find(|entry| entry.state == State::Revoking);
-        if let Some(entry) = running {
-            return Err(Error::Revoked {
-                iova: entry.mapping.range.first,
-                completed: 0,
+        if let Some(leaving) = writer.revoking_in(range) {
+            let mapped = leaving.mapping.range;
+            return Err(Error::Unmapping {
+                iova: range.first,
+                size: range.size(),
+                mapped: mapped.first,
+                mapped_size: mapped.size(),
             });
         }
-        let mappings = table
-            .in_range_mut(range)
-            .map(|entry| {
-                entry.state = State::Revoking;
-                entry.mapping.clone()
-            })
-            .collect();
+        let (mappings, mut unlinked) = writer.revoke(&space.table, range);
+        if !mappings.is_empty() {
+            // There will be a grace period; what is late can use it too.
+            unlinked.append(std::mem::take(&mut writer.late));
+        }
         Ok(Revocation {
             space,
             mappings,
             policy,
+            unlinked,
+            begun,
         })
+    }
+
+    /// Waits for the accesses that run; what no access can see any more is freed then.
+    fn grace_period(&mut self, deadline: Instant) -> bool {
+        if self.mappings.is_empty() {
+            return true;
+        }
+        let passed = self.space.grace.synchronize(deadline);
+        let unlinked = std::mem::take(&mut self.unlinked);
+        let mut writer = lock(&self.space.writer);
+        if passed {
+            writer.nodes -= unlinked.nodes();
+        } else {
+            writer.late.append(unlinked);
+        }
+        passed
     }
 
     fn tell(&self) {
@@ -182,20 +209,18 @@ impl<'a> Revocation<'a> {
         }
     }
 
-    fn finish(mut self, deadline: Option<Instant>) -> Result<u64> {
-        // A deadline beyond the clock's range is no deadline; a day is as good.
-        let deadline = deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(86_400));
+    fn finish(mut self, graced: bool, deadline: Instant) -> Result<u64> {
         let mut holders = Vec::new();
         let (held, free): (Vec<_>, Vec<_>) = std::mem::take(&mut self.mappings)
             .into_iter()
             .partition(|mapping| {
-                let found = self.wait_released(mapping.range, deadline);
+                let found = self.wait_released(mapping, graced, deadline);
                 let is_held = !found.is_empty();
                 holders.extend(found);
                 is_held
             });
         self.mappings = held;
-        let unmapped = self.remove(&free);
+        let unmapped = self.remove(free);
         if self.mappings.is_empty() {
             return Ok(unmapped);
         }
@@ -215,8 +240,19 @@ impl<'a> Revocation<'a> {
         })
     }
 
-    fn wait_released(&self, range: IovaRange, deadline: Instant) -> Vec<Holder> {
-        let mut holders = self.space.leases.wait_released(range, deadline);
+    /// Who still holds something of the mapping when the deadline has passed.
+    fn wait_released(&self, mapping: &Mapping, graced: bool, deadline: Instant) -> Vec<Holder> {
+        let range = mapping.range;
+        let mut holders = self.space.leases.wait_released(mapping, deadline);
+        if !graced {
+            holders.push(Holder {
+                kind: HolderKind::Access,
+                name: String::from("a running access"),
+                iova: range.first,
+                size: range.size(),
+                age: self.begun.elapsed(),
+            });
+        }
         let pins = self
             .space
             .pins
@@ -232,14 +268,14 @@ impl<'a> Revocation<'a> {
         holders
     }
 
-    fn remove(&self, free: &[Arc<Mapping>]) -> u64 {
-        let mut table = write(&self.space.table);
-        let removed: Vec<_> = free
+    fn remove(&self, free: Vec<Arc<Mapping>>) -> u64 {
+        let mut writer = lock(&self.space.writer);
+        let gone: Vec<_> = free
             .iter()
-            .filter_map(|mapping| table.remove(mapping.range.first))
+            .filter_map(|mapping| writer.forget(mapping))
             .collect();
-        drop(table);
-        removed.iter().map(|mapping| mapping.range.size()).sum()
+        drop(writer);
+        gone.iter().map(|gone| gone.mapping.range.size()).sum()
     }
 }
 
@@ -248,14 +284,16 @@ impl Drop for Revocation<'_> {
         if self.mappings.is_empty() {
             return;
         }
-        let state = match self.policy {
-            UnmapPolicy::Revoked => State::Revoked,
-            UnmapPolicy::Restore => State::Live,
-        };
-        let mut table = write(&self.space.table);
+        let mut writer = lock(&self.space.writer);
+        writer.late.append(std::mem::take(&mut self.unlinked));
         for mapping in &self.mappings {
-            for entry in table.in_range_mut(mapping.range) {
-                entry.state = state;
+            match self.policy {
+                UnmapPolicy::Revoked => writer.keep_revoked(mapping),
+                UnmapPolicy::Restore => {
+                    if let Some(leaving) = writer.forget(mapping) {
+                        writer.publish(&self.space.table, leaving.mapping);
+                    }
+                }
             }
         }
     }

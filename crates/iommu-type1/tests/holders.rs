@@ -20,8 +20,7 @@ static_assertions::assert_impl_all!(IoAddressSpace: Send, Sync, Clone);
 static_assertions::assert_impl_all!(Backing: Send, Sync, Clone);
 static_assertions::assert_impl_all!(DmaHandle: Send);
 static_assertions::assert_not_impl_any!(DmaHandle: Sync, Clone);
-static_assertions::assert_impl_all!(DmaGuard: Send, Clone);
-static_assertions::assert_not_impl_any!(DmaGuard: Sync);
+static_assertions::assert_impl_all!(DmaGuard: Send, Sync, Clone);
 static_assertions::assert_impl_all!(ScatterList: Send, Sync);
 static_assertions::assert_impl_all!(Pinner: Send, Sync, Clone);
 static_assertions::assert_impl_all!(PinnedPages: Send, Sync);
@@ -195,7 +194,7 @@ fn b11_a_holder_that_never_unpins_is_an_error_and_nothing_worse() {
     let pinned = stubborn.pin_pages(0, 2, Read).unwrap();
     let error = space.unmap_with(0, 16 * p, at_once()).unwrap_err();
     assert_eq!(error.errno(), libc::EDEADLK);
-    let start = format!("{:#x} bytes were unmapped, {:#x} bytes are still held: stubborn pins {:#x} bytes at 0x0 since ", 2 * p, 2 * p, 2 * p);
+    let start = format!("{:#x} bytes were unmapped, {:#x} bytes are still held: stubborn pins {:#x} bytes at 0x0 for ", 2 * p, 2 * p, 2 * p);
     assert!(error.to_string().starts_with(&start), "{error}");
     drop(pinned);
     assert_eq!(space.unmap(0, 16 * p).unwrap(), 2 * p);

@@ -221,6 +221,24 @@ fn the_entry_limit_counts_mappings_and_comes_after_the_overlap() {
 }
 
 #[test]
+fn the_table_is_bounded_against_mappings_far_apart() {
+    let p = page_size();
+    let space = IoAddressSpace::builder().table_limit(64 * 1024).build();
+    // Two neighbours in a place of their own take a node.
+    let far_apart = (0..1000).find_map(|i| {
+        let at = (i + 1) << 40;
+        let two = space
+            .map(at, pages(1), Read)
+            .and(space.map(at + p, pages(1), Read));
+        two.err()
+    });
+    assert_eq!(far_apart.unwrap().errno(), libc::ENOSPC);
+    space.unmap_all().unwrap();
+    space.map(0, pages(1), Read).unwrap();
+    space.map(p, pages(1), Read).unwrap();
+}
+
+#[test]
 fn a_mapping_allows_no_more_than_its_memory() {
     let p = page_size() as usize;
     let region = |prot| {

@@ -96,7 +96,7 @@ pub enum Error {
         devices: usize,
     },
     /// Pages are pinned only by those who can be told that they go.
-    #[error("pages cannot be pinned through group {group} before a notifier is registered")]
+    #[error("pages cannot be pinned through group {group} before ExternalUser::register_notifier")]
     NoNotifier {
         /// Id of the group.
         group: u32,

@@ -3,6 +3,7 @@
 
 //! The external user: DMA for whoever holds the group, without a look-up per access.
 
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use iommu_type1::{
@@ -48,7 +49,6 @@ use crate::{Device, Error, Group, GroupFile, Result};
 /// group.open()?;
 /// # Ok::<(), vfio_group::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct ExternalUser {
     // In order of their drop: pins left to the pinner go before the last user can.
     pinner: OnceLock<Pinner>,
@@ -64,7 +64,8 @@ impl ExternalUser {
     ///
     /// [`Error::NotAttached`] or [`Error::NoIommu`] (EINVAL).
     pub fn from_group(file: &GroupFile) -> Result<Self> {
-        ExternalUser::get(file.group())
+        let group = file.group();
+        ExternalUser::get(group, format!("group {}", group.id()))
     }
 
     /// The kernel's `vfio_group_get_external_user_from_dev`: for those who know the device only.
@@ -75,12 +76,13 @@ impl ExternalUser {
     /// [`from_group`](ExternalUser::from_group).
     pub fn from_device(device: &Device) -> Result<Self> {
         device.check_present()?;
-        ExternalUser::get(device.group())
+        ExternalUser::get(device.group(), device.name().to_owned())
     }
 
-    fn get(group: &Group) -> Result<Self> {
+    /// `name` is what an unmap that had to wait in vain calls those who hold memory through it.
+    fn get(group: &Group, name: String) -> Result<Self> {
         let (user, iommu) = ContainerUser::get(group)?;
-        Ok(ExternalUser::new(user, &iommu.space))
+        Ok(ExternalUser::new(user, &iommu.space.named(name)))
     }
 
     fn new(user: ContainerUser, space: &IoAddressSpace) -> Self {
@@ -249,6 +251,16 @@ fn check_not_empty(iova: u64, npages: usize) -> Result<()> {
         return Err(Error::Iommu(error.into()));
     }
     Ok(())
+}
+
+impl fmt::Debug for ExternalUser {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ExternalUser")
+            .field("group", &self.iommu_id())
+            .field("space", &self.space)
+            .field("notifier", &self.pinner.get().is_some())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Clone for ExternalUser {

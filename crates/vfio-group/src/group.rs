@@ -3,6 +3,7 @@
 
 //! The group: devices that can only be given away together, and its file.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use crate::{Container, Device, DeviceFile, Error, Result};
 /// assert_eq!(group.open().unwrap_err().errno(), libc::EBUSY);
 /// # Ok::<(), vfio_group::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Group {
     shared: Arc<SharedGroup>,
 }
@@ -106,6 +107,15 @@ impl Group {
 
     pub(crate) fn devices(&self) -> &Mutex<Devices> {
         &self.shared.devices
+    }
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Group")
+            .field("id", &self.id())
+            .field("container_users", &self.container_users())
+            .finish_non_exhaustive()
     }
 }
 

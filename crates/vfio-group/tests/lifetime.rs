@@ -337,6 +337,31 @@ fn a_lease_on_the_bare_space_does_not_keep_the_group() {
 }
 
 #[test]
+fn an_unmap_in_vain_names_the_device() {
+    let group = Group::new(1);
+    let device = group.add_device("vgpu0").unwrap();
+    let file = group.open().unwrap();
+    let container = Container::open_with(IoAddressSpace::builder().unmap_deadline(Duration::ZERO));
+    file.set_container(&container).unwrap();
+    container.set_iommu(IommuType::Type1v2).unwrap();
+    let page = Backing::anonymous(page_size() as usize).unwrap();
+    container.map(IOVA, page, Permissions::ReadWrite).unwrap();
+    for (user, name) in [
+        (ExternalUser::from_device(&device), "vgpu0 leases"),
+        (ExternalUser::from_group(&file), "group 1 leases"),
+    ] {
+        let user = user.unwrap();
+        let list = user.address_space().scatter(IOVA, 4, Permissions::Read);
+        let message = container.unmap_all().unwrap_err().to_string();
+        assert!(message.contains(name), "{message}");
+        drop(list);
+        container.unmap_all().unwrap();
+        let page = Backing::anonymous(page_size() as usize).unwrap();
+        container.map(IOVA, page, Permissions::ReadWrite).unwrap();
+    }
+}
+
+#[test]
 fn users_come_and_go_while_the_group_closes() {
     const THREADS: usize = 4;
     for _ in 0..200 {

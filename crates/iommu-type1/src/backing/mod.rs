@@ -39,11 +39,19 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone)]
 pub struct Backing {
-    /// INVARIANT: `offset + len` is at most `region.size()`.
     region: Arc<dyn Region>,
-    offset: usize,
+    /// INVARIANT: `len` bytes from here lie inside the region.
+    address: *mut u8,
     len: usize,
+    /// Whether the region wants to know what was written.
+    tracks: bool,
 }
+
+// SAFETY: `Region` is `Send` and `Sync`; the address points into memory that the region owns, and
+// which is only accessed through volatile slices.
+unsafe impl Send for Backing {}
+// SAFETY: as above.
+unsafe impl Sync for Backing {}
 
 impl Backing {
     /// Fresh zeroed memory of `len` bytes, private to this process.
@@ -55,7 +63,8 @@ impl Backing {
         let region = MmapRegionBuilder::new_with_bitmap(len, ())
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_PRIVATE)
-            .build()?;
+            .build()
+            .map_err(|source| Error::Mmap { len, source })?;
         Ok(Backing::whole(region))
     }
 
@@ -73,7 +82,8 @@ impl Backing {
             .with_mmap_prot(region::to_prot(access))
             .with_mmap_flags(libc::MAP_NORESERVE | libc::MAP_SHARED)
             .with_file_offset(file)
-            .build()?;
+            .build()
+            .map_err(|source| Error::Mmap { len, source })?;
         Ok(Backing::whole(region))
     }
 
@@ -97,11 +107,7 @@ impl Backing {
         if end > mmap.size() {
             return Err(outside());
         }
-        Ok(Backing {
-            region: mmap,
-            offset: start,
-            len,
-        })
+        Ok(Backing::part(mmap, start, len))
     }
 
     /// `len` bytes of guest memory from a guest physical address, inside one region.
@@ -138,34 +144,48 @@ impl Backing {
 
     /// Address of the first byte in this process.
     pub fn host_address(&self) -> *mut u8 {
-        self.region.host_address().wrapping_add(self.offset)
+        self.address
     }
 
     /// `len` bytes from `offset`; both are cut to what there is.
+    #[inline]
     pub(crate) fn slice(&self, offset: usize, len: usize) -> VolatileSlice<'_, DirtySlice<'_>> {
         let offset = offset.min(self.len);
         let len = len.min(self.len - offset);
-        let start = self.offset + offset;
-        let dirty = DirtySlice::new(&*self.region, start);
-        let address = self.region.host_address().wrapping_add(start);
+        let address = self.address.wrapping_add(offset);
+        let dirty = match self.tracks {
+            true => DirtySlice::new(&*self.region, self.start() + offset),
+            false => DirtySlice::NONE,
+        };
         // SAFETY:
-        // - by the invariant of `Backing` and the two cuts above, `start + len` is at most the
-        //   region's size, and by the contract of `Region` that many bytes are mapped at its host
-        //   address for as long as it lives, which the returned lifetime does not exceed;
+        // - by the invariant of `Backing` and the two cuts above, `len` bytes from `address` lie
+        //   inside the region, and by the contract of `Region` they are mapped for as long as it
+        //   lives, which the returned lifetime does not exceed;
         // - guest memory is only ever accessed through volatile slices.
         unsafe { VolatileSlice::with_bitmap(address, len, dirty, None) }
     }
 
     fn whole(region: impl Region + 'static) -> Self {
         let len = region.size();
+        Backing::part(Arc::new(region), 0, len)
+    }
+
+    /// INVARIANT: callers have checked that `offset + len` is at most the region's size.
+    fn part(region: Arc<dyn Region>, offset: usize, len: usize) -> Self {
         Backing {
-            region: Arc::new(region),
-            offset: 0,
+            address: region.host_address().wrapping_add(offset),
             len,
+            tracks: region.tracks(),
+            region,
         }
     }
 
-    #[cfg(all(test, loom))]
+    /// Where in the region it begins.
+    fn start(&self) -> usize {
+        self.address.addr() - self.region.host_address().addr()
+    }
+
+    #[cfg(test)]
     pub(crate) fn for_model(region: impl Region + 'static) -> Self {
         Backing::whole(region)
     }
@@ -173,7 +193,10 @@ impl Backing {
 
 /// Refuses what is behind the end of a regular file; other kinds of files do not know their end.
 fn check_inside(file: &FileOffset, len: usize) -> Result<()> {
-    let metadata = file.file().metadata().map_err(MmapRegionError::Mmap)?;
+    let metadata = file.file().metadata().map_err(|error| Error::Mmap {
+        len,
+        source: MmapRegionError::Mmap(error),
+    })?;
     let end = file.start().checked_add(len as u64);
     if metadata.is_file() && end.is_none_or(|end| end > metadata.len()) {
         return Err(Error::BackingRange {
@@ -188,7 +211,7 @@ fn check_inside(file: &FileOffset, len: usize) -> Result<()> {
 impl fmt::Debug for Backing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Backing")
-            .field("offset", &self.offset)
+            .field("offset", &self.start())
             .field("len", &self.len)
             .field("access", &self.access())
             .finish_non_exhaustive()

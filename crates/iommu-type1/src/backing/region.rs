@@ -3,6 +3,8 @@
 
 //! Memory regions of any bitmap type behind one face.
 
+use std::any::TypeId;
+
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{MmapRegion, Permissions};
 
@@ -16,6 +18,8 @@ pub(crate) unsafe trait Region: Send + Sync {
     fn host_address(&self) -> *mut u8;
     fn size(&self) -> usize;
     fn access(&self) -> Permissions;
+    /// Whether anybody keeps what `mark_dirty` says.
+    fn tracks(&self) -> bool;
     fn mark_dirty(&self, offset: usize, len: usize);
     fn dirty_at(&self, offset: usize) -> bool;
 }
@@ -35,6 +39,10 @@ unsafe impl<B: Bitmap + Send + Sync + 'static> Region for MmapRegion<B> {
         from_prot(self.prot())
     }
 
+    fn tracks(&self) -> bool {
+        TypeId::of::<B>() != TypeId::of::<()>()
+    }
+
     fn mark_dirty(&self, offset: usize, len: usize) {
         self.bitmap().mark_dirty(offset, len);
     }
@@ -44,6 +52,7 @@ unsafe impl<B: Bitmap + Send + Sync + 'static> Region for MmapRegion<B> {
     }
 }
 
+#[cfg(test)]
 // SAFETY: no bytes are claimed.
 unsafe impl Region for () {
     fn host_address(&self) -> *mut u8 {
@@ -56,6 +65,10 @@ unsafe impl Region for () {
 
     fn access(&self) -> Permissions {
         Permissions::No
+    }
+
+    fn tracks(&self) -> bool {
+        false
     }
 
     fn mark_dirty(&self, _offset: usize, _len: usize) {}

@@ -1,0 +1,515 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The live mappings of a space, found without a lock.
+//!
+//! A radix tree over page numbers. A word that only one mapping falls into points to that mapping,
+//! however little of the word's block it covers: levels in which nothing differs are left out, and a
+//! mapping of a terabyte is one word where it has no neighbours. A look-up therefore ends at the one
+//! mapping that *could* contain an address, and compares once.
+//!
+//! Writers are serialised by the caller. What they unlink stays valid for accesses that are running
+//! ([`crate::grace`]); it is handed out as [`Unlinked`] and must outlive them.
+
+mod node;
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::ptr;
+use std::sync::Arc;
+
+use crate::grace::Inside;
+use crate::mapping::Mapping;
+use crate::range::{page_shift, IovaRange};
+use crate::sync::{AtomicPtr, Ordering};
+use node::{is_node, mapping_word, node, shift, Node, Word, FANOUT};
+
+/// Memory of one node.
+pub(crate) const NODE_BYTES: usize = size_of::<Node>();
+
+/// # Invariants
+///
+/// - A mapping word is an `Arc` turned into a raw pointer, one reference for all the words of it.
+/// - A node word is a `Box` turned into a raw pointer, and the only one to that node.
+/// - What was reachable stays allocated until no access that may have seen it runs.
+pub(crate) struct Table {
+    root: AtomicPtr<()>,
+}
+
+// SAFETY: the words refer to `Mapping`s and `Node`s. `Mapping` is `Send` and `Sync`; of a node
+// readers touch only the atomic words, the rest is the writer's, and writers are serialised.
+unsafe impl Send for Table {}
+// SAFETY: as above.
+unsafe impl Sync for Table {}
+
+/// Pages `first..=last`.
+#[derive(Clone, Copy)]
+struct Pages {
+    first: u64,
+    last: u64,
+}
+
+impl Pages {
+    fn of(range: IovaRange) -> Self {
+        Pages {
+            first: range.first >> page_shift(),
+            last: range.last >> page_shift(),
+        }
+    }
+
+    const ALL: Pages = Pages {
+        first: 0,
+        last: u64::MAX,
+    };
+
+    fn clamp(self, to: Pages) -> Pages {
+        Pages {
+            first: self.first.max(to.first),
+            last: self.last.min(to.last),
+        }
+    }
+
+    fn overlaps(self, other: Pages) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    fn contains(self, other: Pages) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+}
+
+/// What a removal has made unreachable. Accesses that are running may still see it: it must be kept
+/// until a grace period has passed.
+#[derive(Default)]
+pub(crate) struct Unlinked {
+    /// Not boxes: a box would claim that nobody else reads the node.
+    nodes: Vec<*mut Node>,
+}
+
+// SAFETY: unlinked nodes belong to whoever has them; only running accesses still read their words.
+unsafe impl Send for Unlinked {}
+
+impl Unlinked {
+    pub(crate) fn append(&mut self, mut other: Unlinked) {
+        self.nodes.append(&mut other.nodes);
+    }
+
+    pub(crate) fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+}
+
+impl Drop for Unlinked {
+    fn drop(&mut self) {
+        for node in self.nodes.drain(..) {
+            // SAFETY: `publish` made it of a box, `remove` took the only word of it away, and by the
+            // contract of this type no access that saw it runs any more.
+            unsafe { Node::free(node) };
+        }
+    }
+}
+
+impl Table {
+    pub(crate) fn new() -> Self {
+        Table {
+            root: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
+
+    /// The mapping that contains `iova`, which stays while the access runs.
+    #[inline]
+    pub(crate) fn find<'a>(&self, iova: u64, _inside: &'a Inside<'_>) -> Option<&'a Mapping> {
+        let page = iova >> page_shift();
+        let mut raw = self.root.load(Ordering::Acquire);
+        while is_node(raw) {
+            let index = (page >> shift(raw)) as usize % FANOUT;
+            // SAFETY: by the invariants of `Table` the node is allocated while this access runs.
+            raw = unsafe { Node::load(node(raw), index) };
+        }
+        // SAFETY: not a node, so null or a mapping, which is allocated while this access runs.
+        let mapping: Option<&Mapping> = unsafe { raw.cast::<Mapping>().cast_const().as_ref() };
+        mapping.filter(|mapping| mapping.range.contains(iova))
+    }
+
+    /// Another reference to a mapping that an access has found.
+    pub(crate) fn share(mapping: &Mapping) -> Arc<Mapping> {
+        let raw = ptr::from_ref(mapping);
+        // SAFETY: every mapping that `find` returns is in an `Arc` of which the table has a
+        // reference that cannot go while the access runs; this adds one and takes it.
+        unsafe {
+            Arc::increment_strong_count(raw);
+            Arc::from_raw(raw)
+        }
+    }
+
+    /// Makes a mapping that overlaps no other reachable; returns how many nodes that took.
+    pub(crate) fn insert(&self, mapping: Arc<Mapping>) -> usize {
+        let pages = Pages::of(mapping.range);
+        let mut inserter = Inserter {
+            mapping: Arc::into_raw(mapping),
+            nodes: 0,
+        };
+        inserter.insert(&self.root, pages, Pages::ALL);
+        inserter.nodes
+    }
+
+    /// Makes a mapping unreachable and returns the table's reference to it.
+    pub(crate) fn remove(&self, mapping: &Mapping, unlinked: &mut Unlinked) -> Arc<Mapping> {
+        let target = ptr::from_ref(mapping);
+        remove(&self.root, target, Pages::of(mapping.range), unlinked);
+        // SAFETY: the caller found the mapping in this table, so its words held one reference, and
+        // they are gone now.
+        unsafe { Arc::from_raw(target) }
+    }
+
+    /// Visits the mappings that share a page with `range`, in order.
+    ///
+    /// For writers: nothing can be removed meanwhile.
+    pub(crate) fn visit<B>(
+        &self,
+        range: IovaRange,
+        mut visit: impl FnMut(&Mapping) -> ControlFlow<B>,
+    ) -> Option<B> {
+        let mut last: *const Mapping = ptr::null();
+        let pages = Pages::of(range);
+        walk(&self.root, pages, &mut |mapping: *const Mapping| {
+            // The words of a mapping follow each other.
+            if ptr::eq(mapping, last) {
+                return ControlFlow::Continue(());
+            }
+            last = mapping;
+            // SAFETY: reachable, and nothing is removed during the caller's turn as the writer.
+            let mapping = unsafe { &*mapping };
+            if Pages::of(mapping.range).overlaps(pages) {
+                visit(mapping)
+            } else {
+                ControlFlow::Continue(())
+            }
+        })
+    }
+}
+
+impl fmt::Debug for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Table").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // Nobody else refers to the table any more: nothing runs that could see what is freed.
+        let mut mappings = Vec::new();
+        self.visit(IovaRange::ALL, |mapping| {
+            mappings.push(Table::share(mapping));
+            ControlFlow::<()>::Continue(())
+        });
+        let mut unlinked = Unlinked::default();
+        for mapping in mappings {
+            drop(self.remove(&mapping, &mut unlinked));
+        }
+    }
+}
+
+struct Inserter {
+    mapping: *const Mapping,
+    nodes: usize,
+}
+
+impl Inserter {
+    /// Puts the mapping into `slot`, where `pages` are those of it that fall into the slot's
+    /// `block`. What is published is complete.
+    fn insert(&mut self, slot: &AtomicPtr<()>, pages: Pages, block: Pages) {
+        let raw = slot.load(Ordering::Relaxed);
+        match Word::decode(raw) {
+            Word::Empty => slot.store(mapping_word(self.mapping), Ordering::Release),
+            Word::Mapping(other) => {
+                // SAFETY: reachable, and only the writer removes.
+                let others = Pages::of(unsafe { (*other).range }).clamp(block);
+                let node = self.node_for(pages, others);
+                let mut beside = Inserter {
+                    mapping: other,
+                    nodes: 0,
+                };
+                beside.insert_below(&node, others);
+                self.insert_below(&node, pages);
+                publish(slot, node);
+            }
+            Word::Node(below) => {
+                // SAFETY: reachable, and only the writer removes.
+                let below = unsafe { &*below };
+                let span = Pages {
+                    first: below.first(),
+                    last: below.last(),
+                };
+                if span.contains(pages) {
+                    self.insert_below(below, pages);
+                } else {
+                    let node = self.node_for(pages, span);
+                    node.slots[node.index(span.first)].store(raw, Ordering::Relaxed);
+                    node.changed(true, false);
+                    node.enter(below.mappings());
+                    self.insert_below(&node, pages);
+                    publish(slot, node);
+                }
+            }
+        }
+    }
+
+    fn insert_below(&mut self, node: &Node, pages: Pages) {
+        node.enter(1);
+        for index in node.index(pages.first)..=node.index(pages.last) {
+            let slot = &node.slots[index];
+            let was_empty = slot.load(Ordering::Relaxed).is_null();
+            let (first, last) = node.block_at(index);
+            let block = Pages { first, last };
+            self.insert(slot, pages.clamp(block), block);
+            node.changed(was_empty, false);
+        }
+    }
+
+    fn node_for(&mut self, one: Pages, other: Pages) -> Box<Node> {
+        self.nodes += 1;
+        Node::separating(one.first.min(other.first), one.last.max(other.last))
+    }
+}
+
+fn publish(slot: &AtomicPtr<()>, node: Box<Node>) {
+    let level = node.level();
+    let word = Node::word(Box::into_raw(node), level);
+    slot.store(word, Ordering::Release);
+}
+
+/// Takes a mapping out of `slot`, and every node that has nothing to tell apart any more.
+fn remove(slot: &AtomicPtr<()>, target: *const Mapping, pages: Pages, unlinked: &mut Unlinked) {
+    match Word::decode(slot.load(Ordering::Relaxed)) {
+        Word::Mapping(mapping) if ptr::eq(mapping, target) => {
+            slot.store(ptr::null_mut(), Ordering::Release);
+        }
+        Word::Empty | Word::Mapping(_) => {}
+        Word::Node(raw) => {
+            // SAFETY: reachable, and only the writer, which this is, removes.
+            let node = unsafe { &*raw };
+            let span = Pages {
+                first: node.first(),
+                last: node.last(),
+            };
+            if !span.overlaps(pages) {
+                return;
+            }
+            let pages = pages.clamp(span);
+            for index in node.index(pages.first)..=node.index(pages.last) {
+                let below = &node.slots[index];
+                let was_empty = below.load(Ordering::Relaxed).is_null();
+                remove(below, target, pages, unlinked);
+                let is_empty = below.load(Ordering::Relaxed).is_null();
+                node.changed(false, !was_empty && is_empty);
+            }
+            node.leave();
+            if let Some(word) = node.instead() {
+                slot.store(word, Ordering::Release);
+                unlinked.nodes.push(raw.cast_mut());
+            }
+        }
+    }
+}
+
+fn walk<B>(
+    slot: &AtomicPtr<()>,
+    pages: Pages,
+    visit: &mut impl FnMut(*const Mapping) -> ControlFlow<B>,
+) -> Option<B> {
+    match Word::decode(slot.load(Ordering::Relaxed)) {
+        Word::Empty => None,
+        Word::Mapping(mapping) => visit(mapping).break_value(),
+        Word::Node(node) => {
+            // SAFETY: reachable, and nothing is removed during the caller's turn as the writer.
+            let node = unsafe { &*node };
+            let span = Pages {
+                first: node.first(),
+                last: node.last(),
+            };
+            if !span.overlaps(pages) {
+                return None;
+            }
+            let pages = pages.clamp(span);
+            (node.index(pages.first)..=node.index(pages.last))
+                .find_map(|index| walk(&node.slots[index], pages, visit))
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+    use vm_memory::Permissions;
+
+    use super::*;
+    use crate::grace::Grace;
+    use crate::Backing;
+
+    /// A table and what it must hold: last address and identity by first address.
+    struct Checked {
+        table: Table,
+        grace: Grace,
+        nodes: usize,
+        expected: BTreeMap<u64, (u64, *const Mapping)>,
+    }
+
+    impl Checked {
+        fn new() -> Self {
+            Checked {
+                table: Table::new(),
+                grace: Grace::new(),
+                nodes: 0,
+                expected: BTreeMap::new(),
+            }
+        }
+
+        fn overlap(&self, range: IovaRange) -> Option<u64> {
+            let before = self.expected.range(..=range.last).next_back();
+            before
+                .filter(|(_, (last, _))| *last >= range.first)
+                .map(|(first, _)| *first)
+        }
+
+        fn insert(&mut self, range: IovaRange) {
+            let found = self
+                .table
+                .visit(range, |mapping| ControlFlow::Break(mapping.range));
+            assert_eq!(found.is_some(), self.overlap(range).is_some());
+            if found.is_none() {
+                let mapping = Mapping::new(range, Permissions::Read, Backing::for_model(()));
+                let mapping = Arc::new(mapping);
+                self.expected
+                    .insert(range.first, (range.last, Arc::as_ptr(&mapping)));
+                self.nodes += self.table.insert(mapping);
+            }
+        }
+
+        fn remove(&mut self, at: usize) {
+            let Some((&first, &(_, raw))) =
+                self.expected.iter().nth(at % self.expected.len().max(1))
+            else {
+                return;
+            };
+            let mapping = self
+                .grace
+                .enter_shared(|inside| Table::share(self.table.find(first, inside).unwrap()));
+            assert_eq!(Arc::as_ptr(&mapping), raw);
+            let mut unlinked = Unlinked::default();
+            drop(self.table.remove(&mapping, &mut unlinked));
+            assert_eq!(Arc::strong_count(&mapping), 1);
+            self.nodes -= unlinked.nodes();
+            self.expected.remove(&first);
+        }
+
+        fn check(&self, probes: &[u64]) {
+            let ends = self.expected.iter().flat_map(|(first, (last, _))| {
+                [
+                    first.wrapping_sub(1),
+                    *first,
+                    first + (last - first) / 2,
+                    *last,
+                    last.wrapping_add(1),
+                ]
+            });
+            for iova in ends.chain(probes.iter().copied()) {
+                let before = self.expected.range(..=iova).next_back();
+                let expected = before
+                    .filter(|(_, (last, _))| *last >= iova)
+                    .map(|(_, (_, raw))| *raw);
+                let found = self
+                    .grace
+                    .enter_shared(|inside| self.table.find(iova, inside).map(ptr::from_ref));
+                assert_eq!(found, expected, "{iova:#x}");
+            }
+            let mut visited = Vec::new();
+            self.table.visit(IovaRange::ALL, |mapping| {
+                visited.push((
+                    mapping.range.first,
+                    (mapping.range.last, ptr::from_ref(mapping)),
+                ));
+                ControlFlow::<()>::Continue(())
+            });
+            assert!(visited.into_iter().eq(self.expected.clone()));
+            if self.expected.len() < 2 {
+                assert_eq!(self.nodes, 0, "nodes that tell nothing apart");
+            }
+        }
+    }
+
+    /// Page ranges of every size, near each other and near the ends of the space.
+    fn range() -> impl Strategy<Value = IovaRange> {
+        let pages = u64::MAX >> page_shift();
+        let base = prop_oneof![
+            4 => 0..40_u64,
+            3 => (0..1200_u64).prop_map(|n| 0x10_0000 + n * 512),
+            2 => 0..=pages,
+            1 => (0..40_u64).prop_map(move |n| pages - n),
+        ];
+        let length = prop_oneof![6 => 1..6_u64, 2 => 1..5000_u64, 1 => 1..=pages];
+        (base, length).prop_map(move |(first, length)| {
+            let last = first.saturating_add(length - 1).min(pages);
+            IovaRange {
+                first: first << page_shift(),
+                last: (last << page_shift()) | ((1 << page_shift()) - 1),
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn finds_what_a_sorted_map_finds(
+            steps in prop::collection::vec((range(), any::<bool>(), any::<usize>(), any::<u64>()), 1..60)
+        ) {
+            let mut checked = Checked::new();
+            for (range, insert, at, probe) in steps {
+                if insert || checked.expected.is_empty() {
+                    checked.insert(range);
+                } else {
+                    checked.remove(at);
+                }
+                checked.check(&[probe, range.first, range.last]);
+            }
+            while !checked.expected.is_empty() {
+                checked.remove(0);
+                checked.check(&[]);
+            }
+        }
+    }
+
+    #[test]
+    fn sparse_and_large_mappings_take_few_nodes() {
+        let page = 1 << page_shift();
+        let mut checked = Checked::new();
+        for i in 0..4096 {
+            let first = i * 512 * page;
+            checked.insert(IovaRange {
+                first,
+                last: first + page - 1,
+            });
+        }
+        // A word each: 8 full nodes, and one above them.
+        assert_eq!(checked.nodes, 9);
+
+        let mut checked = Checked::new();
+        let tib = IovaRange {
+            first: 1 << 40,
+            last: (1 << 41) - 1,
+        };
+        checked.insert(tib);
+        assert_eq!(checked.nodes, 0);
+        checked.insert(IovaRange {
+            first: tib.first - page,
+            last: tib.first - 1,
+        });
+        checked.insert(IovaRange {
+            first: tib.last + 1,
+            last: tib.last + page,
+        });
+        assert!(checked.nodes <= 8, "{} nodes", checked.nodes);
+        checked.check(&[tib.first, tib.last]);
+    }
+}
