@@ -9,7 +9,7 @@ use vm_memory::{AtomicAccess, ByteValued, Bytes, Permissions, VolatileSlice};
 
 use crate::dirty::DirtySlice;
 use crate::grace::Inside;
-use crate::mapping::Mapping;
+use crate::mapping::{needed_for, Mapping};
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
@@ -93,7 +93,7 @@ impl Space {
             inside,
             iova,
             buf.len(),
-            Permissions::Write,
+            needed_for(Permissions::Write),
             |mapping, at, n, done| {
                 mapping.slice(at, n).copy_from(&buf[done..]);
             },
@@ -166,7 +166,7 @@ impl Space {
         access: Permissions,
     ) -> Result<(&'a Mapping, usize)> {
         let range = IovaRange::new(iova, len as u64)?;
-        let mapping = self.usable(inside, iova, access, 0)?;
+        let mapping = self.usable(inside, iova, needed_for(access), 0)?;
         let end = mapping.range.last.min(range.last);
         Ok((mapping, (end - iova) as usize + 1))
     }
@@ -174,15 +174,15 @@ impl Space {
     /// Visits the mappings that `len` bytes from `iova` touch, in order, as
     /// `(mapping, address, bytes of it, bytes before it)`.
     ///
-    /// A chunk is the rest of a mapping, never a page. The first address that cannot be accessed
-    /// ends the walk with an error that says how many bytes came before.
+    /// A chunk is the rest of a mapping, never a page. The first address whose mapping does not allow
+    /// what is `needed` ends the walk with an error that says how many bytes came before.
     #[inline]
     pub(crate) fn for_each_chunk(
         &self,
         inside: &Inside<'_>,
         iova: u64,
         len: usize,
-        access: Permissions,
+        needed: Permissions,
         mut op: impl FnMut(&Mapping, u64, usize, usize),
     ) -> Result<()> {
         if len == 0 {
@@ -198,7 +198,7 @@ impl Space {
         let mut at = iova;
         let mut done = 0;
         loop {
-            let mapping = self.usable(inside, at, access, done)?;
+            let mapping = self.usable(inside, at, needed, done)?;
             let end = mapping.range.last.min(last);
             let n = (end - at) as usize + 1;
             op(mapping, at, n, done);
@@ -215,14 +215,14 @@ impl Space {
         &self,
         inside: &'a Inside<'_>,
         iova: u64,
-        access: Permissions,
+        needed: Permissions,
         completed: usize,
     ) -> Result<&'a Mapping> {
         match self.table.find(iova, inside) {
-            Some(mapping) if mapping.permits(access) => Ok(mapping),
+            Some(mapping) if mapping.prot.allow(needed) => Ok(mapping),
             Some(mapping) => Err(Error::Permission {
                 iova,
-                access,
+                needed,
                 allowed: mapping.prot,
                 completed,
             }),

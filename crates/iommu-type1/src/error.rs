@@ -154,12 +154,12 @@ pub enum Error {
         completed: usize,
     },
     /// The mapping does not permit the access.
-    #[error("{access:?} of {iova:#x} is not permitted by its mapping ({allowed:?}; {completed} bytes were done)")]
+    #[error("{iova:#x} is mapped for {allowed:?}, the access needs {needed:?} ({completed} bytes were done)")]
     Permission {
         /// The address.
         iova: u64,
-        /// What was tried.
-        access: Permissions,
+        /// What the access needs: a write needs [`Permissions::ReadWrite`].
+        needed: Permissions,
         /// What the mapping permits.
         allowed: Permissions,
         /// Bytes done before.

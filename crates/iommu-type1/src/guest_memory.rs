@@ -16,7 +16,7 @@ use vm_memory::{
 
 use crate::dirty::{Dirty, DirtySlice};
 use crate::lease::LeaseSet;
-use crate::mapping::Mapping;
+use crate::mapping::{needed_for, Mapping};
 use crate::{Error, IoAddressSpace};
 
 impl GuestAddressSpace for IoAddressSpace {
@@ -109,7 +109,7 @@ impl GuestMemory for DmaMemory {
         let space = &self.leases.view().space;
         space.grace.enter_shared(|inside| {
             space
-                .for_each_chunk(inside, addr.0, count, access, |_, _, _, _| ())
+                .for_each_chunk(inside, addr.0, count, needed_for(access), |_, _, _, _| ())
                 .is_ok()
         })
     }

@@ -114,18 +114,6 @@ fn partial(result: Result<()>, len: usize) -> Result<usize> {
     }
 }
 
-/// A stream that ended early, where all of it was asked for.
-fn exact(iova: u64, completed: usize, count: usize) -> Result<()> {
-    if completed == count {
-        return Ok(());
-    }
-    Err(Error::Stream {
-        iova,
-        completed,
-        source: std::io::ErrorKind::UnexpectedEof.into(),
-    })
-}
-
 impl Bytes<GuestAddress> for DmaHandle {
     type E = Error;
 
@@ -150,7 +138,7 @@ impl Bytes<GuestAddress> for DmaHandle {
     where
         F: ReadVolatile,
     {
-        stream::fill(&self.leases(), addr.0, src, count)
+        stream::fill(&self.leases(), addr.0, src, count)?.any()
     }
 
     fn read_exact_volatile_from<F>(
@@ -162,21 +150,21 @@ impl Bytes<GuestAddress> for DmaHandle {
     where
         F: ReadVolatile,
     {
-        exact(addr.0, self.read_volatile_from(addr, src, count)?, count)
+        stream::fill(&self.leases(), addr.0, src, count)?.exactly()
     }
 
     fn write_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<usize>
     where
         F: WriteVolatile,
     {
-        stream::drain(&self.leases(), addr.0, dst, count)
+        stream::drain(&self.leases(), addr.0, dst, count)?.any()
     }
 
     fn write_all_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<()>
     where
         F: WriteVolatile,
     {
-        exact(addr.0, self.write_volatile_to(addr, dst, count)?, count)
+        stream::drain(&self.leases(), addr.0, dst, count)?.exactly()
     }
 
     fn store<T: AtomicAccess>(&self, val: T, addr: GuestAddress, order: Ordering) -> Result<()> {

@@ -38,15 +38,15 @@ impl Mapping {
         // A mapping is not larger than the address space of this process: offsets fit.
         self.backing.slice((iova - self.range.first) as usize, len)
     }
+}
 
-    /// The policy of type1: a write needs the read permission too.
-    #[inline]
-    pub(crate) fn permits(&self, access: Permissions) -> bool {
-        let needed = if access.has_write() {
-            Permissions::ReadWrite
-        } else {
-            access
-        };
-        self.prot.allow(needed)
+/// The policy of type1 for accesses: a write needs the read permission too. (Pins need just what they
+/// ask for.)
+#[inline]
+pub(crate) fn needed_for(access: Permissions) -> Permissions {
+    if access.has_write() {
+        Permissions::ReadWrite
+    } else {
+        access
     }
 }

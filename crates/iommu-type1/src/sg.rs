@@ -10,7 +10,7 @@ use vm_memory::{Permissions, VolatileSlice};
 
 use crate::dirty::DirtySlice;
 use crate::lease::LeaseSet;
-use crate::mapping::Mapping;
+use crate::mapping::{needed_for, Mapping};
 use crate::{IoAddressSpace, Result};
 
 /// The memory of a range of IOVAs, one slice a mapping, owned by whoever has the list.
@@ -54,13 +54,19 @@ impl IoAddressSpace {
         let leases = LeaseSet::new(self.view.clone());
         let mut segments = Vec::new();
         space.grace.enter_shared(|inside| {
-            space.for_each_chunk(inside, iova, len, access, |mapping, iova, len, _| {
-                segments.push(Segment {
-                    mapping: leases.take(mapping),
-                    iova,
-                    len,
-                });
-            })
+            space.for_each_chunk(
+                inside,
+                iova,
+                len,
+                needed_for(access),
+                |mapping, iova, len, _| {
+                    segments.push(Segment {
+                        mapping: leases.take(mapping),
+                        iova,
+                        len,
+                    });
+                },
+            )
         })?;
         Ok(ScatterList {
             segments,

@@ -85,8 +85,8 @@ impl IoAddressSpace {
         self.derive(name.into(), self.view.owner.clone())
     }
 
-    /// The same space, keeping `owner` alive: so does every handle, guard, scatter list and pin
-    /// made from the result.
+    /// The same space, keeping `owner` alive, beside whatever this reference keeps alive: so does
+    /// every handle, guard, scatter list and pin made from the result.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -99,6 +99,10 @@ impl IoAddressSpace {
     /// assert_eq!(Arc::strong_count(&owner), 1);
     /// ```
     pub fn held_by(&self, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        let owner = match &self.view.owner {
+            Some(before) => Arc::new((before.clone(), owner)),
+            None => owner,
+        };
         self.derive(self.view.name.clone(), Some(owner))
     }
 

@@ -15,6 +15,7 @@ use vm_memory::{Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice, W
 
 use crate::dirty::DirtySlice;
 use crate::lease::LeaseSet;
+use crate::range::IovaRange;
 use crate::space::Space;
 use crate::{Error, Result};
 
@@ -28,13 +29,44 @@ pub(crate) fn is_inside(space: &Space) -> bool {
     INSIDE.with_borrow(|spaces| spaces.contains(&ptr::from_ref(space)))
 }
 
-/// From `src` into memory; returns the bytes moved, fewer than `count` where `src` ends.
+/// How far a stream came, and why no further if memory was the reason.
+pub(crate) struct Moved {
+    iova: u64,
+    count: usize,
+    completed: usize,
+    stopped: Option<Error>,
+}
+
+impl Moved {
+    /// What was moved counts; an error is one of the first byte.
+    pub(crate) fn any(self) -> Result<usize> {
+        match self.stopped {
+            Some(error) if self.completed == 0 => Err(error),
+            _ => Ok(self.completed),
+        }
+    }
+
+    /// All of it, or why not.
+    pub(crate) fn exactly(self) -> Result<()> {
+        match self.stopped {
+            Some(error) => Err(error.after(self.completed)),
+            None if self.completed < self.count => Err(Error::Stream {
+                iova: self.iova + self.completed as u64,
+                completed: self.completed,
+                source: io::ErrorKind::UnexpectedEof.into(),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// From `src` into memory; fewer bytes than `count` where `src` ends.
 pub(crate) fn fill<F: ReadVolatile>(
     leases: &LeaseSet,
     iova: u64,
     src: &mut F,
     count: usize,
-) -> Result<usize> {
+) -> Result<Moved> {
     run(leases, iova, count, Permissions::Write, |slice| loop {
         match src.read_volatile(slice) {
             Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -43,13 +75,13 @@ pub(crate) fn fill<F: ReadVolatile>(
     })
 }
 
-/// From memory into `dst`; returns the bytes moved.
+/// From memory into `dst`.
 pub(crate) fn drain<F: WriteVolatile>(
     leases: &LeaseSet,
     iova: u64,
     dst: &mut F,
     count: usize,
-) -> Result<usize> {
+) -> Result<Moved> {
     run(leases, iova, count, Permissions::Read, |slice| {
         dst.write_all_volatile(slice).map(|()| slice.len())
     })
@@ -61,19 +93,21 @@ fn run(
     count: usize,
     access: Permissions,
     mut op: impl FnMut(&mut VolatileSlice<'_, DirtySlice<'_>>) -> vm_memory::VolatileMemoryResult<usize>,
-) -> Result<usize> {
+) -> Result<Moved> {
+    if count > 0 {
+        IovaRange::new(iova, count as u64)?;
+    }
     let _inside = Inside::enter(&leases.view().space);
     let mut completed = 0;
+    let mut stopped = None;
     while completed < count {
-        let at = iova.checked_add(completed as u64).ok_or(Error::Overflow {
-            iova,
-            size: count as u64,
-        })?;
+        let at = iova + completed as u64;
         let (mapping, len) = match leases.lease(at, count - completed, access) {
             Ok(leased) => leased,
-            // As vm-memory: what was moved counts, the error comes with the next call.
-            Err(_) if completed > 0 => break,
-            Err(error) => return Err(error),
+            Err(error) => {
+                stopped = Some(error);
+                break;
+            }
         };
         let mut slice = mapping.slice(at, len);
         let n = op(&mut slice).map_err(|error| Error::Stream {
@@ -86,7 +120,12 @@ fn run(
             break;
         }
     }
-    Ok(completed)
+    Ok(Moved {
+        iova,
+        count,
+        completed,
+        stopped,
+    })
 }
 
 fn into_io(error: VolatileMemoryError) -> io::Error {

@@ -107,12 +107,12 @@ impl IoAddressSpace {
         self.unmap_range(IovaRange::new(iova, size)?, options)
     }
 
-    /// Removes every mapping of the space and returns the bytes removed.
+    /// Removes every mapping of the space and returns the bytes removed. Those that another unmap is
+    /// removing at the moment are left to it.
     ///
     /// # Errors
     ///
-    /// [`Error::InsideAccess`], [`Error::Unmapping`] and [`Error::Deadline`] as
-    /// [`unmap`](IoAddressSpace::unmap).
+    /// [`Error::InsideAccess`] and [`Error::Deadline`] as [`unmap`](IoAddressSpace::unmap).
     pub fn unmap_all(&self) -> Result<u64> {
         self.unmap_range(IovaRange::ALL, self.view.space.unmap)
     }
@@ -163,7 +163,12 @@ impl<'a> Revocation<'a> {
                 mapped_size: mapped.size(),
             });
         }
-        if let Some(leaving) = writer.revoking_in(range) {
+        let running = match range {
+            // Everything means whatever there is to take.
+            IovaRange::ALL => None,
+            _ => writer.revoking_in(range),
+        };
+        if let Some(leaving) = running {
             let mapped = leaving.mapping.range;
             return Err(Error::Unmapping {
                 iova: range.first,

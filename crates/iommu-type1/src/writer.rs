@@ -72,16 +72,21 @@ impl Writer {
         for mapping in &live {
             drop(table.remove(mapping, &mut unlinked));
         }
-        for mapping in live {
-            let state = State::Revoking;
-            self.leaving
-                .insert(mapping.range.first, Leaving { mapping, state });
-        }
-        let leaving = self.leaving.range_mut(range.first..=range.last);
-        let revoked = leaving.map(|(_, leaving)| {
-            leaving.state = State::Revoking;
-            leaving.mapping.clone()
+        let live = live.into_iter().map(|mapping| Leaving {
+            mapping,
+            state: State::Revoked,
         });
+        self.leaving
+            .extend(live.map(|leaving| (leaving.mapping.range.first, leaving)));
+        let revoked = self
+            .leaving
+            .range_mut(range.first..=range.last)
+            .map(|(_, leaving)| leaving)
+            .filter(|leaving| leaving.state == State::Revoked)
+            .map(|leaving| {
+                leaving.state = State::Revoking;
+                leaving.mapping.clone()
+            });
         (revoked.collect(), unlinked)
     }
 

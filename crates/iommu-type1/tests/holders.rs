@@ -233,6 +233,11 @@ fn pins_are_refused_like_accesses() {
     assert_eq!(errno(0u64.wrapping_sub(p), 2, Read), Err(libc::EOVERFLOW));
     assert_eq!(errno(0, 4, Read), Err(libc::EINVAL));
     assert_eq!(errno(0, 3, ReadWrite), Err(libc::EPERM));
+    // A pin needs what it asks for, unlike a write.
+    let write_only = Backing::anonymous(p as usize).unwrap();
+    space.map(32 * p, write_only, Write).unwrap();
+    assert_eq!(errno(32 * p, 1, Write), Ok(()));
+    assert_eq!(errno(32 * p, 1, Read), Err(libc::EPERM));
     // Across two mappings, and nothing of the refused ones is left.
     assert_eq!(errno(p, 2, Read), Ok(()));
     assert_eq!(space.unmap_with(0, 16 * p, at_once()).unwrap(), 5 * p);
@@ -277,6 +282,35 @@ fn a_notice_that_panics_leaves_the_range_to_the_policy() {
     assert_eq!(space.read(0, &mut [0]).unwrap_err().errno(), libc::EBUSY);
     drop(watcher);
     assert_eq!(space.unmap(0, 2 * p).unwrap(), 2 * p);
+}
+
+#[test]
+fn unmapping_everything_leaves_to_another_unmap_what_it_is_removing() {
+    let p = page_size();
+    let space = space();
+    let inner = space.clone();
+    let _watcher = space.pinner(
+        "watcher",
+        Interest::All,
+        Arc::new(move |iova, _| {
+            if iova == 0 {
+                assert_eq!(inner.unmap_all().unwrap(), 2 * page_size());
+            }
+        }),
+    );
+    assert_eq!(space.unmap(0, 2 * p).unwrap(), 2 * p);
+    assert_eq!(space.mappings(), 0);
+}
+
+#[test]
+fn a_view_of_a_view_keeps_both_owners() {
+    let (one, two) = (Arc::new(1), Arc::new(2));
+    let view = space().held_by(one.clone()).held_by(two.clone());
+    let handle = view.handle();
+    drop(view);
+    assert_eq!((Arc::strong_count(&one), Arc::strong_count(&two)), (2, 2));
+    drop(handle);
+    assert_eq!((Arc::strong_count(&one), Arc::strong_count(&two)), (1, 1));
 }
 
 #[test]
@@ -379,5 +413,4 @@ fn readers_beside_a_thread_that_maps_and_unmaps() {
         .for_each(|reader| reader.join().unwrap());
     assert!(reads.load(Ordering::Relaxed) >= ROUNDS - 1);
     assert_eq!(space.write(0, &[1]).unwrap_err().errno(), libc::EINVAL);
-    let _ = Write;
 }

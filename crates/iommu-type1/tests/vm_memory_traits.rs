@@ -263,6 +263,31 @@ fn an_unmap_from_inside_ones_own_access_fails_at_once() {
 }
 
 #[test]
+fn a_stream_that_runs_out_of_memory_says_why_and_how_far_it_came() {
+    let p = page_size();
+    let handle = space().handle();
+    let source = vec![1; 4 * p as usize];
+    let error = handle
+        .read_exact_volatile_from(GuestAddress(p), &mut &source[..], 3 * p as usize)
+        .unwrap_err();
+    assert_eq!(
+        (error.errno(), error.completed()),
+        (libc::EPERM, 2 * p as usize)
+    );
+    let error = handle
+        .write_all_volatile_to(GuestAddress(2 * p), &mut Vec::new(), 3 * p as usize)
+        .unwrap_err();
+    assert_eq!(
+        (error.errno(), error.completed()),
+        (libc::EINVAL, 2 * p as usize)
+    );
+    let error = handle
+        .read_exact_volatile_from(GuestAddress(p), &mut &source[..10], 20)
+        .unwrap_err();
+    assert_eq!((error.errno(), error.completed()), (libc::EIO, 10));
+}
+
+#[test]
 fn a_stream_that_fails_says_where_and_why() {
     let p = page_size();
     let space = space();

@@ -52,8 +52,10 @@ use crate::{Device, Error, Group, GroupFile, Result};
 pub struct ExternalUser {
     // In order of their drop: pins left to the pinner go before the last user can.
     pinner: OnceLock<Pinner>,
-    /// The view that `user` owns.
+    /// The view that keeps `user`.
     space: IoAddressSpace,
+    /// The space itself, for the view of a clone.
+    bare: IoAddressSpace,
     user: Arc<ContainerUser>,
 }
 
@@ -82,14 +84,15 @@ impl ExternalUser {
     /// `name` is what an unmap that had to wait in vain calls those who hold memory through it.
     fn get(group: &Group, name: String) -> Result<Self> {
         let (user, iommu) = ContainerUser::get(group)?;
-        Ok(ExternalUser::new(user, &iommu.space.named(name)))
+        Ok(ExternalUser::new(user, iommu.space.named(name)))
     }
 
-    fn new(user: ContainerUser, space: &IoAddressSpace) -> Self {
+    fn new(user: ContainerUser, bare: IoAddressSpace) -> Self {
         let user = Arc::new(user);
         ExternalUser {
             pinner: OnceLock::new(),
-            space: space.held_by(user.clone()),
+            space: bare.held_by(user.clone()),
+            bare,
             user,
         }
     }
@@ -266,7 +269,7 @@ impl fmt::Debug for ExternalUser {
 impl Clone for ExternalUser {
     /// One more container user. It cannot fail, because this one keeps the attachment meanwhile.
     fn clone(&self) -> Self {
-        ExternalUser::new(ContainerUser::clone(&self.user), &self.space)
+        ExternalUser::new(ContainerUser::clone(&self.user), self.bare.clone())
     }
 }
 

@@ -87,7 +87,8 @@ impl Backing {
         Ok(Backing::whole(region))
     }
 
-    /// `len` bytes from `offset` of a guest memory region. Writes are marked in its bitmap.
+    /// `len` bytes from `offset` of a guest memory region. Writes are marked in its bitmap, in the
+    /// middle of the access: a bitmap of one's own must not map or unmap.
     ///
     /// # Errors
     ///
