@@ -1,0 +1,213 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How the lines are measured.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use iommu_type1::IoAddressSpace;
+use vm_memory::Permissions;
+
+use crate::candidates::{ours, Reader};
+use crate::compare::{interleave, Candidate, Series, ROUNDS};
+use crate::stats::{percentile, Measure};
+use crate::workload::{Pattern, Random, Workload};
+use crate::world::{Memory, World};
+use crate::{chain, churn, footprint, parallel};
+
+/// What a line showed.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The median, or the figure.
+    pub value: f64,
+    /// Around the median; 0 of a figure.
+    pub spread: f64,
+    /// Whether it was measured under the conditions that the line demands.
+    pub is_valid: bool,
+    /// What else is to be known.
+    pub note: String,
+}
+
+impl Measured {
+    /// A figure that does not depend on the machine's load.
+    pub fn count(value: f64) -> Self {
+        Measure::from(value).into()
+    }
+}
+
+impl From<Measure> for Measured {
+    fn from(measure: Measure) -> Self {
+        Measured {
+            value: measure.value,
+            spread: measure.spread,
+            is_valid: true,
+            note: String::new(),
+        }
+    }
+}
+
+/// Memory and mappings, made when a line first asks for them.
+#[derive(Debug, Default)]
+pub struct Rig {
+    memory: OnceCell<Memory>,
+    worlds: std::cell::RefCell<BTreeMap<u64, Rc<World>>>,
+}
+
+impl Rig {
+    /// The world of so many mappings.
+    pub fn world(&self, mappings: u64) -> Rc<World> {
+        let memory = self.memory.get_or_init(Memory::new);
+        let mut worlds = self.worlds.borrow_mut();
+        let world = worlds
+            .entry(mappings)
+            .or_insert_with(|| Rc::new(World::new(mappings, memory)));
+        world.clone()
+    }
+}
+
+/// The handle, and a peer in turns with it.
+fn handle_and(
+    rig: &Rig,
+    mappings: u64,
+    pattern: Pattern,
+    size: usize,
+    peer: Reader,
+) -> (Series, Series) {
+    let world = rig.world(mappings);
+    let work = Workload::new(&world.layout, pattern, size);
+    let mut candidates = [Reader::Handle, peer].map(|reader| reader.reading(&world, &work));
+    let all = interleave(&mut candidates);
+    (all[0].clone(), all[1].clone())
+}
+
+pub(super) fn minus_memcpy(rig: &Rig, mappings: u64) -> Measured {
+    let (ours, memcpy) = handle_and(rig, mappings, Pattern::Hot, 64, Reader::Memcpy);
+    ours.minus(&memcpy).into()
+}
+
+pub(super) fn ratio(
+    rig: &Rig,
+    mappings: u64,
+    pattern: Pattern,
+    size: usize,
+    peer: Reader,
+) -> Measured {
+    let (ours, peer) = handle_and(rig, mappings, pattern, size, peer);
+    let note = format!("{:+.0} cycles", ours.minus(&peer).value);
+    Measured {
+        note,
+        ..ours.over(&peer).measure().into()
+    }
+}
+
+pub(super) fn against_memcpy(rig: &Rig, mappings: u64, size: usize) -> Measured {
+    ratio(rig, mappings, Pattern::Hot, size, Reader::Memcpy)
+}
+
+pub(super) fn speed_up(
+    rig: &Rig,
+    mappings: u64,
+    pattern: Pattern,
+    size: usize,
+    peer: Reader,
+) -> Measured {
+    let (ours, peer) = handle_and(rig, mappings, pattern, size, peer);
+    peer.over(&ours).measure().into()
+}
+
+pub(super) fn guard_cycles(rig: &Rig) -> Measured {
+    let world = rig.world(16);
+    let mut guard = [Candidate::of("guard", || ours::guard_alone(&world.space))];
+    interleave(&mut guard)[0].measure().into()
+}
+
+pub(super) fn chain_against(
+    rig: &Rig,
+    peer: usize,
+    relate: impl Fn(&Series, &Series) -> Series,
+) -> Measured {
+    let world = rig.world(1024);
+    let mut candidates = chain::candidates(&world, 512);
+    candidates.swap(1, peer);
+    candidates.truncate(2);
+    let all = interleave(&mut candidates);
+    relate(&all[0], &all[1]).measure().into()
+}
+
+pub(super) fn two_readers(rig: &Rig) -> Measured {
+    let world: &World = &rig.world(1024);
+    let work = &Workload::new(&world.layout, Pattern::Spread, 64);
+    let makers = [Reader::Handle, Reader::Memcpy].map(|reader| move || reader.reading(world, work));
+    let pairs = parallel::in_two_threads(&makers);
+    let [ours, memcpy] = [&pairs[0], &pairs[1]].map(parallel::Pair::speed_up);
+    Measured {
+        note: format!("memcpy's own speed-up is {:.2}x", memcpy.measure().value),
+        ..ours.over(&memcpy).measure().into()
+    }
+}
+
+pub(super) fn beside_writer(rig: &Rig, size: usize) -> Measured {
+    const LEAST_PAIRS: f64 = 200_000.0;
+    let world = rig.world(16);
+    let work = Workload::new(&world.layout, Pattern::Hot, size);
+    let beside = parallel::beside_a_writer(&world, &work, Reader::Handle);
+    Measured {
+        is_valid: beside.pairs_per_second >= LEAST_PAIRS,
+        note: format!("{:.0} pairs/s", beside.pairs_per_second),
+        ..beside.kept.into()
+    }
+}
+
+pub(super) fn pairs_against_tree(_: &Rig) -> Measured {
+    let order = Random::order(65_000);
+    let mut candidates = churn::pairs(&order);
+    candidates.truncate(2);
+    let all = interleave(&mut candidates);
+    all[0].over(&all[1]).measure().into()
+}
+
+pub(super) fn held_elsewhere(_: &Rig) -> Measured {
+    const HELD: Duration = Duration::from_secs(10);
+    const PAUSE: Duration = Duration::from_micros(50);
+    let space = churn::space(16, churn::PAGE, &churn::page());
+    let latencies = churn::beside_a_lease(&space, || churn::unmap_latencies(&space, HELD, PAUSE));
+    let p50 = percentile(&latencies, 50.0) / 1000.0;
+    Measured {
+        note: format!("{} unmaps, p50 {p50:.2} us", latencies.len()),
+        ..Measured::count(percentile(&latencies, 99.0) / 1000.0)
+    }
+}
+
+pub(super) fn dense_bytes(_: &Rig) -> Measured {
+    Measured::count(footprint::bytes_per_mapping(65_536, churn::PAGE))
+}
+
+pub(super) fn sparse_bytes(_: &Rig) -> Measured {
+    Measured::count(footprint::bytes_per_mapping(16_384, 2 << 20))
+}
+
+pub(super) fn tebibyte_bytes(_: &Rig) -> Measured {
+    let backing = footprint::tebibyte().expect("address space for 1 TiB");
+    Measured::count(footprint::bytes_of_one(&backing))
+}
+
+pub(super) fn tebibyte_micros(_: &Rig) -> Measured {
+    let backing = footprint::tebibyte().expect("address space for 1 TiB");
+    let space = IoAddressSpace::new();
+    let times: Vec<_> = (0..ROUNDS)
+        .map(|_| {
+            let start = Instant::now();
+            let mapped = space.map(0, backing.clone(), Permissions::ReadWrite);
+            let time = start.elapsed();
+            mapped.expect("an empty space");
+            space
+                .unmap(0, backing.len() as u64)
+                .expect("nobody holds it");
+            time.as_nanos() as f64 / 1000.0
+        })
+        .collect();
+    Measure::of(&times).into()
+}

@@ -1,0 +1,46 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the DMA path costs, beside what a VMM uses today.
+//!
+//! # What for
+//!
+//! To say with numbers what an access, a guard, a map and an unmap cost, against those who do the
+//! same work: a page loop over `GuestMemoryMmap` (the user-space shape of `kvm_read_guest`),
+//! `IommuMemory`, a tree behind a lock, and the bare copy that nobody can beat.
+//!
+//! # How it works
+//!
+//! - [`candidates`] are those compared, each by one call that is not inlined; [`world`] gives them
+//!   the same memory and mappings, [`workload`] the same addresses.
+//! - [`compare`] has them take turns and relates them round by round, so that a change of the
+//!   machine's load hits all; where the rounds do not agree it says `noisy`.
+//! - [`parallel`], [`chain`], [`churn`] and [`footprint`] measure what is no single read: threads,
+//!   virtqueues, changes of mappings, bytes.
+//! - [`bars`] is the table of what has to be reached; `ci/bench-bars` measures it.
+//! - The groups (`cargo bench -p benches --bench peers`) go through the [`harness`], which keeps a
+//!   [`record`]; `ci/bench-report` makes `docs/benchmarks.md` of it, see [`report`].
+//!
+//! # Gotchas
+//!
+//! - Figures are [`cycles::UNIT`] of the time stamp counter, which does not change with the clock of
+//!   the core: ratios are the same, counts of core cycles are not.
+//! - Ratios are of cargo's bench profile as the workspace has it: optimized, no LTO. What vm-memory
+//!   costs depends on what gets inlined where it is called; here that is one function a peer.
+//! - A binary counts bytes only where it makes
+//!   [`CountingAllocator`](footprint::CountingAllocator) its allocator.
+
+pub mod bars;
+pub mod candidates;
+pub mod chain;
+pub mod churn;
+pub mod compare;
+pub mod cycles;
+pub mod footprint;
+pub mod harness;
+pub mod parallel;
+pub mod record;
+pub mod report;
+pub mod stats;
+pub mod workload;
+pub mod world;

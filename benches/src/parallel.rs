@@ -1,0 +1,190 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Threads beside each other: readers, and a reader beside a writer.
+
+use std::hint::spin_loop;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Barrier;
+use std::thread::ScopedJoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::candidates::Reader;
+use crate::compare::{Candidate, Series};
+use crate::cycles;
+use crate::stats::Measure;
+use crate::workload::Workload;
+use crate::world::World;
+
+/// How long a turn is where threads meet: long against starting and stopping them.
+const TURN: Duration = Duration::from_millis(20);
+
+const ROUNDS: usize = 31;
+
+/// What one candidate takes alone, and in two threads at once.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    /// [`cycles::UNIT`]s an operation of one thread alone.
+    pub alone: Series,
+    /// [`cycles::UNIT`]s an operation of either of two threads, half of what one of them takes.
+    pub together: Series,
+}
+
+impl Pair {
+    /// How many times faster two threads are than one: 2 where they do not meet.
+    pub fn speed_up(&self) -> Series {
+        self.alone.over(&self.together)
+    }
+}
+
+/// Measures candidates, all in turns, alone and in two threads. Each thread makes its own.
+pub fn in_two_threads<'a, F>(makers: &[F]) -> Vec<Pair>
+where
+    F: Fn() -> Candidate<'a> + Sync,
+{
+    let turns: Vec<u64> = makers.iter().map(|make| filling(&mut make())).collect();
+    let mut samples = vec![(Vec::new(), Vec::new()); makers.len()];
+    for _ in 0..ROUNDS {
+        for ((make, n), (alone, together)) in makers.iter().zip(&turns).zip(&mut samples) {
+            alone.push(per_operation(make, *n, 1));
+            together.push(per_operation(make, *n, 2));
+        }
+    }
+    let named = makers.iter().map(|make| make().name()).zip(samples);
+    named
+        .map(|(name, (alone, together))| Pair {
+            alone: Series::new(name, alone),
+            together: Series::new(name, together),
+        })
+        .collect()
+}
+
+/// Operations that fill a turn when alone.
+fn filling(candidate: &mut Candidate<'_>) -> u64 {
+    let n = candidate.fill_a_turn();
+    let start = Instant::now();
+    candidate.run(n);
+    let turns = TURN.as_nanos() / start.elapsed().as_nanos().max(1);
+    n * (turns.max(1) as u64)
+}
+
+fn per_operation<'a>(make: &(impl Fn() -> Candidate<'a> + Sync), n: u64, threads: usize) -> f64 {
+    let start = Barrier::new(threads);
+    let run = || {
+        let mut candidate = make();
+        start.wait();
+        n as f64 / cycles::of(|| candidate.run(n)) as f64
+    };
+    let rate: f64 = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        let rates = threads.into_iter().map(|thread| thread.join());
+        rates.map(|rate| rate.expect("a reader that reads")).sum()
+    });
+    1.0 / rate
+}
+
+/// A reader beside a writer.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside {
+    /// Which part of its speed alone the reader keeps.
+    pub kept: Measure,
+    /// Map and unmap pairs a second that the writer did meanwhile.
+    pub pairs_per_second: f64,
+}
+
+/// A reader of `work`, in turns alone and beside a thread that maps and unmaps a page elsewhere.
+///
+/// # Panics
+///
+/// Panics where `reader` has no mappings to change.
+pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader) -> Beside {
+    let writer = Writer::default();
+    let mut churn = reader.churning(world).expect("one who maps");
+    let mut candidate = reader.reading(world, work);
+    let n = filling(&mut candidate);
+    std::thread::scope(|scope| {
+        let end = End(&writer);
+        let thread = scope.spawn(|| writer.run(&mut churn));
+        let mut kept = Vec::with_capacity(ROUNDS);
+        let mut writing = Duration::ZERO;
+        for _ in 0..ROUNDS {
+            let alone = cycles::of(|| candidate.run(n));
+            writer.go(true, &thread);
+            let start = Instant::now();
+            let beside = cycles::of(|| candidate.run(n));
+            writing += start.elapsed();
+            writer.go(false, &thread);
+            kept.push(alone as f64 / beside as f64);
+        }
+        drop(end);
+        Beside {
+            kept: Measure::of(&kept),
+            pairs_per_second: writer.pairs.load(Ordering::Relaxed) as f64 / writing.as_secs_f64(),
+        }
+    })
+}
+
+/// A writer that works when told to.
+#[derive(Default)]
+struct Writer {
+    wanted: AtomicBool,
+    working: AtomicBool,
+    ended: AtomicBool,
+    pairs: AtomicU64,
+}
+
+impl Writer {
+    fn run(&self, mut churn: impl FnMut()) {
+        while !self.ended.load(Ordering::Acquire) {
+            let wanted = self.wanted.load(Ordering::Acquire);
+            self.working.store(wanted, Ordering::Release);
+            if wanted {
+                churn();
+                self.pairs.fetch_add(1, Ordering::Relaxed);
+            } else {
+                spin_loop();
+            }
+        }
+    }
+
+    /// Starts or stops it, and waits until it has.
+    fn go(&self, wanted: bool, thread: &ScopedJoinHandle<'_, ()>) {
+        self.wanted.store(wanted, Ordering::Release);
+        while self.working.load(Ordering::Acquire) != wanted {
+            assert!(!thread.is_finished(), "the writer has failed");
+            spin_loop();
+        }
+    }
+}
+
+/// Ends the writer, also where the reader fails.
+struct End<'a>(&'a Writer);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_writer_works_only_when_told_to() {
+        let writer = Writer::default();
+        std::thread::scope(|scope| {
+            let _end = End(&writer);
+            let thread = scope.spawn(|| writer.run(|| {}));
+            assert_eq!(writer.pairs.load(Ordering::Relaxed), 0);
+            writer.go(true, &thread);
+            while writer.pairs.load(Ordering::Relaxed) < 10 {
+                spin_loop();
+            }
+            writer.go(false, &thread);
+            let pairs = writer.pairs.load(Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(1));
+            assert_eq!(writer.pairs.load(Ordering::Relaxed), pairs);
+        });
+    }
+}
