@@ -5,7 +5,8 @@
 
 #![no_main]
 
-use gvt_replay::{Contiguity, Plan, Trace};
+use gvt_replay::aub::Trace;
+use gvt_replay::{Contiguity, Plan};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
