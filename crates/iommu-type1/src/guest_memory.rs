@@ -6,7 +6,6 @@
 use std::fmt;
 use std::iter::FusedIterator;
 use std::ops::Deref;
-use std::sync::Arc;
 
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
@@ -16,7 +15,7 @@ use vm_memory::{
 
 use crate::dirty::{Dirty, DirtySlice};
 use crate::lease::LeaseSet;
-use crate::mapping::{needed_for, Mapping};
+use crate::mapping::needed_for;
 use crate::{Error, IoAddressSpace};
 
 impl GuestAddressSpace for IoAddressSpace {
@@ -151,9 +150,6 @@ impl<'a> DmaSlices<'a> {
             .leases
             .lease(self.iova, self.left, self.access)
             .map_err(|error| error.after(self.completed))?;
-        // SAFETY: the lease set of `self.memory`, borrowed for `'a`, has a reference to the
-        // mapping and gives none back before it is dropped itself, which it cannot be during `'a`.
-        let mapping: &'a Mapping = unsafe { &*Arc::as_ptr(&mapping) };
         Ok(mapping.slice(self.iova, len))
     }
 }

@@ -7,13 +7,16 @@
 //! it waited in vain.
 
 use std::fmt;
+use std::ptr;
+use std::sync::atomic::AtomicPtr;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use vm_memory::Permissions;
 
 use crate::holder::HolderKind;
-use crate::mapping::Mapping;
+use crate::mapping::{needed_for, Mapping};
+use crate::range::IovaRange;
 use crate::space::View;
 use crate::sync::{fence, lock, wait_until, AtomicUsize, Condvar, Mutex, Ordering};
 use crate::table::Table;
@@ -75,7 +78,7 @@ impl Ledger {
         let now = Instant::now();
         let has_it = |record: &&Arc<Record>| {
             let held = lock(&record.held);
-            held.iter().any(|other| std::ptr::eq(&**other, mapping))
+            held.iter().any(|other| ptr::eq(&**other, mapping))
         };
         lock(&self.records)
             .iter()
@@ -126,10 +129,18 @@ fn order_for_model() {
 }
 
 /// The leases of one holder, at most one a mapping; dropping it returns them.
+///
+/// # Invariants
+///
+/// What `first` and `newest` point to is in the record, which keeps it until this is dropped.
 pub(crate) struct LeaseSet {
     view: Arc<View>,
     /// Made with the first lease: a guard that lends nothing costs nothing.
     record: OnceLock<Arc<Record>>,
+    /// The mapping leased first (a queue's rings lie there) and the one leased last: further slices of
+    /// these need no look-up.
+    first: AtomicPtr<Mapping>,
+    newest: AtomicPtr<Mapping>,
 }
 
 impl LeaseSet {
@@ -137,6 +148,8 @@ impl LeaseSet {
         LeaseSet {
             view,
             record: OnceLock::new(),
+            first: AtomicPtr::new(ptr::null_mut()),
+            newest: AtomicPtr::new(ptr::null_mut()),
         }
     }
 
@@ -146,17 +159,36 @@ impl LeaseSet {
 
     /// Leases the mapping that contains `iova`; returns it and how many of `len` bytes, at least
     /// one, lie in it.
+    ///
+    /// A mapping that is leased already is not looked up again, also while it is being unmapped:
+    /// the unmap waits for this holder anyway, and a request that has begun can end.
     pub(crate) fn lease(
         &self,
         iova: u64,
         len: usize,
         access: Permissions,
-    ) -> Result<(Arc<Mapping>, usize)> {
-        let space = &self.view.space;
-        space.grace.enter_shared(|inside| {
-            let (mapping, n) = space.first_chunk(inside, iova, len, access)?;
-            Ok((self.take(mapping), n))
-        })
+    ) -> Result<(&Mapping, usize)> {
+        let range = IovaRange::new(iova, len as u64)?;
+        let needed = needed_for(access);
+        let known = [&self.newest, &self.first].into_iter().find_map(|slot| {
+            // SAFETY: null, or by the invariant alive as long as `self`.
+            let mapping = unsafe { slot.load(Ordering::Acquire).as_ref() }?;
+            (mapping.range.contains(iova) && mapping.prot.allow(needed)).then_some(mapping)
+        });
+        let mapping = match known {
+            Some(mapping) => mapping,
+            None => {
+                let space = &self.view.space;
+                let shared = space.grace.enter_shared(|inside| {
+                    let (mapping, _) = space.first_chunk(inside, iova, len, access)?;
+                    Ok::<_, crate::Error>(self.take(mapping))
+                })?;
+                // SAFETY: `take` has put it into the record, see the invariant.
+                unsafe { &*Arc::as_ptr(&shared) }
+            }
+        };
+        let end = mapping.range.last.min(range.last);
+        Ok((mapping, (end - iova) as usize + 1))
     }
 
     /// Leases a mapping that a running access has found.
@@ -165,17 +197,21 @@ impl LeaseSet {
             .record
             .get_or_init(|| self.view.space.leases.enrol(&self.view));
         let mut held = lock(&record.held);
-        // The newest first: a request keeps to one mapping for a while.
-        let known = held
-            .iter()
-            .rev()
-            .find(|other| std::ptr::eq(&***other, mapping));
-        if let Some(known) = known {
-            return known.clone();
+        let known = held.iter().find(|other| ptr::eq(&***other, mapping));
+        let shared = match known {
+            Some(known) => known.clone(),
+            None => {
+                mapping.leases.fetch_add(1, Ordering::Relaxed);
+                let shared = Table::share(mapping);
+                held.push(shared.clone());
+                shared
+            }
+        };
+        let raw = Arc::as_ptr(&shared).cast_mut();
+        if held.len() == 1 {
+            self.first.store(raw, Ordering::Release);
         }
-        mapping.leases.fetch_add(1, Ordering::Relaxed);
-        let shared = Table::share(mapping);
-        held.push(shared.clone());
+        self.newest.store(raw, Ordering::Release);
         shared
     }
 
