@@ -70,6 +70,13 @@ fn patient() -> UnmapOptions {
     UnmapOptions::new().deadline(Duration::from_secs(3600))
 }
 
+/// Unmaps the watched page; nobody may touch it from then on.
+fn unmap(space: &IoAddressSpace, gone: &AtomicBool) {
+    let bytes = space.unmap_with(0, page_size(), patient());
+    assert_eq!(bytes.unwrap(), page_size());
+    gone.store(true, Ordering::Relaxed);
+}
+
 /// What a device model is told when it comes too late.
 fn is_refusal(error: &Error) -> bool {
     matches!(
@@ -88,11 +95,7 @@ fn an_inline_access_against_an_unmap() {
                 assert!(is_refusal(&error));
             }
         });
-        assert_eq!(
-            space.unmap_with(0, page_size(), patient()).unwrap(),
-            page_size()
-        );
-        gone.store(true, Ordering::Relaxed);
+        unmap(&space, &gone);
         reader.join().unwrap();
     });
 }
@@ -133,8 +136,7 @@ fn two_shared_accesses_against_an_unmap() {
             let refused = third.write(16, &[1]).err();
             assert!(refused.as_ref().is_none_or(is_refusal));
         });
-        space.unmap_with(0, page_size(), patient()).unwrap();
-        gone.store(true, Ordering::Relaxed);
+        unmap(&space, &gone);
         reader.join().unwrap();
         second.join().unwrap();
     });
@@ -149,11 +151,7 @@ fn a_lease_against_an_unmap() {
             let _refused = guard.write_slice(&[1], GuestAddress(8));
             drop(guard);
         });
-        assert_eq!(
-            space.unmap_with(0, page_size(), patient()).unwrap(),
-            page_size()
-        );
-        gone.store(true, Ordering::Relaxed);
+        unmap(&space, &gone);
         reader.join().unwrap();
     });
 }
@@ -177,11 +175,7 @@ fn a_pin_against_an_unmap() {
                 Err(error) => assert!(is_refusal(&error)),
             }
         });
-        assert_eq!(
-            space.unmap_with(0, page_size(), patient()).unwrap(),
-            page_size()
-        );
-        gone.store(true, Ordering::Relaxed);
+        unmap(&space, &gone);
         user.join().unwrap();
     });
 }
