@@ -55,6 +55,14 @@ pub enum Error {
         /// Which of the two elements.
         element: usize,
     },
+    /// The queue of an engine has no room for a submission.
+    #[error("the queue of {engine:?} is full: it takes {limit} workloads")]
+    TooManyWorkloads {
+        /// Engine the submission was for.
+        engine: EngineId,
+        /// Workloads the queue takes.
+        limit: usize,
+    },
     /// The addressing mode of a context is not one of the two legacy ones.
     #[error("addressing mode {mode:?} is not supported")]
     AddressingMode {
@@ -123,6 +131,12 @@ pub enum Error {
         /// The entry.
         entry: u64,
     },
+    /// The guest uses more page tables than may be shadowed.
+    #[error("no more than {limit} page tables and roots are shadowed")]
+    TooManyTables {
+        /// Tables and roots that may be shadowed.
+        limit: usize,
+    },
     /// A page that a page table maps could not be pinned.
     #[error("guest frame {gfn:#x} cannot be pinned")]
     LeafPin {
@@ -182,7 +196,8 @@ pub enum Error {
 impl Error {
     /// The error number the kernel has for this failure.
     ///
-    /// The kernel ignores failed reads and writes of guest memory; here they are `EFAULT`.
+    /// The kernel ignores failed reads and writes of guest memory; here they are `EFAULT`. It has no
+    /// limit to the workloads of a queue; here there is one, and it is `EBUSY`.
     pub fn errno(&self) -> i32 {
         match self {
             Error::BufferUnmapped { .. }
@@ -190,6 +205,8 @@ impl Error {
             | Error::Read { .. }
             | Error::Write { .. } => libc::EFAULT,
             Error::LeafPin { .. } => libc::ENXIO,
+            Error::TooManyWorkloads { .. } => libc::EBUSY,
+            Error::TooManyTables { .. } => libc::ENOMEM,
             Error::Engine { .. } => libc::EIO,
             Error::Register { .. }
             | Error::GgttIndex { .. }

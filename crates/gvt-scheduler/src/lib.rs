@@ -8,9 +8,9 @@
 //! submissions, copied the context of each into a shadow of the host's, had the GPU execute it and
 //! copied the result back. This crate does what lies between the guest's register writes and the GPU,
 //! in a user-space process and over any memory that implements [`vm_memory::Bytes`]: a
-//! `GuestMemoryMmap`, or an I/O address space that may lose its mappings at any time. It makes the same
-//! accesses to guest memory as the kernel, in the same order, and can count them; pages of a context
-//! that are adjacent in guest memory are copied by one access.
+//! `GuestMemoryMmap`, or an I/O address space that may lose its mappings at any time. It makes the
+//! kernel's accesses to guest memory, except those of the command parser, in the kernel's order, and can
+//! count them; pages of a context that are adjacent in guest memory are copied by one access.
 //!
 //! # How it works
 //! A [`Vgpu`] is given the guest's writes: to registers, to the GGTT and to page tables. The fourth
@@ -75,9 +75,10 @@
 //! - The pages of a context that runs twice in a row are read once, as in the kernel since 5.8. A
 //!   guest that changes them in between without touching the GGTT is not seen;
 //!   [`VgpuConfig::skip_unchanged`] turns that off.
-//! - Roots of page tables stay known until [`Vgpu::release_page_tables`]. Their shadow takes host memory
-//!   in proportion: 4 KiB for a table and some 100 bytes for a page that is mapped.
-//! - The queue has no limit of its own: the caller runs what was submitted.
+//! - Roots of page tables stay known until [`Vgpu::release_page_tables`], those of a refused submission
+//!   too. Their shadow takes host memory in proportion: 4 KiB for a table, of which there are at most
+//!   [`VgpuConfig::max_page_tables`], and some 100 bytes for a page that is mapped.
+//! - A queue takes [`VgpuConfig::max_queued`] workloads: the caller runs what was submitted.
 //! - An unmap notice must not wait for the thread that runs a workload: the vGPU is one `&mut` object,
 //!   so hand [`Vgpu::release_pins`] to its owner.
 //!
@@ -85,10 +86,23 @@
 //! - Accesses that fail are errors (`EFAULT`); the kernel ignores most of them.
 //! - The last page of a context is always copied. The kernel's loop loses it when it is not adjacent to
 //!   the page before; [`CopyMode::UpstreamTail`] does so for comparison.
-//! - A submission queues both of its workloads or none.
+//! - There is no command parser, so its reads are not made: registers of the context that a command
+//!   loads (one dword each, generation 9), privileged batches; nor are the PDPs written back after a
+//!   command that loads them.
+//! - A submission queues both of its workloads or none; the kernel keeps the first if the second fails.
+//! - A HEAD or TAIL beyond the ring is refused (`EINVAL`).
 //! - A skip ends with a GGTT write to any page of the context, not only to its first one.
-//! - Left out: the command parser and failsafe mode, register tables, scheduling between vGPUs,
-//!   out-of-sync page tables, the host's observation registers.
+//! - A context page without translation when it is written back: as in the kernel the rest of the context
+//!   is not written and the guest is told of the end; [`Completion::written_back`] says so, and the next
+//!   populate is not skipped.
+//! - A page table entry that cannot be shadowed when it is read again (page of 1 GiB, page that cannot be
+//!   pinned, too many tables) is not present, and is an error of every submission whose root reaches it,
+//!   which reads it once more, until it is mended. Other submissions are not concerned.
+//! - A mapped page that was lost to an unmap ([`Vgpu::release_pins`]) is pinned again by the next
+//!   submission whose root maps it, or refuses that (`ENXIO`).
+//! - The workloads of a queue are limited (`EBUSY`), and so are page tables (`ENOMEM`).
+//! - Left out besides: failsafe mode, register tables, scheduling between vGPUs, out-of-sync page tables,
+//!   the host's observation registers.
 
 #![forbid(unsafe_code)]
 
@@ -98,7 +112,8 @@ mod engine;
 mod error;
 mod execlist;
 mod ggtt;
-mod memory;
+mod guest_dma;
+
 mod observe;
 mod ppgtt;
 mod regs;
@@ -112,7 +127,7 @@ pub use engine::{Engine, EngineJob, SimulatedEngine};
 pub use error::{Cause, EngineFault, Error, Result};
 pub use execlist::CsbEvent;
 pub use ggtt::{Ggtt, GmWindow, GmWindows, HalfEntry};
-pub use memory::DmaMemory;
+pub use guest_dma::GuestDma;
 pub use observe::{Access, AccessCounts, AccessKind, Counts, Observer, Step};
 pub use ppgtt::PageTableRoot;
 pub use regs::{ring_context, ring_register, EngineId, Generation, PAGE_SIZE};

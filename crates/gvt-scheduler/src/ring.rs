@@ -23,11 +23,16 @@ pub struct Ring {
     tail: u32,
     start: u32,
     size: u32,
+    /// Bits 31:21 of HEAD, where they stand there.
+    wraps: u32,
 }
 
 impl Ring {
-    /// Bits 20:2 of HEAD; above them the wraps are counted.
+    /// Bits 20:2 of HEAD.
     const HEAD_MASK: u32 = 0x001f_fffc;
+    /// Bits 31:21 of HEAD: how often the head has gone around the ring, modulo 2048.
+    const WRAPS_MASK: u32 = 0xffe0_0000;
+    const ONE_WRAP: u32 = 1 << 21;
     /// Bits 20:3 of TAIL.
     const TAIL_MASK: u32 = 0x001f_fff8;
     /// Bits 20:12 of CTL: the size, less one page.
@@ -40,6 +45,7 @@ impl Ring {
             tail: tail & Self::TAIL_MASK,
             start,
             size: (ctl & Self::SIZE_MASK) + PAGE_SIZE as u32,
+            wraps: head & Self::WRAPS_MASK,
         }
     }
 
@@ -83,6 +89,16 @@ impl Ring {
         [before, behind]
             .into_iter()
             .flat_map(move |part| page_pieces(start + u64::from(part.start), part.len()))
+    }
+
+    /// The register HEAD when the commands have run: the tail, and the wraps counted on.
+    pub(crate) fn final_head(&self) -> u32 {
+        let wraps = if self.tail < self.head {
+            self.wraps.wrapping_add(Self::ONE_WRAP)
+        } else {
+            self.wraps
+        };
+        wraps | self.tail
     }
 
     /// The ring from `head` on: where an earlier workload of the context, still queued, ends.
@@ -169,6 +185,21 @@ mod tests {
         assert_eq!(ring.tail(), 0x1f_fff8);
         assert_eq!(ring.size(), 0x20_0000);
         assert_eq!(Ring::new(0x0020_0010, 0, 0, 0).head(), 0x10);
+    }
+
+    #[test]
+    fn the_head_counts_its_wraps() {
+        let wraps = |count: u32| count << 21;
+        for (head, tail, expected) in [
+            (0x40, 0xe0, 0xe0),
+            (wraps(5) | 0x40, 0xe0, wraps(5) | 0xe0),
+            (wraps(5) | 0x40, 0x40, wraps(5) | 0x40),
+            (wraps(5) | 0xf80, 0x20, wraps(6) | 0x20),
+            (wraps(2047) | 0xf80, 0x20, 0x20),
+        ] {
+            let ring = Ring::new(head, tail, 0, 0);
+            assert_eq!(ring.final_head(), expected, "{head:#x}");
+        }
     }
 
     #[test]

@@ -1,14 +1,15 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Each workload makes exactly the kernel's accesses to guest memory, in its order.
+//! Each workload makes the kernel's accesses to guest memory, except those of the command parser, in
+//! the kernel's order.
 
 mod common;
 
 use common::{entry, FaultyEngine, Guest, HWSP_PAGE, REQUEST, RING_PAGE};
 use gvt_scheduler::{
-    ring_context, AccessCounts, AccessKind, CopyMode, Counts, EngineId, Generation, Observer, Step,
-    VgpuConfig,
+    ring_context, AccessCounts, AccessKind, CopyMode, Counts, EngineId, Generation, HalfEntry,
+    Observer, Step, VgpuConfig,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -208,6 +209,26 @@ fn a_ggtt_write_to_the_context_ends_the_skip() {
             .unwrap();
         assert_eq!(guest.submit_and_run(&context).skipped, skipped, "{index}");
     }
+}
+
+#[test]
+fn a_ggtt_entry_written_in_halves_ends_the_skip() {
+    let mut guest = Guest::new(VgpuConfig::default());
+    let context = guest.context(RCS, LRCA, 1);
+    guest.submit_and_run(&context);
+    for (half, value) in [
+        (HalfEntry::High, 0),
+        (HalfEntry::Low, (LRCA + 300) << 12 | 1),
+    ] {
+        guest.vgpu.write_ggtt_half(LRCA + 5, half, value).unwrap();
+    }
+    guest.take_trace();
+    assert!(!guest.submit_and_run(&context).skipped);
+    let moved = u64::from(LRCA + 300) << 12;
+    let reads = guest.take_trace();
+    assert!(reads
+        .iter()
+        .any(|(_, access)| access.gpa.0 == moved && !access.write));
 }
 
 #[test]

@@ -112,6 +112,54 @@ fn a_context_page_without_translation() {
 }
 
 #[test]
+fn a_context_that_cannot_be_written_back_is_scheduled_out() {
+    let (mut guest, context) = guest();
+    // With nothing to restore, the missing page is not found before the end.
+    guest.set(&context, ring_context::CTX_CTRL, 0x0001_0001);
+    guest.vgpu.write_ggtt_entry(LRCA + 9, 0).unwrap();
+    guest.submit(&[context]).unwrap();
+    let completion = guest.run(RCS);
+    assert!(!completion.written_back);
+    assert_eq!(completion.write_back.pages, 0);
+    assert_eq!(completion.events, 2);
+    assert_eq!(guest.get(&context, ring_context::HEAD), 0);
+    assert_eq!(guest.get(&context, ring_context::CTX_CTRL), 0x0001_0001);
+    assert_eq!(guest.vgpu.mmio_read(0x2034), common::REQUEST);
+    let entry = entry(u64::from(LRCA) + 9);
+    guest.vgpu.write_ggtt_entry(LRCA + 9, entry).unwrap();
+    assert!(guest.submit_and_run(&context).written_back);
+}
+
+#[test]
+fn a_queue_takes_so_many_workloads() {
+    let mut guest = Guest::new(VgpuConfig {
+        max_queued: 3,
+        ..VgpuConfig::default()
+    });
+    let one = guest.context(RCS, LRCA, 1);
+    let two = guest.context(RCS, LRCA + 32, 2);
+    guest.submit(&[one, two]).unwrap();
+    guest.take_trace();
+    let error = guest.submit(&[one, two]).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::TooManyWorkloads {
+            engine: RCS,
+            limit: 3
+        }
+    ));
+    assert_eq!(error.errno(), libc::EBUSY);
+    assert_eq!(guest.vgpu.queued(RCS), 2);
+    assert!(guest.take_trace().is_empty());
+    assert_eq!(guest.submit(&[one]).unwrap().sequence, 2);
+    assert_eq!(guest.submit(&[one]).unwrap_err().errno(), libc::EBUSY);
+    let copy = guest.context(EngineId::Bcs, LRCA + 64, 3);
+    guest.submit(&[copy]).unwrap();
+    guest.run(RCS);
+    guest.submit(&[one]).unwrap();
+}
+
+#[test]
 fn guest_memory_that_is_gone() {
     let (mut guest, context) = guest();
     guest

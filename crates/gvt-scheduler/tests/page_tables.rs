@@ -15,6 +15,7 @@ use gvt_scheduler::{
 };
 use page_pin::PinPages;
 use proptest::prelude::*;
+use proptest::test_runner::TestCaseResult;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
 const PRESENT: u64 = 1;
@@ -30,7 +31,17 @@ const UNPINNABLE: u64 = 0x3333;
 
 /// Live pins, by what was asked for.
 #[derive(Clone, Debug, Default)]
-struct Pins(Arc<Mutex<BTreeMap<(u64, usize), usize>>>);
+struct Pins(
+    Arc<Mutex<BTreeMap<(u64, usize), usize>>>,
+    Arc<Mutex<Option<u64>>>,
+);
+
+impl Pins {
+    /// From now on one more frame cannot be pinned.
+    fn refuse(&self, gfn: Option<u64>) {
+        *self.1.lock().unwrap() = gfn;
+    }
+}
 
 struct Pinned(Pins, (u64, usize));
 
@@ -50,7 +61,9 @@ impl PinPages for Pins {
     ) -> Result<Pinned, NotPinnable> {
         assert_eq!(prot, Permissions::ReadWrite);
         let gfn = iova >> 12;
-        if (gfn..gfn + npages as u64).contains(&UNPINNABLE) {
+        let refused = self.1.lock().unwrap().unwrap_or(UNPINNABLE);
+        let frames = gfn..gfn + npages as u64;
+        if frames.contains(&UNPINNABLE) || frames.contains(&refused) {
             return Err(NotPinnable);
         }
         *self.0.lock().unwrap().entry((gfn, npages)).or_default() += 1;
@@ -77,8 +90,12 @@ struct Tables {
 
 impl Tables {
     fn new() -> Self {
+        Self::with(VgpuConfig::default())
+    }
+
+    fn with(config: VgpuConfig) -> Self {
         let pins = Pins::default();
-        let mut guest = Guest::with(VgpuConfig::default(), pins.clone(), Trace::default());
+        let mut guest = Guest::with(config, pins.clone(), Trace::default());
         let context = guest.context(ENGINE, 0x40, 1);
         Self {
             guest,
@@ -339,18 +356,145 @@ fn an_entry_that_failed_is_not_present_until_it_is_mended() {
 }
 
 #[test]
-fn pins_are_dropped_for_an_unmap_and_come_back_with_the_entry() {
+fn a_failed_entry_is_an_error_of_the_roots_that_reach_it_only() {
+    let mut tables = four_tables();
+    let (bad, good) = (four_level(0x200), four_level(0x210));
+    tables.set(0x210, 0, to(0x211));
+    tables.submit(bad).unwrap();
+    tables.submit(good).unwrap();
+    tables.reads();
+    tables.write(0x203, 3, to(UNPINNABLE));
+    tables.write(0x203, 4, to(0x904));
+    tables.submit(good).unwrap();
+    // Both entries were read, and the failure is remembered.
+    assert_eq!(tables.reads(), [0x20_3018, 0x20_3020]);
+    assert_eq!(tables.pinned(), [(0x904, 1)]);
+    for _ in 0..2 {
+        assert_eq!(tables.submit(bad).unwrap_err().errno(), libc::ENXIO);
+        assert_eq!(tables.reads(), [0x20_3018]);
+        tables.submit(good).unwrap();
+        assert!(tables.reads().is_empty());
+    }
+    // A root that comes to reach it fails as well, one that ceases to does not.
+    tables.write(0x210, 1, to(0x201));
+    assert_eq!(tables.submit(good).unwrap_err().errno(), libc::ENXIO);
+    tables.write(0x210, 1, 0);
+    tables.submit(good).unwrap();
+    tables.write(0x200, 0, 0);
+    tables.submit(bad).unwrap();
+    assert_eq!(tables.guest.vgpu.shadowed_tables(), 3);
+}
+
+#[test]
+fn a_failure_goes_with_its_table() {
+    let mut tables = four_tables();
+    let root = four_level(0x200);
+    tables.submit(root).unwrap();
+    tables.write(0x203, 3, to(UNPINNABLE));
+    tables.submit(root).unwrap_err();
+    tables.write(0x202, 0, 0);
+    tables.submit(root).unwrap();
+    tables.set(0x203, 3, to(0x901));
+    tables.write(0x202, 0, to(0x203));
+    tables.reads();
+    tables.submit(root).unwrap();
+    // The entry was read with its table, and not once more.
+    assert_eq!(tables.reads().len(), 1 + 512);
+}
+
+#[test]
+fn directories_shared_by_roots_go_with_the_last_of_them() {
+    let mut tables = Tables::new();
+    let [x, y] = [0x202 << 12, 0x212 << 12];
+    let one = PageTableRoot::ThreeLevel { pdps: [x, 0, 0, 0] };
+    let both = PageTableRoot::ThreeLevel { pdps: [x, y, x, 0] };
+    tables.set(0x202, 0, to(0x203));
+    tables.set(0x203, 3, to(0x900));
+    for (first, second) in [(one, both), (both, one)] {
+        tables.submit(one).unwrap();
+        tables.submit(both).unwrap();
+        assert_eq!(tables.guest.vgpu.shadowed_tables(), 3);
+        tables.guest.vgpu.release_page_tables(first);
+        let translated = tables.guest.vgpu.translate(second, 0x3000);
+        assert_eq!(translated, Some(GuestAddress(0x90_0000)));
+        assert_eq!(tables.pinned(), [(0x900, 1)]);
+        tables.guest.vgpu.release_page_tables(second);
+        assert_eq!(tables.guest.vgpu.shadowed_tables(), 0);
+        assert!(tables.pinned().is_empty());
+    }
+}
+
+#[test]
+fn pages_lost_to_an_unmap_are_pinned_again_without_reads() {
     let mut tables = four_tables();
     let root = four_level(0x200);
     tables.set(0x203, 4, to(0x901));
     tables.submit(root).unwrap();
+    tables.reads();
     tables.guest.vgpu.release_pins(0x90_0000, 0x1000);
     assert_eq!(tables.pinned(), [(0x901, 1)]);
-    tables.write(0x203, 3, to(0x900));
+    tables.submit(four_level(0x210)).unwrap();
+    assert_eq!(
+        tables.pinned(),
+        [(0x901, 1)],
+        "another root does not map it"
+    );
+    tables.reads();
     tables.submit(root).unwrap();
     assert_eq!(tables.pinned(), [(0x900, 1), (0x901, 1)]);
+    assert!(tables.reads().is_empty());
     tables.guest.vgpu.release_pins(0, u64::MAX);
     assert!(tables.pinned().is_empty());
+}
+
+#[test]
+fn a_workload_whose_pages_stay_unmapped_is_refused() {
+    let mut tables = four_tables();
+    let (root, other) = (four_level(0x200), four_level(0x210));
+    tables.submit(root).unwrap();
+    tables.guest.vgpu.release_pins(0x90_0000, 0x1000);
+    tables.pins.refuse(Some(0x900));
+    for _ in 0..2 {
+        let error = tables.submit(root).unwrap_err();
+        assert!(matches!(error, Error::LeafPin { gfn: 0x900, .. }));
+        tables.submit(other).unwrap();
+    }
+    // The guest may map something else instead, or the page comes back.
+    tables.write(0x203, 3, 0);
+    tables.submit(root).unwrap();
+    tables.pins.refuse(None);
+    tables.write(0x203, 3, to(0x900));
+    tables.submit(root).unwrap();
+    assert_eq!(tables.pinned(), [(0x900, 1)]);
+}
+
+#[test]
+fn shadowed_tables_are_limited() {
+    let config = VgpuConfig {
+        max_page_tables: 5,
+        ..VgpuConfig::default()
+    };
+    let mut tables = Tables::with(config);
+    let (one, two) = (four_level(0x200), four_level(0x210));
+    for (table, child) in [(0x200, 0x201), (0x201, 0x202), (0x202, 0x203)] {
+        tables.set(table, 0, to(child));
+    }
+    tables.submit(one).unwrap();
+    let error = tables.submit(two).unwrap_err();
+    assert!(matches!(error, Error::TooManyTables { limit: 5 }));
+    assert_eq!(error.errno(), libc::ENOMEM);
+    tables.write(0x202, 1, to(0x204));
+    assert_eq!(tables.submit(one).unwrap_err().errno(), libc::ENOMEM);
+    assert_eq!(tables.guest.vgpu.shadowed_tables(), 4);
+    // Roots count, or those without tables were free.
+    let empty = PageTableRoot::ThreeLevel { pdps: [0; 4] };
+    assert_eq!(tables.submit(empty).unwrap_err().errno(), libc::ENOMEM);
+    tables.write(0x202, 1, 0);
+    tables.write(0x202, 0, 0);
+    tables.submit(one).unwrap();
+    tables.guest.vgpu.release_page_tables(one);
+    tables.submit(two).unwrap();
+    tables.submit(empty).unwrap();
 }
 
 #[test]
@@ -429,15 +573,15 @@ enum Step {
     Write { table: u64, index: u64, value: u64 },
     Submit(PageTableRoot),
     Release(PageTableRoot),
+    Unmap { gfn: u64, pages: u64 },
 }
 
 fn root() -> impl Strategy<Value = PageTableRoot> {
-    let page = || POOL..POOL + POOL_PAGES;
+    // Few directories, so that roots share them.
+    let pdp = || prop_oneof![Just(0), (POOL..POOL + 3).prop_map(|page| page << 12)];
     prop_oneof![
         (POOL..POOL + 2).prop_map(four_level),
-        page().prop_map(|page| PageTableRoot::ThreeLevel {
-            pdps: [page << 12, 0, 0, 0]
-        }),
+        [pdp(), pdp(), pdp(), pdp()].prop_map(|pdps| PageTableRoot::ThreeLevel { pdps }),
     ]
 }
 
@@ -467,15 +611,39 @@ fn step() -> impl Strategy<Value = Step> {
         10 => write,
         4 => root().prop_map(Step::Submit),
         1 => root().prop_map(Step::Release),
+        1 => (POOL..POOL + POOL_PAGES, 1..4u64).prop_map(|(gfn, pages)| Step::Unmap { gfn, pages }),
     ]
 }
 
-/// The page and the level of a root of [`root`].
-fn uppermost(root: PageTableRoot) -> (u64, u32) {
+/// The uppermost tables of a root: first address, page and level.
+fn uppermost(root: PageTableRoot) -> Vec<(u64, u64, u32)> {
     match root {
-        PageTableRoot::FourLevel { pml4 } => (pml4 >> 12, 4),
-        PageTableRoot::ThreeLevel { pdps } => (pdps[0] >> 12, 2),
+        PageTableRoot::FourLevel { pml4 } => vec![(0, pml4 >> 12, 4)],
+        PageTableRoot::ThreeLevel { pdps } => (0..)
+            .zip(pdps)
+            .filter(|(_, pdp)| *pdp != 0)
+            .map(|(directory, pdp)| (directory << 30, pdp >> 12, 2))
+            .collect(),
     }
+}
+
+/// Whether addresses of `root` translate as a fresh walk says.
+fn check_translations(tables: &Tables, fresh: &FreshWalk, root: PageTableRoot) -> TestCaseResult {
+    for (base, page, level) in uppermost(root) {
+        let upper: &[u64] = if level == 4 { &INDEXES } else { &[0] };
+        for (a, b) in upper.iter().flat_map(|a| upper.iter().map(move |b| (a, b))) {
+            for (c, d) in INDEXES
+                .iter()
+                .flat_map(|c| INDEXES.iter().map(move |d| (c, d)))
+            {
+                let gma = base | a << 39 | b << 30 | c << 21 | d << 12 | 0x123;
+                let found = tables.guest.vgpu.translate(root, gma).map(|gpa| gpa.0);
+                let expected = fresh.translate(page, level, gma);
+                prop_assert_eq!(found, expected, "{:#x}", gma);
+            }
+        }
+    }
+    Ok(())
 }
 
 proptest! {
@@ -484,9 +652,10 @@ proptest! {
     #[test]
     fn the_shadow_is_what_a_fresh_walk_finds(steps in prop::collection::vec(step(), 1..80)) {
         let mut tables = Tables::new();
+        let memory = tables.guest.memory.clone();
         let mut roots: Vec<PageTableRoot> = Vec::new();
         for step in steps {
-            match step {
+            let root = match step {
                 Step::Write { table, index, value } => {
                     tables.write(table, index, value);
                     continue;
@@ -496,22 +665,34 @@ proptest! {
                     roots.retain(|known| *known != root);
                     continue;
                 }
-                Step::Submit(root) => {
-                    if tables.submit(root).is_err() {
-                        continue;
-                    }
-                    if !roots.contains(&root) {
-                        roots.push(root);
-                    }
+                Step::Unmap { gfn, pages } => {
+                    tables.guest.vgpu.release_pins(gfn << 12, pages << 12);
+                    continue;
                 }
+                Step::Submit(root) => root,
+            };
+            if tables.submit(root).is_err() {
+                if !roots.contains(&root) {
+                    // It may be known by now all the same.
+                    tables.guest.vgpu.release_page_tables(root);
+                }
+                continue;
+            }
+            if !roots.contains(&root) {
+                roots.push(root);
             }
             let mut fresh = FreshWalk {
-                memory: &tables.guest.memory,
+                memory: &memory,
                 tables: BTreeSet::new(),
                 frames: BTreeSet::new(),
             };
-            for root in &roots {
-                let (page, level) = uppermost(*root);
+            check_translations(&tables, &fresh, root)?;
+
+            // What another root reaches and failed is mended only when that root is used.
+            if roots.iter().any(|root| tables.submit(*root).is_err()) {
+                continue;
+            }
+            for (_, page, level) in roots.iter().flat_map(|root| uppermost(*root)) {
                 fresh.visit(page, level, false);
             }
             prop_assert_eq!(tables.guest.vgpu.shadowed_tables(), fresh.tables.len());
@@ -522,15 +703,7 @@ proptest! {
                 .collect();
             prop_assert_eq!(&pinned, &fresh.frames);
             for root in &roots {
-                let (page, level) = uppermost(*root);
-                let upper: &[u64] = if level == 4 { &INDEXES } else { &[0] };
-                for (a, b) in upper.iter().flat_map(|a| upper.iter().map(move |b| (a, b))) {
-                    for (c, d) in INDEXES.iter().flat_map(|c| INDEXES.iter().map(move |d| (c, d))) {
-                        let gma = a << 39 | b << 30 | c << 21 | d << 12 | 0x123;
-                        let found = tables.guest.vgpu.translate(*root, gma).map(|gpa| gpa.0);
-                        prop_assert_eq!(found, fresh.translate(page, level, gma), "{:#x}", gma);
-                    }
-                }
+                check_translations(&tables, &fresh, *root)?;
             }
         }
     }

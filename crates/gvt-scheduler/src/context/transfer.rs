@@ -8,7 +8,7 @@ use vm_memory::GuestAddress;
 use crate::context::runs::{CopyMode, Run, Runs, FIRST_PAGE};
 use crate::error::{Error, Result};
 use crate::ggtt::Ggtt;
-use crate::memory::{DmaMemory, Port};
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
 use crate::regs::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -77,7 +77,7 @@ impl<'a> ContextPages<'a> {
     }
 
     /// Copies the pages from guest memory into `pages`, which holds pages `2..n` without a gap.
-    pub fn populate<M: DmaMemory, O: Observer>(
+    pub fn populate<M: GuestDma, O: Observer>(
         &self,
         memory: &M,
         mode: CopyMode,
@@ -92,7 +92,7 @@ impl<'a> ContextPages<'a> {
     }
 
     /// Copies `pages`, which holds pages `2..n` without a gap, to guest memory.
-    pub fn write_back<M: DmaMemory, O: Observer>(
+    pub fn write_back<M: GuestDma, O: Observer>(
         &self,
         memory: &M,
         mode: CopyMode,

@@ -6,7 +6,7 @@
 use vm_memory::GuestAddress;
 
 use crate::error::Result;
-use crate::memory::{DmaMemory, Port};
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
 use crate::regs::ring_register;
 
@@ -92,7 +92,7 @@ impl ContextStatusBuffer {
     const READ_POINTER: u32 = 0x700;
 
     /// Appends an event, also to the hardware status page if that translates.
-    pub(crate) fn push<M: DmaMemory, O: Observer>(
+    pub(crate) fn push<M: GuestDma, O: Observer>(
         &mut self,
         event: CsbEvent,
         status_page: Option<GuestAddress>,

@@ -50,6 +50,14 @@ pub(super) struct Leaf {
 }
 
 impl TableKind {
+    pub(super) const ALL: [TableKind; 5] = [
+        TableKind::Pml4,
+        TableKind::Pdp,
+        TableKind::Pd,
+        TableKind::Pt,
+        TableKind::Pt64K,
+    ];
+
     /// Every how many entries one is used.
     pub(super) const fn stride(self) -> usize {
         match self {

@@ -3,7 +3,7 @@
 
 //! The pins of the pages that page tables map: one a frame, however many entries map it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use page_pin::PinPages;
 use vm_memory::Permissions;
@@ -16,9 +16,13 @@ use crate::ppgtt::entry::Leaf;
 const LARGE: usize = 512;
 
 /// The cache of leaf pins, by frame.
+///
+/// # Invariants
+/// `lost` are the keys of those `pins` that hold nothing.
 #[derive(Debug)]
 pub(super) struct LeafPins<G> {
     pins: BTreeMap<Leaf, Pin<G>>,
+    lost: BTreeSet<Leaf>,
 }
 
 #[derive(Debug)]
@@ -37,16 +41,11 @@ enum Held<G> {
     Nothing,
 }
 
-impl<G> Held<G> {
-    fn is_nothing(&self) -> bool {
-        matches!(self, Held::Nothing)
-    }
-}
-
 impl<G> Default for LeafPins<G> {
     fn default() -> Self {
         Self {
             pins: BTreeMap::new(),
+            lost: BTreeSet::new(),
         }
     }
 }
@@ -54,10 +53,7 @@ impl<G> Default for LeafPins<G> {
 impl<G> LeafPins<G> {
     /// Number of pinned leaves (4 KiB and 2 MiB ones).
     pub(super) fn len(&self) -> usize {
-        self.pins
-            .values()
-            .filter(|pin| !pin.held.is_nothing())
-            .count()
+        self.pins.len() - self.lost.len()
     }
 
     /// An entry maps `leaf`.
@@ -78,8 +74,8 @@ impl<G> LeafPins<G> {
         parts(leaf).for_each(|part| self.release_part(part));
     }
 
-    /// Drops the pins of the frames `first..=last`. An entry that maps such a frame gets a new pin
-    /// when it is next shadowed.
+    /// Drops the pins of the frames `first..=last`. What they belonged to is lost until it is acquired
+    /// or [pinned again](Self::pin_again).
     pub(super) fn unpin(&mut self, first: u64, last: u64) {
         // A large leaf that begins before the range may reach into it.
         let from = Leaf {
@@ -93,15 +89,40 @@ impl<G> LeafPins<G> {
         for (leaf, pin) in self.pins.range_mut(from..=to) {
             if leaf.gfn + leaf.pages as u64 > first {
                 pin.held = Held::Nothing;
+                self.lost.insert(*leaf);
             }
         }
     }
 
-    fn acquire_part<P: PinPages<Pinned = G>>(&mut self, pins: &P, part: Leaf) -> Result<()> {
+    /// Whether any leaf that is mapped has lost its pages.
+    pub(super) fn any_lost(&self) -> bool {
+        !self.lost.is_empty()
+    }
+
+    /// What `leaf` has lost.
+    pub(super) fn lost(&self, leaf: Leaf) -> impl Iterator<Item = Leaf> + '_ {
+        parts(leaf).filter(|part| self.lost.contains(part))
+    }
+
+    /// Pins what is lost again.
+    pub(super) fn pin_again<P: PinPages<Pinned = G>>(
+        &mut self,
+        pins: &P,
+        part: Leaf,
+    ) -> Result<()> {
+        if !self.lost.contains(&part) {
+            return Ok(());
+        }
         if let Some(pin) = self.pins.get_mut(&part) {
-            if pin.held.is_nothing() {
-                pin.held = pin_leaf(pins, part)?;
-            }
+            pin.held = pin_leaf(pins, part)?;
+        }
+        self.lost.remove(&part);
+        Ok(())
+    }
+
+    fn acquire_part<P: PinPages<Pinned = G>>(&mut self, pins: &P, part: Leaf) -> Result<()> {
+        self.pin_again(pins, part)?;
+        if let Some(pin) = self.pins.get_mut(&part) {
             pin.users += 1;
             return Ok(());
         }
@@ -117,6 +138,7 @@ impl<G> LeafPins<G> {
         pin.users -= 1;
         if pin.users == 0 {
             self.pins.remove(&part);
+            self.lost.remove(&part);
         }
     }
 }
@@ -274,5 +296,10 @@ mod tests {
         assert_eq!(leaves.len(), 2);
         leaves.unpin(0, u64::MAX);
         assert_eq!(leaves.len(), 0);
+        assert!(leaves.any_lost());
+        for held in [leaf(511, 1), leaf(512, 512), leaf(1024, 1)] {
+            leaves.release(held);
+        }
+        assert!(leaves.pins.is_empty() && !leaves.any_lost());
     }
 }

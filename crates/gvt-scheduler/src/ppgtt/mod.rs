@@ -7,6 +7,8 @@ mod entry;
 mod leaf;
 mod root;
 mod shadow;
+mod update;
 
 pub use root::PageTableRoot;
-pub(crate) use shadow::{Ppgtt, Source};
+pub(crate) use shadow::Ppgtt;
+pub(crate) use update::Update;

@@ -7,6 +7,9 @@ use crate::descriptor::AddressingMode;
 use crate::error::{Error, Result};
 use crate::ppgtt::entry::{TableKey, TableKind};
 
+/// What the registers PDP0 to PDP3 point to.
+pub(super) type RootTables = [Option<TableKey>; 4];
+
 /// The root of a context's page tables: what its PDP registers hold.
 ///
 /// ```
@@ -42,16 +45,14 @@ impl PageTableRoot {
         }
     }
 
-    /// The uppermost tables in memory. The guest sets no present bit in the registers.
-    pub(super) fn tables(self) -> impl Iterator<Item = TableKey> {
+    /// The uppermost tables in memory, at most four; the same one may stand more than once. The guest
+    /// sets no present bit in the registers.
+    pub(super) fn tables(self) -> RootTables {
         let (kind, registers) = match self {
             PageTableRoot::ThreeLevel { pdps } => (TableKind::Pd, pdps),
             PageTableRoot::FourLevel { pml4 } => (TableKind::Pml4, [pml4, 0, 0, 0]),
         };
-        registers
-            .into_iter()
-            .filter(|register| *register != 0)
-            .map(move |register| TableKey::new(kind, register))
+        registers.map(|register| (register != 0).then(|| TableKey::new(kind, register)))
     }
 
     /// The uppermost table that translates `gma`.

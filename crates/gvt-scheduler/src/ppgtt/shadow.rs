@@ -5,32 +5,33 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use page_pin::PinPages;
 use vm_memory::GuestAddress;
 
-use crate::error::Result;
-use crate::memory::{DmaMemory, Port};
-use crate::observe::{AccessKind, Observer};
-use crate::ppgtt::entry::{Entry, TableKey, TableKind, TABLE_ENTRIES};
+use crate::error::{Error, Result};
+use crate::ppgtt::entry::{Entry, Leaf, TableKey, TableKind, TABLE_ENTRIES};
 use crate::ppgtt::leaf::LeafPins;
-use crate::ppgtt::root::PageTableRoot;
+use crate::ppgtt::root::{PageTableRoot, RootTables};
 use crate::regs::PAGE_MASK;
 
-const ENTRY_SIZE: u64 = 8;
+pub(super) const ENTRY_SIZE: u64 = 8;
 
 /// All page tables of a vGPU.
 ///
 /// # Invariants
 /// - `tables` holds exactly the tables that `roots` reach through shadowed entries; `users` of each is
-///   the number of roots and entries that point to it.
+///   the number of times that roots and entries point to it.
 /// - Each shadowed entry that maps memory counts once in `leaves`.
+/// - `failed` has entries of `tables` only, and their shadow is not present.
 #[derive(Debug)]
 pub(crate) struct Ppgtt<G> {
     tables: BTreeMap<TableKey, Table>,
-    roots: BTreeSet<TableKey>,
+    roots: BTreeSet<RootTables>,
     /// Guest addresses of the entries that were written since they were read.
-    written: BTreeSet<u64>,
-    leaves: LeafPins<G>,
+    pub(super) written: BTreeSet<u64>,
+    /// Guest addresses of the entries that could not be shadowed when they were read again.
+    failed: BTreeMap<TableKey, BTreeSet<u64>>,
+    pub(super) leaves: LeafPins<G>,
+    limit: usize,
 }
 
 #[derive(Debug)]
@@ -39,24 +40,28 @@ struct Table {
     entries: Box<[u64; TABLE_ENTRIES]>,
 }
 
-impl<G> Default for Ppgtt<G> {
-    fn default() -> Self {
+/// What a root reaches and cannot be used as it is.
+#[derive(Debug, Default)]
+pub(super) struct Unsettled {
+    /// Guest addresses of entries that failed.
+    pub(super) entries: BTreeSet<u64>,
+    /// Leaves whose pages were taken away.
+    pub(super) leaves: BTreeSet<Leaf>,
+}
+
+impl<G> Ppgtt<G> {
+    /// No tables yet, and never more than `limit` tables and roots.
+    pub(crate) fn new(limit: usize) -> Self {
         Self {
             tables: BTreeMap::new(),
             roots: BTreeSet::new(),
             written: BTreeSet::new(),
+            failed: BTreeMap::new(),
             leaves: LeafPins::default(),
+            limit,
         }
     }
-}
 
-/// What shadowing needs of the vGPU: its guest memory and where it pins.
-pub(crate) struct Source<'a, 'b, M, O, P> {
-    pub(crate) port: &'a mut Port<'b, M, O>,
-    pub(crate) pins: &'a P,
-}
-
-impl<G> Ppgtt<G> {
     /// Number of shadowed tables.
     pub(crate) fn tables(&self) -> usize {
         self.tables.len()
@@ -90,47 +95,11 @@ impl<G> Ppgtt<G> {
         }
     }
 
-    /// Reads the entries that were written, in ascending order. The shadow of an entry that fails is
-    /// not present, and it stays among those to be read.
-    pub(crate) fn update<M, O, P>(&mut self, source: &mut Source<'_, '_, M, O, P>) -> Result<()>
-    where
-        M: DmaMemory,
-        O: Observer,
-        P: PinPages<Pinned = G>,
-    {
-        while let Some(&gpa) = self.written.first() {
-            self.update_entry(source, gpa)?;
-            self.written.remove(&gpa);
-        }
-        Ok(())
-    }
-
-    /// Shadows the tables of a root that is not known yet.
-    pub(crate) fn know<M, O, P>(
-        &mut self,
-        source: &mut Source<'_, '_, M, O, P>,
-        root: PageTableRoot,
-    ) -> Result<()>
-    where
-        M: DmaMemory,
-        O: Observer,
-        P: PinPages<Pinned = G>,
-    {
-        for key in root.tables() {
-            if !self.roots.contains(&key) {
-                self.acquire_table(source, key)?;
-                self.roots.insert(key);
-            }
-        }
-        Ok(())
-    }
-
     /// Drops a root with all that only it needs.
     pub(crate) fn forget(&mut self, root: PageTableRoot) {
-        for key in root.tables() {
-            if self.roots.remove(&key) {
-                self.release_table(key);
-            }
+        let tables = root.tables();
+        if self.roots.remove(&tables) {
+            self.release_tables(tables.into_iter().flatten());
         }
     }
 
@@ -156,104 +125,99 @@ impl<G> Ppgtt<G> {
         }
     }
 
-    fn update_entry<M, O, P>(
-        &mut self,
-        source: &mut Source<'_, '_, M, O, P>,
-        gpa: u64,
-    ) -> Result<()>
-    where
-        M: DmaMemory,
-        O: Observer,
-        P: PinPages<Pinned = G>,
-    {
-        let (table, offset) = (gpa & !PAGE_MASK, gpa & PAGE_MASK);
-        let index = (offset / ENTRY_SIZE) as usize;
-        let mut value = None;
-        for kind in TableKind::ALL {
-            let key = TableKey { gpa: table, kind };
-            if !self.tables.contains_key(&key) || !key.uses(offset) {
-                continue;
-            }
-            let read = match value {
-                Some(value) => Ok(value),
-                None => source.read_entry(gpa),
-            };
-            let acquired = read.and_then(|entry| {
-                value = Some(entry);
-                self.acquire(source, kind, entry).map(|()| entry)
-            });
-            let old = self.replace(key, index, *acquired.as_ref().unwrap_or(&0));
-            self.release(kind, old);
-            acquired?;
-        }
-        Ok(())
+    pub(super) fn knows(&self, root: &RootTables) -> bool {
+        self.roots.contains(root)
     }
 
-    fn replace(&mut self, key: TableKey, index: usize, value: u64) -> u64 {
+    pub(super) fn has_table(&self, key: &TableKey) -> bool {
+        self.tables.contains_key(key)
+    }
+
+    /// Keeps a root; each of its tables has been acquired for it.
+    pub(super) fn add_root(&mut self, root: RootTables) {
+        self.roots.insert(root);
+    }
+
+    /// Whether there is room for one more table or root.
+    pub(super) fn check_room(&self) -> Result<()> {
+        if self.tables.len() + self.roots.len() < self.limit {
+            Ok(())
+        } else {
+            Err(Error::TooManyTables { limit: self.limit })
+        }
+    }
+
+    /// One more points to `key`; whether that is a shadowed table.
+    pub(super) fn share_table(&mut self, key: &TableKey) -> bool {
+        let table = self.tables.get_mut(key);
+        table.map(|table| table.users += 1).is_some()
+    }
+
+    /// A table that has one user and no entry that is present.
+    pub(super) fn add_table(&mut self, key: TableKey) {
+        let entries = Box::new([0; TABLE_ENTRIES]);
+        self.tables.insert(key, Table { users: 1, entries });
+    }
+
+    /// Sets an entry for what was acquired for it, and gives back what it was.
+    pub(super) fn replace(&mut self, key: &TableKey, index: usize, value: u64) -> u64 {
         self.tables
-            .get_mut(&key)
+            .get_mut(key)
             .and_then(|table| table.entries.get_mut(index))
             .map_or(value, |entry| std::mem::replace(entry, value))
     }
 
-    /// Takes what an entry points to: the table, shadowed if it is not yet, or the pin.
-    fn acquire<M, O, P>(
-        &mut self,
-        source: &mut Source<'_, '_, M, O, P>,
-        kind: TableKind,
-        entry: u64,
-    ) -> Result<()>
-    where
-        M: DmaMemory,
-        O: Observer,
-        P: PinPages<Pinned = G>,
-    {
-        match kind.decode(entry)? {
-            Entry::NotPresent => Ok(()),
-            Entry::Table(key) => self.acquire_table(source, key),
-            Entry::Leaf(leaf) => self.leaves.acquire(source.pins, leaf),
+    /// Whether the entry at `gpa` could be shadowed when it was read last.
+    pub(super) fn set_failed(&mut self, key: &TableKey, gpa: u64, failed: bool) {
+        if failed {
+            self.failed.entry(*key).or_default().insert(gpa);
+        } else if let Some(entries) = self.failed.get_mut(key) {
+            entries.remove(&gpa);
+            if entries.is_empty() {
+                self.failed.remove(key);
+            }
         }
     }
 
-    fn acquire_table<M, O, P>(
-        &mut self,
-        source: &mut Source<'_, '_, M, O, P>,
-        key: TableKey,
-    ) -> Result<()>
-    where
-        M: DmaMemory,
-        O: Observer,
-        P: PinPages<Pinned = G>,
-    {
-        if let Some(table) = self.tables.get_mut(&key) {
-            table.users += 1;
-            return Ok(());
+    /// What `root` reaches of the entries that failed and of the leaves that lost their pages.
+    pub(super) fn unsettled(&self, root: &RootTables) -> Unsettled {
+        let mut found = Unsettled::default();
+        if self.failed.is_empty() && !self.leaves.any_lost() {
+            return found;
         }
-        let mut entries = Box::new([0; TABLE_ENTRIES]);
-        // A child is of a lower kind, so the recursion ends whatever the guest points where.
-        for (index, slot) in entries.iter_mut().enumerate().step_by(key.kind.stride()) {
-            let gpa = key.gpa + index as u64 * ENTRY_SIZE;
-            let acquired = source
-                .read_entry(gpa)
-                .and_then(|entry| self.acquire(source, key.kind, entry).map(|()| entry));
-            match acquired {
-                Ok(entry) => *slot = entry,
-                Err(error) => {
-                    self.release_entries(key.kind, &entries);
-                    return Err(error);
+        let mut seen = BTreeSet::new();
+        let mut next: Vec<TableKey> = root.iter().flatten().copied().collect();
+        while let Some(key) = next.pop() {
+            let Some(table) = self.tables.get(&key).filter(|_| seen.insert(key)) else {
+                continue;
+            };
+            found
+                .entries
+                .extend(self.failed.get(&key).into_iter().flatten());
+            for entry in table.entries.iter() {
+                match key.kind.decode(*entry) {
+                    Ok(Entry::Table(child)) => next.push(child),
+                    Ok(Entry::Leaf(leaf)) => found.leaves.extend(self.leaves.lost(leaf)),
+                    Ok(Entry::NotPresent) | Err(_) => {}
                 }
             }
         }
-        self.tables.insert(key, Table { users: 1, entries });
-        Ok(())
+        found
     }
 
-    fn release(&mut self, kind: TableKind, entry: u64) {
+    /// Gives up what an entry points to.
+    pub(super) fn release(&mut self, kind: TableKind, entry: u64) {
         match kind.decode(entry) {
             Ok(Entry::Table(key)) => self.release_table(key),
             Ok(Entry::Leaf(leaf)) => self.leaves.release(leaf),
             // What cannot be decoded was never acquired.
             Ok(Entry::NotPresent) | Err(_) => {}
+        }
+    }
+
+    pub(super) fn release_tables(&mut self, keys: impl IntoIterator<Item = TableKey>) {
+        for key in keys {
+            self.release_table(key);
         }
     }
 
@@ -263,38 +227,12 @@ impl<G> Ppgtt<G> {
         };
         table.users -= 1;
         if table.users == 0 {
+            self.failed.remove(&key);
             if let Some(table) = self.tables.remove(&key) {
-                self.release_entries(key.kind, &table.entries);
+                for entry in table.entries.iter() {
+                    self.release(key.kind, *entry);
+                }
             }
         }
-    }
-
-    fn release_entries(&mut self, kind: TableKind, entries: &[u64; TABLE_ENTRIES]) {
-        for entry in entries {
-            self.release(kind, *entry);
-        }
-    }
-}
-
-impl TableKind {
-    const ALL: [TableKind; 5] = [
-        TableKind::Pml4,
-        TableKind::Pdp,
-        TableKind::Pd,
-        TableKind::Pt,
-        TableKind::Pt64K,
-    ];
-}
-
-impl TableKey {
-    /// Whether the table uses the entry at this offset in its page.
-    fn uses(&self, offset: u64) -> bool {
-        (offset / ENTRY_SIZE) as usize % self.kind.stride() == 0
-    }
-}
-
-impl<M: DmaMemory, O: Observer, P> Source<'_, '_, M, O, P> {
-    fn read_entry(&mut self, gpa: u64) -> Result<u64> {
-        self.port.read_u64(AccessKind::PageTable, GuestAddress(gpa))
     }
 }

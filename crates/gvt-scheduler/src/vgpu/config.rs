@@ -28,6 +28,14 @@ pub struct VgpuConfig {
     pub ggtt_entries: u32,
     /// The parts of the graphics memory that are the vGPU's; `None` when all of it is.
     pub windows: Option<GmWindows>,
+    /// Workloads that may be in the queue of an engine; a submission beyond is `EBUSY`. The two slots
+    /// of the hardware hold four, and a driver waits for events before it submits more; 64 leaves room
+    /// for a caller that is late.
+    pub max_queued: usize,
+    /// Page tables and roots that may be shadowed; one beyond is `ENOMEM`. A table takes 4 KiB, so
+    /// that 16384 of them are 64 MiB and map 32 GiB in small pages. Pins come on top, of some 100 bytes
+    /// for a page: there are as many as guest memory has pages that can be pinned.
+    pub max_page_tables: usize,
 }
 
 impl Default for VgpuConfig {
@@ -38,6 +46,8 @@ impl Default for VgpuConfig {
             skip_unchanged: true,
             ggtt_entries: 0x10_0000,
             windows: None,
+            max_queued: 64,
+            max_page_tables: 16384,
         }
     }
 }

@@ -21,7 +21,7 @@ use vm_memory::GuestAddress;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::ggtt::{Ggtt, HalfEntry};
-use crate::memory::DmaMemory;
+use crate::guest_dma::GuestDma;
 use crate::observe::Observer;
 use crate::ppgtt::{PageTableRoot, Ppgtt};
 use crate::regs::{ring_register, EngineId};
@@ -30,6 +30,10 @@ use crate::workload::Commands;
 
 /// Size of the register space at the beginning of the MMIO BAR.
 const REGISTER_SPACE: u32 = 0x20_0000;
+
+/// Command buffers that are kept for later workloads. A ring may be 2 MiB long, and a workload needs
+/// one only from its scan to its end: the engines rarely have more than some of these at a time.
+const SPARE_COMMANDS: usize = 4;
 
 /// A virtual GPU over guest memory `M`, with pages pinned through `P`, watched by `O`.
 ///
@@ -50,13 +54,14 @@ pub struct Vgpu<M, P: PinPages = (), O = ()> {
     spare: Vec<Commands>,
 }
 
-impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
+impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// A vGPU after reset, with an empty GGTT.
     pub fn new(memory: M, pins: P, observer: O, config: VgpuConfig) -> Self {
         let ggtt = match config.windows {
             Some(windows) => Ggtt::with_windows(config.ggtt_entries, windows),
             None => Ggtt::new(config.ggtt_entries),
         };
+        let ppgtt = Ppgtt::new(config.max_page_tables);
         let engines =
             EngineId::ALL.map(|engine| EngineState::new(engine.context_pages(config.generation)));
         Self {
@@ -65,7 +70,7 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
             observer,
             config,
             ggtt,
-            ppgtt: Ppgtt::default(),
+            ppgtt,
             registers: HashMap::new(),
             engines,
             next_sequence: 0,
@@ -153,7 +158,9 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
             return Ok(None);
         };
         let completion = self.run(engine, &mut workload, hw);
-        self.spare.push(workload.commands);
+        if self.spare.len() < SPARE_COMMANDS {
+            self.spare.push(workload.commands);
+        }
         if let Err(error) = &completion {
             let state = &mut self.engines[engine as usize];
             log::warn!(
@@ -179,7 +186,8 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
     }
 
     /// Drops the pins of pages that page tables map inside `size` bytes from `iova`: what an unmap
-    /// notice asks for. The pages are pinned again when an entry that maps them is next read.
+    /// notice asks for. The next workload whose tables map them pins them again, or is refused; that
+    /// takes no reads of guest memory.
     pub fn release_pins(&mut self, iova: u64, size: u64) {
         self.ppgtt.unpin(iova, size);
     }
@@ -247,5 +255,40 @@ impl<M, P: PinPages, O> fmt::Debug for Vgpu<M, P, O> {
             .field("skips", &self.skips)
             .field("shadowed_tables", &self.ppgtt.tables())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryMmap};
+
+    use super::*;
+    use crate::descriptor::{AddressingMode, ContextDescriptor};
+    use crate::engine::SimulatedEngine;
+    use crate::regs::ring_context;
+
+    #[test]
+    fn few_command_buffers_are_kept() {
+        let memory: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut vgpu = Vgpu::new(memory.clone(), (), (), VgpuConfig::default());
+        for page in [2, 8, 9] {
+            let entry = u64::from(page) << 12 | 1;
+            vgpu.write_ggtt_entry(page, entry).unwrap();
+        }
+        for (field, value) in [(ring_context::TAIL, 160), (ring_context::START, 2 << 12)] {
+            let at = GuestAddress(0x9000 + field as u64);
+            memory.write_obj::<u32>(value, at).unwrap();
+        }
+        let context = ContextDescriptor::new(8, 42, AddressingMode::Legacy64);
+        let elements = [context, ContextDescriptor::default()];
+        let workloads = 4 * SPARE_COMMANDS;
+        for _ in 0..workloads {
+            vgpu.submit(EngineId::Bcs, elements).unwrap();
+        }
+        while vgpu.queued(EngineId::Bcs) > 0 {
+            vgpu.run_next(EngineId::Bcs, &mut SimulatedEngine).unwrap();
+        }
+        assert_eq!(vgpu.spare.len(), SPARE_COMMANDS);
     }
 }

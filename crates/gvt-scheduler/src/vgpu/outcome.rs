@@ -30,8 +30,11 @@ pub struct Completion {
     pub descriptor: ContextDescriptor,
     /// What reading the pages of the context took.
     pub populate: CopyStats,
-    /// What writing them back took.
+    /// What writing them back took; nothing when they were not.
     pub write_back: CopyStats,
+    /// Whether the whole context was written back. It is not when one of its pages has no translation:
+    /// then the pages before that may be, and nothing else of it.
+    pub written_back: bool,
     /// Whether reading them was skipped, as the image still held them.
     pub skipped: bool,
     /// Context status events the guest was told of, at both ends of the workload.

@@ -10,14 +10,14 @@ use crate::engine::{Engine, EngineJob};
 use crate::error::{Error, Result};
 use crate::execlist::Events;
 use crate::ggtt::Ggtt;
-use crate::memory::{DmaMemory, Port};
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{Observer, Step};
 use crate::regs::{ring_register, EngineId, PAGE_MASK};
 use crate::vgpu::engine_state::EngineState;
 use crate::vgpu::{Completion, Vgpu, VgpuConfig};
 use crate::workload::{ImageCopy, Workload};
 
-impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
+impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     pub(super) fn run(
         &mut self,
         engine: EngineId,
@@ -35,13 +35,15 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
             image: &mut self.engines[engine as usize].image,
         })
         .map_err(|source| Error::Engine { engine, source })?;
-        let (write_back, completed) = self.complete(engine, workload)?;
+        let write_back = self.write_back(engine, workload)?;
+        let completed = self.complete(engine, workload)?;
         Ok(Completion {
             sequence: workload.sequence,
             engine,
             descriptor: workload.descriptor,
             populate,
-            write_back,
+            write_back: write_back.unwrap_or_default(),
+            written_back: write_back.is_some(),
             skipped,
             events: prepared + completed,
             interrupts: prepared.min(1) + completed.min(1),
@@ -79,28 +81,47 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
         self.tell(engine, events)
     }
 
-    /// Writes the context back and schedules it out; gives the number of events too.
-    fn complete(&mut self, engine: EngineId, workload: &Workload) -> Result<(CopyStats, usize)> {
+    /// Writes the context back; `None` when a page of it has no translation.
+    fn write_back(&mut self, engine: EngineId, workload: &Workload) -> Result<Option<CopyStats>> {
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
         };
         port.observer.step(workload.sequence, Step::Complete);
-        let state = &mut self.engines[engine as usize];
-        let copy = image_copy(&self.config, &self.ggtt, engine, workload, &mut state.image);
-        let stats = copy.write_back(&mut port)?;
-        let tail = workload.ring.tail();
-        for register in [ring_register::HEAD, ring_register::TAIL] {
-            self.registers.insert(engine.mmio_base() + register, tail);
+        for (register, value) in [
+            (ring_register::TAIL, workload.ring.tail()),
+            (ring_register::HEAD, workload.ring.final_head()),
+        ] {
+            self.registers.insert(engine.mmio_base() + register, value);
         }
+        let EngineState { image, skip, .. } = &mut self.engines[engine as usize];
+        let copy = image_copy(&self.config, &self.ggtt, engine, workload, image);
+        match copy.write_back(&mut port) {
+            Ok(stats) => Ok(Some(stats)),
+            // The guest took the page away itself; the kernel goes on as well.
+            Err(error @ Error::ContextPageUnmapped { .. }) => {
+                log::warn!(
+                    "workload {} is not written back: {error}",
+                    workload.sequence
+                );
+                skip.forget();
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Schedules the context out; gives the number of events.
+    fn complete(&mut self, engine: EngineId, workload: &Workload) -> Result<usize> {
+        let state = &mut self.engines[engine as usize];
         let context = &workload.descriptor;
         let next = state.queue.front();
         if next.is_some_and(|next| next.descriptor.same_context(context)) {
             // Lite restore: to the hardware the context has not stopped.
-            return Ok((stats, 0));
+            return Ok(0);
         }
         let events = state.execlist.schedule_out(engine, context)?;
-        Ok((stats, self.tell(engine, events)?))
+        self.tell(engine, events)
     }
 
     fn tell(&mut self, engine: EngineId, events: Events) -> Result<usize> {

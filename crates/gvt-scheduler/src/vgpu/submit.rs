@@ -7,14 +7,14 @@ use page_pin::PinPages;
 
 use crate::descriptor::ContextDescriptor;
 use crate::error::{Error, Result};
-use crate::memory::{DmaMemory, Port};
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{Observer, Step};
-use crate::ppgtt::{PageTableRoot, Source};
+use crate::ppgtt::{PageTableRoot, Update};
 use crate::regs::{EngineId, PAGE_SHIFT};
 use crate::vgpu::{Submission, Vgpu};
 use crate::workload::{RingContext, Workload};
 
-impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
+impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// Queues a workload for each valid element, all of them or none.
     pub(super) fn submit(
         &mut self,
@@ -24,6 +24,11 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
         check_elements(engine, &elements)?;
         let sequence = self.next_sequence;
         let queued = self.queued(engine);
+        let workloads = elements.iter().filter(|element| element.valid()).count();
+        let limit = self.config.max_queued;
+        if queued.saturating_add(workloads) > limit {
+            return Err(Error::TooManyWorkloads { engine, limit });
+        }
         for (element, descriptor) in elements.into_iter().enumerate() {
             if !descriptor.valid() {
                 continue;
@@ -38,7 +43,7 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
         Ok(Submission {
             engine,
             sequence,
-            workloads: self.queued(engine) - queued,
+            workloads,
         })
     }
 
@@ -68,12 +73,12 @@ impl<M: DmaMemory, P: PinPages, O: Observer> Vgpu<M, P, O> {
         ring.check(&self.ggtt)?;
         fields.check_batches(&self.ggtt)?;
         let root = PageTableRoot::new(descriptor.addressing_mode(), fields.pdps)?;
-        let mut source = Source {
+        let mut update = Update {
+            shadow: &mut self.ppgtt,
             port: &mut port,
             pins: &self.pins,
         };
-        self.ppgtt.update(&mut source)?;
-        self.ppgtt.know(&mut source, root)?;
+        update.run(root)?;
 
         let mut workload = Workload {
             sequence,

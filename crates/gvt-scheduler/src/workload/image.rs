@@ -5,7 +5,7 @@
 
 use crate::context::{ContextPages, CopyMode, CopyStats, ShadowImage, SkipRecord};
 use crate::error::Result;
-use crate::memory::{DmaMemory, Port};
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
 use crate::regs::{ring_context, EngineId};
 use crate::workload::ring_context::field;
@@ -23,7 +23,7 @@ pub(crate) struct ImageCopy<'a> {
 impl ImageCopy<'_> {
     /// Copies the guest's context into the image. `skip` says what the image holds; without it all
     /// pages are read. Gives what was copied of the pages `2..n`, and whether that was skipped.
-    pub(crate) fn populate<M: DmaMemory, O: Observer>(
+    pub(crate) fn populate<M: GuestDma, O: Observer>(
         &mut self,
         port: &mut Port<'_, M, O>,
         engine: EngineId,
@@ -44,7 +44,7 @@ impl ImageCopy<'_> {
 
     /// Copies the image back: the pages, then the fields that tell the guest how far the context
     /// is, then the rest of page 1.
-    pub(crate) fn write_back<M: DmaMemory, O: Observer>(
+    pub(crate) fn write_back<M: GuestDma, O: Observer>(
         &self,
         port: &mut Port<'_, M, O>,
     ) -> Result<CopyStats> {
@@ -65,7 +65,7 @@ impl ImageCopy<'_> {
         Ok(stats)
     }
 
-    fn read_fields<M: DmaMemory, O: Observer>(
+    fn read_fields<M: GuestDma, O: Observer>(
         &mut self,
         port: &mut Port<'_, M, O>,
         engine: EngineId,
@@ -91,7 +91,7 @@ impl ImageCopy<'_> {
         Ok(())
     }
 
-    fn read_changed_pages<M: DmaMemory, O: Observer>(
+    fn read_changed_pages<M: GuestDma, O: Observer>(
         &mut self,
         port: &mut Port<'_, M, O>,
         skip: &mut SkipRecord,
@@ -110,7 +110,7 @@ impl ImageCopy<'_> {
         Ok((stats, false))
     }
 
-    fn read_pages<M: DmaMemory, O: Observer>(
+    fn read_pages<M: GuestDma, O: Observer>(
         &mut self,
         port: &mut Port<'_, M, O>,
     ) -> Result<CopyStats> {

@@ -14,7 +14,7 @@ use vm_memory::GuestAddress;
 use crate::descriptor::ContextDescriptor;
 use crate::error::{Error, Result};
 use crate::ggtt::Ggtt;
-use crate::memory::{DmaMemory, Port};
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
 use crate::ring::{page_pieces, Ring};
 use crate::workload::ring_context::IndirectCtx;
@@ -44,7 +44,7 @@ pub(crate) struct Commands {
 
 impl Workload {
     /// Copies the commands, by reads that do not cross a page.
-    pub(crate) fn scan<M: DmaMemory, O: Observer>(
+    pub(crate) fn scan<M: GuestDma, O: Observer>(
         &mut self,
         port: &mut Port<'_, M, O>,
         ggtt: &Ggtt,
@@ -57,7 +57,7 @@ impl Workload {
     }
 }
 
-fn copy_pieces<M: DmaMemory, O: Observer>(
+fn copy_pieces<M: GuestDma, O: Observer>(
     port: &mut Port<'_, M, O>,
     ggtt: &Ggtt,
     pieces: impl Iterator<Item = (u64, usize)>,

@@ -7,7 +7,7 @@ use vm_memory::GuestAddress;
 
 use crate::error::{Error, Result};
 use crate::ggtt::Ggtt;
-use crate::memory::{DmaMemory, Port};
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
 use crate::regs::{ring_context, EngineId, PAGE_MASK};
 use crate::ring::Ring;
@@ -35,7 +35,7 @@ pub(crate) struct RingContext {
 
 impl RingContext {
     /// Reads the fields one by one in the kernel's order: 13 dwords, 15 on the render engine.
-    pub(crate) fn read<M: DmaMemory, O: Observer>(
+    pub(crate) fn read<M: GuestDma, O: Observer>(
         port: &mut Port<'_, M, O>,
         at: GuestAddress,
         engine: EngineId,

@@ -6,8 +6,8 @@
 #![allow(dead_code)]
 
 use gvt_scheduler::{
-    ring_context, ring_register, Access, AddressingMode, Completion, ContextDescriptor, DmaMemory,
-    Engine, EngineFault, EngineId, EngineJob, Error, Observer, SimulatedEngine, Step, Submission,
+    ring_context, ring_register, Access, AddressingMode, Completion, ContextDescriptor, Engine,
+    EngineFault, EngineId, EngineJob, Error, GuestDma, Observer, SimulatedEngine, Step, Submission,
     Vgpu, VgpuConfig,
 };
 use page_pin::PinPages;
@@ -157,7 +157,7 @@ pub fn entry(frame: u64) -> u64 {
     frame << 12 | 1
 }
 
-pub fn submit<M: DmaMemory, P: PinPages, O: Observer>(
+pub fn submit<M: GuestDma, P: PinPages, O: Observer>(
     vgpu: &mut Vgpu<M, P, O>,
     engine: EngineId,
     elements: &[ContextDescriptor],

@@ -14,15 +14,15 @@ use crate::observe::{Access, AccessKind, Observer};
 /// of `read_slice` or `write_slice`.
 ///
 /// ```
-/// use gvt_scheduler::DmaMemory;
+/// use gvt_scheduler::GuestDma;
 /// use vm_memory::GuestMemoryMmap;
 ///
-/// fn takes_memory<M: DmaMemory>() {}
+/// fn takes_memory<M: GuestDma>() {}
 /// takes_memory::<GuestMemoryMmap>();
 /// ```
-pub trait DmaMemory: Bytes<GuestAddress, E: std::error::Error + Send + Sync + 'static> {}
+pub trait GuestDma: Bytes<GuestAddress, E: std::error::Error + Send + Sync + 'static> {}
 
-impl<M> DmaMemory for M
+impl<M> GuestDma for M
 where
     M: Bytes<GuestAddress> + ?Sized,
     M::E: std::error::Error + Send + Sync + 'static,
@@ -36,7 +36,7 @@ pub(crate) struct Port<'a, M, O> {
     pub(crate) observer: &'a mut O,
 }
 
-impl<M: DmaMemory, O: Observer> Port<'_, M, O> {
+impl<M: GuestDma, O: Observer> Port<'_, M, O> {
     pub(crate) fn read(
         &mut self,
         kind: AccessKind,
