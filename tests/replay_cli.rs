@@ -87,7 +87,27 @@ fn json_is_one_object_with_the_published_figures() {
             assert!(modes[mode][kind]["read_bytes"].is_u64(), "{mode} {kind}");
         }
     }
-    assert_eq!(report["contiguity"].as_array().unwrap().len(), 5);
+    assert_eq!(report["expected"], report["modes"]);
+    let contiguity = report["contiguity"].as_array().unwrap();
+    assert_eq!(contiguity.len(), 5);
+    assert!(contiguity
+        .iter()
+        .all(|figures| figures["memory_as_expected"] == true));
+    assert_eq!(report["trace"], "glmark2-skl.aub.xz");
+    assert_eq!(report["bundled"], true);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.matches("\"verified\"").count(), 1);
+}
+
+#[test]
+fn the_verdict_comes_first_and_the_known_figures_are_shown() {
+    let output = replay(&["--mode", "page", "--inject", "lose-tail"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let head = "glmark2-skl.aub.xz, bundled (PCI-ID=0x1912 glmark2-es2-gbm)\nverified: false\n";
+    assert!(text.starts_with(head), "{text}");
+    assert!(text.contains("expected:"));
+    assert_eq!(text.matches("the same").count(), 6, "{text}");
+    assert!(!text.contains("NOT"));
 }
 
 #[test]
@@ -96,16 +116,51 @@ fn text_shows_each_mode_and_the_verdict() {
     assert_eq!(output.status.code(), Some(0));
     let text = String::from_utf8(output.stdout).unwrap();
     for part in [
-        "6 workloads of 1 contexts on 1 vGPU",
+        "6 workloads of 1 context on 1 vGPU",
         "mode page",
         "mode run",
         "mode skip",
         "recycled",
+        "page/run",
         "Made up by the recorder",
         "verified: true",
     ] {
         assert!(text.contains(part), "{part:?} is not in:\n{text}");
     }
+    assert!(
+        !text.contains("expected:"),
+        "nothing is known beforehand:\n{text}"
+    );
+    assert!(text.lines().all(|line| line.len() <= 110), "{text}");
+}
+
+#[test]
+fn a_recording_without_context_pages_has_no_contiguity_table() {
+    let output = replay(&[&recording("h264-vcs"), "--mode", "run"]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("copies no context pages"), "{text}");
+    assert!(
+        !text.contains("recycled") && !text.contains("page/run"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_profile_of_ones_own_is_compared_with_the_bundled_ones() {
+    let profile = Scratch::new("own.csv", b"5,15\n\n10,10\n");
+    let ncnn = recording("ncnn-vulkan");
+    let own = ["--profile", profile.path(), "--mode", "run"];
+    let output = replay(&[&[ncnn.as_str(), "--json"], &own[..]].concat());
+    let report = json(&output);
+    assert_eq!(report["profile"], profile.path());
+    assert_eq!(report["bundled"], false);
+    assert_eq!(report["expected"], Value::Null);
+    let figures = report["contiguity"].as_array().unwrap();
+    assert_eq!(figures.len(), 6);
+    assert_eq!(figures[0]["profile"], profile.path());
+    assert_eq!(figures[0]["pages_per_write"], 10.0);
+    assert_eq!(figures[0]["memory_as_expected"], true);
 }
 
 #[test]
@@ -139,7 +194,14 @@ fn every_fault_ends_unverified() {
             assert_eq!(report["verified"], false);
             assert_eq!(report["injected"], fault);
             let first = &report["differences"]["run"][0];
-            assert!(first["gpa"].is_u64() && first["context_page"].is_array());
+            assert_eq!(first["vgpu"], 0);
+            assert!(first["page"].is_u64());
+            for address in ["gpa", "context"] {
+                assert!(
+                    first[address].as_str().unwrap().starts_with("0x"),
+                    "{first}"
+                );
+            }
         }
     }
 }
@@ -208,30 +270,86 @@ fn wrong_traces_are_refused_in_one_line_with_an_offset() {
         .collect();
     let unknown = Scratch::new("unknown.aub", &packets);
     let truncated = Scratch::new("truncated.aub", &packets[..10]);
-    for file in [&cut, &text, &empty, &gzip, &unknown, &truncated] {
+    for (file, of) in [
+        (&cut, "of the compressed file"),
+        (&gzip, "of the compressed file"),
+        (&text, "of the decompressed trace"),
+        (&empty, "of the decompressed trace"),
+        (&unknown, "of the decompressed trace"),
+        (&truncated, "of the decompressed trace"),
+    ] {
         let error = refused(&[file.path()]);
-        assert!(error.contains("byte offset "), "{error}");
+        let head = format!("error: {}: byte offset ", file.path());
+        assert!(error.starts_with(&head) && error.contains(of), "{error}");
     }
-    assert!(refused(&[unknown.path()]).contains("byte offset 16"));
+    assert!(refused(&[unknown.path()]).contains("byte offset 16 of"));
+    let odd = Scratch::new("odd\n\u{1b}[31m.aub", b"this is no recording");
+    assert!(refused(&[odd.path()]).contains("odd\\n\\u{1b}[31m.aub: byte offset 0 of"));
     assert!(refused(&["/nonexistent.aub"]).contains("/nonexistent.aub"));
 }
 
 #[test]
+fn a_file_that_is_read_is_not_written_over() {
+    let trace = Scratch::new("in.aub.xz", &fs::read(recording("h264-vcs")).unwrap());
+    let link = Scratch(
+        trace
+            .0
+            .with_file_name(format!("link-{}", std::process::id())),
+    );
+    fs::hard_link(&trace.0, &link.0).unwrap();
+    let profile = Scratch::new("in.csv", b"20\n");
+    let before = [&trace, &profile].map(|file| fs::read(&file.0).unwrap());
+    for output in [trace.path(), link.path(), profile.path()] {
+        let args = [
+            trace.path(),
+            "--profile",
+            profile.path(),
+            "--dump-accesses",
+            output,
+        ];
+        let error = refused(&args);
+        assert!(
+            error.contains(output) && error.contains("write over"),
+            "{error}"
+        );
+    }
+    assert_eq!(
+        [&trace, &profile].map(|file| fs::read(&file.0).unwrap()),
+        before
+    );
+}
+
+#[test]
 fn wrong_arguments_are_refused_in_one_line() {
-    let profile = Scratch::new("profile.csv", b"20\n4,4\n");
-    assert!(refused(&["--profile", profile.path()]).contains("line 2"));
-    assert!(refused(&["--profile", "no-such-profile"]).contains("no-such-profile"));
-    assert!(refused(&["--mode", "fast"]).contains("possible values: page, run, skip"));
-    assert!(refused(&["--inject", "nothing"]).contains("lose-tail"));
-    refused(&["--vgpus", "0"]);
-    refused(&["--unknown"]);
-    refused(&["one", "two"]);
-    refused(&[&recording("h264-vcs"), "--inject", "lose-tail"]);
-    refused(&[
-        &recording("h264-vcs"),
-        "--dump-accesses",
-        "/nonexistent/dump",
-    ]);
+    let profile = Scratch::new("profile.csv", b"20\n\n4,4\n");
+    let error = refused(&["--profile", profile.path()]);
+    let place = format!("error: profile {}, line 3, column 4: ", profile.path());
+    assert!(error.starts_with(&place), "{error}");
+    let error = refused(&["--profile", "as-fond"]);
+    assert!(
+        error.contains("consecutive, fresh, as-found, churned, recycled"),
+        "{error}"
+    );
+    for (args, said) in [
+        (&["--profile", ""][..], "a value is required for '--profile"),
+        (
+            &["--mode", "fast"],
+            "possible values: page, run, skip]; see --help",
+        ),
+        (&["--inject", "nothing"], "lose-tail"),
+        (&["--vgpus", "0"], "; see --help"),
+        (
+            &["--unknown"],
+            "'--unknown' found; tip: to pass '--unknown' as a value, use '-- --unknown'; see --help",
+        ),
+        (&["one", "two\nthree"], "; see --help"),
+    ] {
+        let error = refused(args);
+        assert!(error.contains(said), "{args:?}: {error}");
+    }
+    let h264 = recording("h264-vcs");
+    refused(&[&h264, "--inject", "lose-tail"]);
+    refused(&[&h264, "--dump-accesses", "/nonexistent/dump"]);
 }
 
 #[test]
@@ -241,6 +359,10 @@ fn help_is_no_error() {
     assert!(String::from_utf8(output.stdout)
         .unwrap()
         .contains("--dump-accesses"));
+    let version = replay(&["--version"]);
+    assert_eq!(version.status.code(), Some(0));
+    let text = String::from_utf8(version.stdout).unwrap();
+    assert_eq!(text, concat!("replay ", env!("CARGO_PKG_VERSION"), "\n"));
 }
 
 #[test]

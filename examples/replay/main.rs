@@ -8,29 +8,32 @@
 
 mod args;
 mod dump;
+mod progress;
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use gvt_replay::aub::Trace;
-use gvt_replay::inject::Fault;
-use gvt_replay::{Contiguity, Mode, Model, Plan, ProfileFigures, Replay, Report, Result};
-use indicatif::ProgressBar;
+use gvt_replay::report::one_line;
+use gvt_replay::{aub, Contiguity, Model, Plan, ProfileFigures, Replay, Report, Result, Trace};
 
-use args::{one_line, Args};
+use args::{said_by, Args};
 use dump::Dump;
+use progress::Progress;
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
-        Err(error) if error.use_stderr() => return fail(&one_line(&error.to_string())),
+        Err(error) if error.use_stderr() => return fail(&said_by(&error)),
         Err(help) => return print(&help.to_string(), ExitCode::SUCCESS),
     };
-    let report = match replay(&args) {
+    let file = args.trace.as_ref().map(|path| path.display().to_string());
+    let report = match replay(&args, file.clone()) {
         Ok(report) => report,
-        Err(error) => return fail(&format!("error: {error}")),
+        Err(error) => {
+            let error = error.in_trace(file.as_deref().unwrap_or(aub::BUNDLED));
+            return fail(&format!("error: {error}"));
+        }
     };
     let status = match report.verified {
         true => ExitCode::SUCCESS,
@@ -46,69 +49,60 @@ fn main() -> ExitCode {
     }
 }
 
-fn replay(args: &Args) -> Result<Report> {
+fn replay(args: &Args, file: Option<String>) -> Result<Report> {
+    args.refuse_to_overwrite_input()?;
     let trace = match &args.trace {
         Some(path) => Trace::open(path)?,
         None => Trace::bundled()?,
     };
-    let profile = match Contiguity::bundled(&args.profile) {
-        Some(profile) => profile,
-        None => Contiguity::open(Path::new(&args.profile))?,
-    };
-    let modes = Mode::CORRECT
-        .into_iter()
-        .filter(|mode| args.mode.as_deref().is_none_or(|name| name == mode.name()));
-    let fault = Fault::ALL
-        .into_iter()
-        .find(|fault| args.inject.as_deref() == Some(fault.name()));
-    // The figures of the profiles say nothing about a fault.
-    let profiles = match fault {
-        Some(_) => Vec::new(),
-        None => Contiguity::NAMES
-            .iter()
-            .filter_map(|name| Contiguity::bundled(name))
-            .collect(),
-    };
-
+    let profile = Contiguity::named(&args.profile)?;
     let plan = Plan::new(&trace, &profile)?;
     let model = Model::after(&plan)?;
+    let modes = args.modes();
+    let fault = args.fault();
+    // The figures of the profiles say nothing about a fault, nor about pages that are not copied.
+    let profiles = match fault {
+        None if plan.copies_context_pages() => compared_profiles(&profile),
+        _ => Vec::new(),
+    };
+
+    let vgpus = u64::from(args.vgpus);
+    let mode_steps = plan.submissions() * vgpus;
+    let profile_steps = plan.submissions() * ProfileFigures::REPLAYS;
+    let steps = modes.len() as u64 * mode_steps + profiles.len() as u64 * profile_steps;
+    let progress = Progress::new(steps, args.json);
     let replay = Replay::new(&plan, &model)
         .vgpus(args.vgpus.into())
         .fault(fault)
         .record_accesses(args.dump_accesses.is_some());
-    let replays = modes.clone().count() as u64 * u64::from(args.vgpus)
-        + profiles.len() as u64 * ProfileFigures::REPLAYS;
-    let progress = ClearedBar(ProgressBar::new(plan.submissions() * replays));
     let mut dump = args
         .dump_accesses
         .as_deref()
         .map(Dump::create)
         .transpose()?;
 
-    let outcomes = modes
-        .map(|mode| {
-            replay.run(mode, &mut |workload| {
-                progress.0.inc(1);
-                match &mut dump {
-                    Some(dump) => dump.write(mode, &workload),
-                    None => Ok(()),
-                }
-            })
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let mut outcomes = Vec::new();
+    for (index, mode) in modes.iter().enumerate() {
+        progress.begin("mode", mode.name(), index, modes.len());
+        outcomes.push(replay.run(*mode, &mut |workload| {
+            progress.step();
+            match &mut dump {
+                Some(dump) => dump.write(*mode, &workload),
+                None => Ok(()),
+            }
+        })?);
+    }
     if let Some(dump) = &mut dump {
         dump.finish()?;
     }
-    let figures = profiles
-        .iter()
-        .map(|profile| {
-            ProfileFigures::measure(&trace, profile, &mut |_| {
-                progress.0.inc(1);
-                Ok(())
-            })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let file = args.trace.as_ref().map(|path| path.display().to_string());
+    let mut figures = Vec::new();
+    for (index, profile) in profiles.iter().enumerate() {
+        progress.begin("profile", profile.name(), index, profiles.len());
+        figures.push(ProfileFigures::measure(&trace, profile, &mut |_| {
+            progress.step();
+            Ok(())
+        })?);
+    }
     Ok(Report::new(
         file,
         trace.program(),
@@ -120,13 +114,13 @@ fn replay(args: &Args) -> Result<Report> {
     ))
 }
 
-/// A progress bar on stderr, if that is a terminal, that leaves nothing behind.
-struct ClearedBar(ProgressBar);
-
-impl Drop for ClearedBar {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
+/// The bundled profiles, behind the chosen one if that is another.
+fn compared_profiles(chosen: &Contiguity) -> Vec<Contiguity> {
+    let bundled = Contiguity::NAMES
+        .into_iter()
+        .filter_map(Contiguity::bundled);
+    let other = Some(chosen.clone()).filter(|chosen| !Contiguity::NAMES.contains(&chosen.name()));
+    other.into_iter().chain(bundled).collect()
 }
 
 /// Prints `text` and ends with `status`. A reader that has seen enough and went away is no error.
@@ -141,6 +135,6 @@ fn print(text: &str, status: ExitCode) -> ExitCode {
 
 fn fail(message: &str) -> ExitCode {
     // There is nobody left to tell if stderr is closed.
-    let _ = writeln!(io::stderr(), "{message}");
+    let _ = writeln!(io::stderr(), "{}", one_line(message));
     ExitCode::from(2)
 }

@@ -3,11 +3,10 @@
 
 //! Traces as they lie on disk: plain, xz or gzip, told apart by their first bytes.
 
-use std::cell::Cell;
 use std::io::{self, Read};
 
-use flate2::read::MultiGzDecoder;
-use lzma_rust2::XzReader;
+use flate2::bufread::MultiGzDecoder;
+use lzma_rust2::{Action, Status, XzStream};
 
 use crate::error::{Error, Result};
 
@@ -21,8 +20,9 @@ const XZ_MEMORY_KIB: u32 = 128 << 10;
 ///
 /// # Errors
 ///
-/// [`Error::Compressed`] if the stream is damaged, [`Error::TooLarge`] as soon as there are more
-/// than `limit` plain bytes, however small the stream that makes them.
+/// [`Error::Compressed`] if the stream is damaged, with the place its decoder has come to;
+/// [`Error::TooLarge`] as soon as there are more than `limit` plain bytes, however small the stream
+/// that makes them.
 ///
 /// ```
 /// use gvt_replay::decompress::decompress;
@@ -33,22 +33,21 @@ const XZ_MEMORY_KIB: u32 = 128 << 10;
 /// # Ok::<(), gvt_replay::Error>(())
 /// ```
 pub fn decompress(stored: &[u8], limit: u64) -> Result<Vec<u8>> {
-    let taken = Cell::new(0);
-    let input = Counted {
-        inner: stored,
-        taken: &taken,
-    };
+    let damaged = |offset: u64, source| Error::Compressed { offset, source };
     let plain = if stored.starts_with(XZ_MAGIC) {
-        read_to_limit(XzReader::new_mem_limit(input, true, XZ_MEMORY_KIB), limit)
+        let mut decoder = XzDecoder {
+            stream: XzStream::new_mem_limit(true, XZ_MEMORY_KIB),
+            rest: stored,
+        };
+        read_to_limit(&mut decoder, limit)
+            .map_err(|source| damaged(decoder.stream.total_in(), source))?
     } else if stored.starts_with(GZIP_MAGIC) {
-        read_to_limit(MultiGzDecoder::new(input), limit)
+        let mut decoder = MultiGzDecoder::new(stored);
+        read_to_limit(&mut decoder, limit)
+            .map_err(|source| damaged((stored.len() - decoder.get_ref().len()) as u64, source))?
     } else {
-        read_to_limit(input, limit)
+        stored.to_vec()
     };
-    let plain = plain.map_err(|source| Error::Compressed {
-        offset: taken.get(),
-        source,
-    })?;
     if plain.len() as u64 > limit {
         return Err(Error::TooLarge { limit });
     }
@@ -64,17 +63,27 @@ fn read_to_limit(reader: impl Read, limit: u64) -> io::Result<Vec<u8>> {
     Ok(plain)
 }
 
-/// Counts what a decoder takes in, for the offset in an error.
-struct Counted<'a> {
-    inner: &'a [u8],
-    taken: &'a Cell<u64>,
+/// An xz decoder that knows how far it has come: unlike `XzReader`, which takes in 64 KiB at once.
+struct XzDecoder<'a> {
+    stream: XzStream,
+    rest: &'a [u8],
 }
 
-impl Read for Counted<'_> {
+impl Read for XzDecoder<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buf)?;
-        self.taken.set(self.taken.get() + read as u64);
-        Ok(read)
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            let step = self.stream.process(self.rest, buf, Action::Finish)?;
+            self.rest = self.rest.get(step.bytes_consumed..).unwrap_or_default();
+            if step.bytes_produced > 0 || step.status == Status::StreamEnd {
+                return Ok(step.bytes_produced);
+            }
+            if step.bytes_consumed == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
     }
 }
 
@@ -115,6 +124,23 @@ mod tests {
         let gz = gzip(&[7; 1000]);
         for len in GZIP_MAGIC.len()..gz.len() {
             assert!(decompress(&gz[..len], 1 << 20).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    fn damage_is_reported_where_the_decoder_stands_and_not_at_the_end() {
+        let xz = include_bytes!("../data/glmark2-skl.aub.xz").to_vec();
+        let gz = gzip(&decompress(&xz, 1 << 23).unwrap());
+        for mut stored in [xz, gz] {
+            let damage = stored.len() / 4;
+            stored[damage..damage + 64].fill(0xff);
+            match decompress(&stored, 1 << 23).unwrap_err() {
+                Error::Compressed { offset, .. } => {
+                    let near = damage as u64..stored.len() as u64 / 2;
+                    assert!(near.contains(&offset), "{offset} is not in {near:?}");
+                }
+                other => panic!("{other}"),
+            }
         }
     }
 

@@ -26,8 +26,7 @@
 //! # Example
 //!
 //! ```
-//! use gvt_replay::aub::Trace;
-//! use gvt_replay::{Contiguity, Mode, Model, Plan, Replay};
+//! use gvt_replay::{Contiguity, Mode, Model, Plan, Replay, Trace};
 //!
 //! let trace = Trace::from_bytes(include_bytes!("../data/h264-vcs-skl.aub.xz"))?;
 //! let profile = Contiguity::bundled("consecutive").expect("a bundled profile");
@@ -68,6 +67,7 @@ mod survey;
 pub mod timing;
 pub mod verify;
 
+pub use aub::Trace;
 pub use contiguity::Contiguity;
 pub use error::{Error, Result};
 pub use layout::Placement;

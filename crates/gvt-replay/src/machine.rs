@@ -21,7 +21,7 @@ use crate::inject::{Fault, Faulty};
 use crate::layout::{Slot, SLOTS};
 use crate::model::Model;
 use crate::plan::{Action, EngineInfo, Event, Plan};
-use crate::verify::{verify, Verdict};
+use crate::verify::{verify, verify_context, Verdict};
 
 /// Guest memory: a memfd for each slot, mapped as a VMM maps it.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ pub struct Machine<O: Observer> {
     guest: Guest,
     _device: Device,
     _group_file: GroupFile,
-    _container: Container,
+    container: Container,
 }
 
 impl<O: Observer> Machine<O> {
@@ -143,15 +143,13 @@ impl<O: Observer> Machine<O> {
             guest,
             _device: device,
             _group_file: group_file,
-            _container: container,
+            container,
         })
     }
 
     /// Does what the guest does, and what follows from it. A submission runs to its completion.
     pub fn play(&mut self, event: &Event) -> Result<Option<Completion>> {
-        for (iova, size) in self.unmapped.try_iter() {
-            self.vgpu.release_pins(iova, size);
-        }
+        self.release_unmapped();
         let offset = event.offset;
         match &event.action {
             Action::Write { gpa, data } => self.guest_write(*gpa, data)?,
@@ -183,6 +181,17 @@ impl<O: Observer> Machine<O> {
             Action::Submit { engine, dwords } => return self.submit(offset, engine, dwords),
         }
         Ok(None)
+    }
+
+    /// Lets go of the pages that the VMM is unmapping.
+    ///
+    /// The notice of an unmap comes on the VMM's thread and cannot touch the vGPU, which this thread
+    /// owns: it leaves a message. The unmap waits until its deadline for this thread to read it,
+    /// here or in [`play`](Self::play), so the two must not be the same thread.
+    pub fn release_unmapped(&mut self) {
+        for (iova, size) in self.unmapped.try_iter() {
+            self.vgpu.release_pins(iova, size);
+        }
     }
 
     /// A CPU of the guest writes memory. There is no page-track in user space, so the vGPU is told.
@@ -222,9 +231,25 @@ impl<O: Observer> Machine<O> {
         Ok(last)
     }
 
+    /// Compares the context pages that `submission` has just written back with the model.
+    pub(crate) fn verify_context(
+        &self,
+        model: &Model,
+        plan: &Plan,
+        pages: &[u64],
+        submission: u64,
+    ) -> Result<Verdict> {
+        verify_context(&self.guest.slots, model, plan.contexts(), pages, submission)
+    }
+
     /// Compares guest memory with the model.
     pub fn verify(&self, model: &Model, plan: &Plan) -> Result<Verdict> {
         verify(&self.guest.slots, model, plan.contexts())
+    }
+
+    /// The container that guest memory is mapped through.
+    pub fn container(&self) -> &Container {
+        &self.container
     }
 
     /// The vGPU.

@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
-use crate::plan::{Action, EngineInfo, Plan, ENGINES};
+use crate::plan::{Action, EngineInfo, Event, Plan, ENGINES};
 
 const PAGE: usize = 4096;
 const HWS_PGA: u32 = 0x80;
@@ -61,19 +61,32 @@ impl Model {
     pub fn after(plan: &Plan) -> Result<Self> {
         let mut model = Model::default();
         for event in plan.events() {
-            match &event.action {
-                Action::Write { gpa, data } => model.write(*gpa, data),
-                Action::GgttEntry { index, value } => {
-                    model.ggtt.insert(*index, *value);
-                }
-                Action::RegisterWrite { register, value } => {
-                    model.write_register(*register, *value);
-                }
-                Action::RegisterPoll { .. } => {}
-                Action::Submit { engine, dwords } => model.run(event.offset, engine, dwords)?,
-            }
+            model.play(event)?;
         }
         Ok(model)
+    }
+
+    /// What one event does to guest memory; the addresses of the copied context pages if it is a
+    /// submission.
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::after`].
+    pub fn play(&mut self, event: &Event) -> Result<Option<Vec<u64>>> {
+        match &event.action {
+            Action::Write { gpa, data } => self.write(*gpa, data),
+            Action::GgttEntry { index, value } => {
+                self.ggtt.insert(*index, *value);
+            }
+            Action::RegisterWrite { register, value } => {
+                self.write_register(*register, *value);
+            }
+            Action::RegisterPoll { .. } => {}
+            Action::Submit { engine, dwords } => {
+                return self.run(event.offset, engine, dwords).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     /// The bytes of the page at `gpa`; `None` if they are all zero.
@@ -125,7 +138,7 @@ impl Model {
     }
 
     /// One workload alone: the context is loaded, the engine changes it, it is saved.
-    fn run(&mut self, offset: u64, engine: &EngineInfo, dwords: &[u32; 4]) -> Result<()> {
+    fn run(&mut self, offset: u64, engine: &EngineInfo, dwords: &[u32; 4]) -> Result<Vec<u64>> {
         let [_, _, context_id, descriptor] = *dwords;
         let lrca = descriptor >> 12;
         let gpa_of = |index: u32| {
@@ -171,7 +184,7 @@ impl Model {
         let rest = RING_CONTEXT_BYTES as u64;
         self.write(page1_gpa + rest, &page1[RING_CONTEXT_BYTES..]);
         self.context_event(engine, CONTEXT_COMPLETE | ACTIVE_TO_IDLE, context_id);
-        Ok(())
+        Ok(gpas)
     }
 
     /// A context status event lands in the engine's hardware status page, if it has one.

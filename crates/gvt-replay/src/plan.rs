@@ -96,6 +96,12 @@ pub enum Action {
     },
 }
 
+impl Action {
+    pub(crate) fn is_submission(&self) -> bool {
+        matches!(self, Action::Submit { .. })
+    }
+}
+
 /// Something the guest does, and where the trace says so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
@@ -189,6 +195,13 @@ impl Plan {
     /// The context objects in the order of their first submission.
     pub fn contexts(&self) -> &[ContextObject] {
         &self.contexts
+    }
+
+    /// Whether context pages are copied at all: only a render engine's contexts have such pages.
+    pub fn copies_context_pages(&self) -> bool {
+        self.contexts
+            .iter()
+            .any(|context| !context.pages.is_empty())
     }
 
     /// How many workloads are submitted.

@@ -27,7 +27,7 @@ pub struct UpstreamLoss {
     /// Pages to write back.
     pub writes: u64,
     /// Whether guest memory is what it must be all the same.
-    pub verified: bool,
+    pub memory_as_expected: bool,
 }
 
 /// What a contiguity profile makes of the copies of context pages, from replaying the trace on one
@@ -39,7 +39,7 @@ pub struct ProfileFigures {
     /// Mean pages of a run over all objects of the profile. A trace uses the first few of them.
     pub mean_run: f64,
     /// Whether guest memory is what it must be after the copies in runs.
-    pub verified: bool,
+    pub memory_as_expected: bool,
     /// Mean pages of a reading call; `None` if there is no such call.
     pub pages_per_read: Option<f64>,
     /// Mean pages of a writing call; `None` if there is no such call.
@@ -70,7 +70,7 @@ impl ProfileFigures {
         Ok(ProfileFigures {
             profile: profile.name().to_owned(),
             mean_run: profile.mean_run(),
-            verified: run.verified(),
+            memory_as_expected: run.verified(),
             pages_per_read: mean(all.read_bytes, all.reads),
             pages_per_write: mean(all.written_bytes, all.writes),
             upstream: upstream_loss(all, kept, upstream.verified()),
@@ -83,20 +83,24 @@ impl ProfileFigures {
         plan: &Plan,
         watch: &mut dyn FnMut(Workload) -> Result<()>,
     ) -> Result<Option<Timing>> {
-        match replay.play(Mode::Run, watch)?.first() {
+        match replay
+            .play(Mode::Run, watch)?
+            .first()
+            .map(|guest| &guest.machine)
+        {
             Some(machine) => time_copies(machine, plan),
             None => Ok(None),
         }
     }
 }
 
-fn upstream_loss(all: Count, kept: Count, verified: bool) -> UpstreamLoss {
+fn upstream_loss(all: Count, kept: Count, memory_as_expected: bool) -> UpstreamLoss {
     UpstreamLoss {
         unread: all.read_bytes.saturating_sub(kept.read_bytes) / PAGE_SIZE,
         reads: all.read_bytes / PAGE_SIZE,
         unwritten: all.written_bytes.saturating_sub(kept.written_bytes) / PAGE_SIZE,
         writes: all.written_bytes / PAGE_SIZE,
-        verified,
+        memory_as_expected,
     }
 }
 

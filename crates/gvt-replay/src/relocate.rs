@@ -10,8 +10,8 @@
 //!   [`REQUEST_BYTES`] around the recorded batch start, and the tail follows.
 //! - The recorder leaves a wrong length in RING_CTL. It becomes the one page that is mapped.
 
-use crate::aub::{PacketKind, Space, Trace};
-use crate::error::Result;
+use crate::aub::{PacketKind, Space, Trace, MAX_EVENTS};
+use crate::error::{Error, Result};
 use crate::layout::{Placement, PAGE_SIZE};
 use crate::plan::{Action, Event};
 use crate::survey::{
@@ -48,6 +48,12 @@ impl<'a> Relocator<'a> {
 
     pub(crate) fn events(mut self, trace: &Trace) -> Result<Vec<Event>> {
         for packet in trace.packets() {
+            if self.events.len() > MAX_EVENTS {
+                return Err(Error::TooMany {
+                    offset: packet.offset,
+                    limit: MAX_EVENTS,
+                });
+            }
             match &packet.kind {
                 PacketKind::MemoryWrite {
                     space: Space::GgttEntries,

@@ -4,6 +4,7 @@
 //! Replays a plan on one or more virtual machines, and counts and verifies.
 
 use std::collections::BTreeMap;
+use std::ops::AddAssign;
 
 use gvt_scheduler::{Access, AccessCounts, AccessKind, CopyMode, Observer, VgpuConfig};
 use serde::Serialize;
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::inject::Fault;
 use crate::machine::Machine;
 use crate::model::Model;
-use crate::plan::Plan;
+use crate::plan::{Event, Plan};
 use crate::verify::Verdict;
 
 /// How the pages of a context are copied.
@@ -66,6 +67,15 @@ pub struct Count {
     pub writes: u64,
     /// Bytes they write.
     pub written_bytes: u64,
+}
+
+impl AddAssign for Count {
+    fn add_assign(&mut self, other: Count) {
+        self.reads += other.reads;
+        self.read_bytes += other.read_bytes;
+        self.writes += other.writes;
+        self.written_bytes += other.written_bytes;
+    }
 }
 
 /// A workload that was replayed.
@@ -168,18 +178,19 @@ impl<'a> Replay<'a> {
         mode: Mode,
         watch: &mut dyn FnMut(Workload) -> Result<()>,
     ) -> Result<Outcome> {
-        let machines = self.play(mode, watch)?;
+        let guests = self.play(mode, watch)?;
         let mut outcome = Outcome {
             mode,
-            workloads: self.plan.submissions() * machines.len() as u64,
+            workloads: guests.iter().map(|guest| guest.workloads).sum(),
             accesses: BTreeMap::new(),
             verdicts: Vec::new(),
         };
-        for machine in &machines {
+        for guest in guests {
+            let machine = guest.machine;
             add(&mut outcome.accesses, &machine.vgpu().observer().counts);
-            outcome
-                .verdicts
-                .push(machine.verify(self.model, self.plan)?);
+            let mut verdict = guest.verdict;
+            verdict.append(machine.verify(self.model, self.plan)?);
+            outcome.verdicts.push(verdict);
         }
         Ok(outcome)
     }
@@ -189,53 +200,88 @@ impl<'a> Replay<'a> {
         &self,
         mode: Mode,
         watch: &mut dyn FnMut(Workload) -> Result<()>,
-    ) -> Result<Vec<Machine<Tally>>> {
-        let copied = self.plan.contexts().iter().any(|c| !c.pages.is_empty());
-        if self.fault.is_some() && !copied {
+    ) -> Result<Vec<Guest>> {
+        if self.fault.is_some() && !self.plan.copies_context_pages() {
             return Err(Error::NothingToInject);
         }
-        let mut machines = (0..self.vgpus)
+        let mut guests = (0..self.vgpus)
             .map(|id| {
                 let tally = Tally {
                     record: self.record,
                     ..Tally::default()
                 };
-                Machine::new(id as u32, self.plan, mode.config(), self.fault, tally)
+                let machine = Machine::new(id as u32, self.plan, mode.config(), self.fault, tally)?;
+                Ok(Guest {
+                    machine,
+                    verdict: Verdict::default(),
+                    workloads: 0,
+                })
             })
             .collect::<Result<Vec<_>>>()?;
-        let mut positions = vec![self.plan.events().iter(); machines.len()];
-        let mut submission = 0;
-        loop {
-            let mut played = false;
-            for (vgpu, (machine, events)) in machines.iter_mut().zip(&mut positions).enumerate() {
-                for event in events {
-                    if machine.play(event)?.is_some() {
-                        played = true;
-                        watch(Workload {
-                            vgpu,
-                            submission,
-                            accesses: std::mem::take(&mut machine.observer_mut().accesses),
-                        })?;
-                        break;
-                    }
-                }
+        // All guests do the same, so one model serves them: that of the submission they are at.
+        let mut model = Model::default();
+        let mut events = self.plan.events();
+        while let Some(at) = events.iter().position(|event| event.action.is_submission()) {
+            let (turn, later) = events.split_at(at + 1);
+            events = later;
+            let mut pages = Vec::new();
+            for event in turn {
+                pages.extend(model.play(event)?.into_iter().flatten());
             }
-            if !played {
-                return Ok(machines);
+            for (vgpu, guest) in guests.iter_mut().enumerate() {
+                let submission = guest.workloads;
+                guest.play(turn)?;
+                guest.verdict.append(
+                    guest
+                        .machine
+                        .verify_context(&model, self.plan, &pages, submission)?,
+                );
+                watch(Workload {
+                    vgpu,
+                    submission,
+                    accesses: std::mem::take(&mut guest.machine.observer_mut().accesses),
+                })?;
             }
-            submission += 1;
         }
+        for guest in &mut guests {
+            guest.play(events)?;
+        }
+        Ok(guests)
+    }
+}
+
+/// A virtual machine in a replay.
+pub(crate) struct Guest {
+    pub(crate) machine: Machine<Tally>,
+    /// Of the contexts as they were written back.
+    verdict: Verdict,
+    /// Workloads that completed.
+    workloads: u64,
+}
+
+impl Guest {
+    fn play(&mut self, events: &[Event]) -> Result<()> {
+        for event in events {
+            let completion = self.machine.play(event)?;
+            if completion.is_some() != event.action.is_submission() {
+                let offset = event.offset;
+                return Err(Error::NotCompleted { offset });
+            }
+            self.workloads += u64::from(completion.is_some());
+        }
+        Ok(())
     }
 }
 
 fn add(sums: &mut BTreeMap<&'static str, Count>, counts: &AccessCounts) {
     for kind in AccessKind::ALL {
         let count = counts.get(kind);
-        let sum = sums.entry(kind.name()).or_default();
-        sum.reads += count.reads;
-        sum.read_bytes += count.read_bytes;
-        sum.writes += count.writes;
-        sum.written_bytes += count.written_bytes;
+        *sums.entry(kind.name()).or_default() += Count {
+            reads: count.reads,
+            read_bytes: count.read_bytes,
+            writes: count.writes,
+            written_bytes: count.written_bytes,
+        };
     }
 }
 

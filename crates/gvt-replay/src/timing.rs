@@ -3,7 +3,7 @@
 
 //! How long copying the pages of a context takes, page by page against in runs.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gvt_scheduler::{ContextPages, CopyMode, Observer};
 use serde::Serialize;
@@ -13,12 +13,17 @@ use crate::layout::PAGE_SIZE;
 use crate::machine::Machine;
 use crate::plan::Plan;
 
-/// Rounds of a comparison. Each times all contexts page by page, then all contexts in runs.
-pub const ROUNDS: usize = 21;
-/// Copies a round makes at least in each way, so that the clock's resolution does not show.
-const COPIES: usize = 136;
+/// Rounds of a comparison. Each gives a time page by page, a time in runs and their ratio.
+pub const ROUNDS: usize = 61;
+/// Turns of each way of copying in a round. They alternate, so that what slows the machine down for
+/// a while slows both down.
+const TURNS: usize = 10;
+/// How long a turn takes, about; a round takes a millisecond each way.
+const TURN: Duration = Duration::from_micros(100);
 /// Spread above which a comparison is called noisy.
 pub const NOISY_SPREAD: f64 = 0.15;
+/// Contexts whose copies are timed at most: the first ones of the plan.
+const MAX_CONTEXTS: usize = 64;
 
 /// Time of one copy of a context's pages: medians over the rounds.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -36,9 +41,10 @@ pub struct Comparison {
     pub page: CopyTime,
     /// A copy in runs.
     pub run: CopyTime,
-    /// How often the time in runs goes into the time page by page: median of the rounds' ratios.
+    /// Time page by page over time in runs: the median of the rounds' ratios. The ratio of the
+    /// median times above can be a little different.
     pub ratio: f64,
-    /// Distance of the ratios' first and last decile, as a part of their median.
+    /// Interquartile range of the rounds' ratios, as a part of their median.
     pub spread: f64,
     /// Whether the spread is above [`NOISY_SPREAD`].
     pub noisy: bool,
@@ -63,6 +69,7 @@ pub(crate) fn time_copies<O: Observer>(
         .contexts()
         .iter()
         .filter(|context| !context.pages.is_empty())
+        .take(MAX_CONTEXTS)
         .map(|context| {
             let count = context.pages.len();
             let pages = ContextPages::new(machine.vgpu().ggtt(), context.lrca, count + 2);
@@ -72,26 +79,21 @@ pub(crate) fn time_copies<O: Observer>(
     if contexts.is_empty() {
         return Ok(None);
     }
-    let repeats = COPIES.div_ceil(contexts.len());
-    let copies = repeats * contexts.len();
+    let copies = contexts.len();
     let dma = machine.dma();
     let populate = compare(copies, |mode| {
-        for _ in 0..repeats {
-            for (context, pages) in &mut contexts {
-                context
-                    .populate(&dma, mode, pages, &mut ())
-                    .map_err(Error::machine("populate a context"))?;
-            }
+        for (context, pages) in &mut contexts {
+            context
+                .populate(&dma, mode, pages, &mut ())
+                .map_err(Error::machine("populate a context"))?;
         }
         Ok(())
     })?;
     let write_back = compare(copies, |mode| {
-        for _ in 0..repeats {
-            for (context, pages) in &contexts {
-                context
-                    .write_back(&dma, mode, pages, &mut ())
-                    .map_err(Error::machine("write a context back"))?;
-            }
+        for (context, pages) in &contexts {
+            context
+                .write_back(&dma, mode, pages, &mut ())
+                .map_err(Error::machine("write a context back"))?;
         }
         Ok(())
     })?;
@@ -101,41 +103,73 @@ pub(crate) fn time_copies<O: Observer>(
     }))
 }
 
-/// Runs `round`, which makes `copies` copies, in turn in the two modes.
-fn compare(copies: usize, mut round: impl FnMut(CopyMode) -> Result<()>) -> Result<Comparison> {
-    let mut page = Vec::new();
-    let mut run = Vec::new();
-    // One round to touch all memory, not counted.
-    round(CopyMode::PerPage)?;
-    round(CopyMode::Coalesced)?;
+/// Compares the two modes of `pass`, which makes `copies` copies.
+fn compare(copies: usize, mut pass: impl FnMut(CopyMode) -> Result<()>) -> Result<Comparison> {
+    let mut both = || pass(CopyMode::PerPage).and_then(|()| pass(CopyMode::Coalesced));
+    // The first time only touches all memory.
+    both()?;
+    let begun = Instant::now();
+    both()?;
+    let passes = 2 * TURN.as_nanos() / begun.elapsed().as_nanos().max(1);
+    compare_turns((passes as usize).max(1), copies, pass)
+}
+
+/// Compares the two modes of `pass` in turns of `passes` passes.
+fn compare_turns(
+    passes: usize,
+    copies: usize,
+    mut pass: impl FnMut(CopyMode) -> Result<()>,
+) -> Result<Comparison> {
+    let copies = (TURNS * passes * copies) as f64;
+    let (mut pages, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        page.push(sample(copies, || round(CopyMode::PerPage))?);
-        run.push(sample(copies, || round(CopyMode::Coalesced))?);
+        let (mut page, mut run) = (Elapsed::default(), Elapsed::default());
+        for _ in 0..TURNS {
+            page.add(|| (0..passes).try_for_each(|_| pass(CopyMode::PerPage)))?;
+            run.add(|| (0..passes).try_for_each(|_| pass(CopyMode::Coalesced)))?;
+        }
+        pages.push(page.divided_by(copies));
+        runs.push(run.divided_by(copies));
     }
-    let ratios = sorted(page.iter().zip(&run).map(|(page, run)| page.ns / run.ns));
+    let ratios = sorted(pages.iter().zip(&runs).map(|(page, run)| page.ns / run.ns));
     let ratio = at(&ratios, 0.5);
-    let spread = (at(&ratios, 0.9) - at(&ratios, 0.1)) / ratio;
+    let spread = (at(&ratios, 0.75) - at(&ratios, 0.25)) / ratio;
     Ok(Comparison {
-        page: median(&page),
-        run: median(&run),
+        page: median(&pages),
+        run: median(&runs),
         ratio,
         spread,
         noisy: spread > NOISY_SPREAD,
     })
 }
 
-fn sample(copies: usize, round: impl FnOnce() -> Result<()>) -> Result<CopyTime> {
-    let (start, first) = (Instant::now(), time_stamp());
-    round()?;
-    let (elapsed, last) = (start.elapsed(), time_stamp());
-    let copies = copies as f64;
-    Ok(CopyTime {
-        // A clock too coarse to see the round would give a ratio of nothing.
-        ns: elapsed.as_nanos().max(1) as f64 / copies,
-        cycles: first
+/// What the turns of one round took.
+#[derive(Default)]
+struct Elapsed {
+    time: Duration,
+    cycles: Option<u64>,
+}
+
+impl Elapsed {
+    fn add(&mut self, turn: impl FnOnce() -> Result<()>) -> Result<()> {
+        let (begun, first) = (Instant::now(), time_stamp());
+        turn()?;
+        let (time, last) = (begun.elapsed(), time_stamp());
+        self.time += time;
+        let cycles = first
             .zip(last)
-            .map(|(first, last)| last.wrapping_sub(first) as f64 / copies),
-    })
+            .map(|(first, last)| last.wrapping_sub(first));
+        self.cycles = cycles.map(|cycles| self.cycles.unwrap_or(0).wrapping_add(cycles));
+        Ok(())
+    }
+
+    fn divided_by(&self, copies: f64) -> CopyTime {
+        CopyTime {
+            // A clock too coarse to see the round would give a ratio of nothing.
+            ns: self.time.as_nanos().max(1) as f64 / copies,
+            cycles: self.cycles.map(|cycles| cycles as f64 / copies),
+        }
+    }
 }
 
 fn median(times: &[CopyTime]) -> CopyTime {
@@ -185,12 +219,18 @@ mod tests {
     #[test]
     fn the_modes_take_turns() {
         let mut modes = Vec::new();
-        compare(1, |mode| {
+        compare_turns(3, 1, |mode| {
             modes.push(matches!(mode, CopyMode::PerPage));
             Ok(())
         })
         .unwrap();
-        assert_eq!(modes.len(), 2 * (ROUNDS + 1));
-        assert!(modes.chunks(2).all(|pair| pair == [true, false]));
+        assert_eq!(modes.len(), 2 * 3 * TURNS * ROUNDS);
+        let turns = [true, true, true, false, false, false];
+        assert!(modes.chunks(6).all(|modes| modes == turns));
+    }
+
+    #[test]
+    fn an_error_ends_the_comparison() {
+        assert!(compare(1, |_| Err(Error::NothingToInject)).is_err());
     }
 }

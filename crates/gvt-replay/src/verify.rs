@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::error::{Error, Result};
 use crate::layout::{Slot, PAGE_SIZE};
@@ -25,9 +25,15 @@ const KEPT_DIFFERENCES: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Difference {
     /// Guest physical address.
+    #[serde(serialize_with = "hex")]
     pub gpa: u64,
-    /// GGTT page number of the context object and index of the page in it, if it is one.
-    pub context_page: Option<(u32, usize)>,
+    /// GGTT page number of the context object whose copied page it is, if it is one.
+    #[serde(serialize_with = "hex_if_any")]
+    pub context: Option<u32>,
+    /// Index of the page in the context object.
+    pub page: Option<usize>,
+    /// Number of the submission after which it was found; none if it was found at the end.
+    pub submission: Option<u64>,
     /// What the model holds.
     pub expected: u8,
     /// What guest memory holds.
@@ -41,15 +47,32 @@ impl fmt::Display for Difference {
             "gpa {:#x}: expected {:#04x}, found {:#04x}",
             self.gpa, self.expected, self.found
         )?;
-        match self.context_page {
-            Some((lrca, page)) => write!(f, " (page {page} of context {lrca:#x})"),
+        if let (Some(lrca), Some(page)) = (self.context, self.page) {
+            write!(f, " (page {page} of context {lrca:#x})")?;
+        }
+        match self.submission {
+            Some(submission) => write!(f, " after submission {submission}"),
             None => Ok(()),
         }
     }
 }
 
+fn hex<S: Serializer>(value: &u64, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{value:#x}"))
+}
+
+fn hex_if_any<S: Serializer>(
+    lrca: &Option<u32>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    match lrca {
+        Some(lrca) => hex(&u64::from(*lrca), serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
 /// What the comparison of a guest's memory with the model gives.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
     /// Pages that were compared.
     pub pages: u64,
@@ -60,6 +83,25 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    /// Counts a page, and what is wrong with it.
+    fn add(&mut self, difference: Option<Difference>) {
+        self.pages += 1;
+        if let Some(difference) = difference {
+            self.different += 1;
+            if self.first.len() < KEPT_DIFFERENCES {
+                self.first.push(difference);
+            }
+        }
+    }
+
+    /// Adds what was found later.
+    pub(crate) fn append(&mut self, later: Verdict) {
+        self.pages += later.pages;
+        self.different += later.different;
+        self.first.extend(later.first);
+        self.first.truncate(KEPT_DIFFERENCES);
+    }
+
     /// Whether nothing differs.
     pub fn verified(&self) -> bool {
         self.different == 0
@@ -84,20 +126,44 @@ pub(crate) fn verify(
                 .filter(|offset| *offset < slot.len),
         );
         for offset in touched {
-            let mut found = [0; PAGE_SIZE as usize];
-            file.read_exact_at(&mut found, offset)
-                .map_err(Error::machine("read guest memory"))?;
-            verdict.pages += 1;
-            let gpa = slot.gpa + offset;
-            if let Some(difference) = compare(gpa, &found, model, contexts) {
-                verdict.different += 1;
-                if verdict.first.len() < KEPT_DIFFERENCES {
-                    verdict.first.push(difference);
-                }
-            }
+            let found = read_page(file, offset)?;
+            verdict.add(compare(slot.gpa + offset, &found, model, contexts));
         }
     }
     Ok(verdict)
+}
+
+/// Compares the copied pages of the context that was just written back. At the end this could not
+/// be seen any more: a copy that is lost in between is mended by the next.
+pub(crate) fn verify_context(
+    slots: &[(Slot, File)],
+    model: &Model,
+    contexts: &[ContextObject],
+    pages: &[u64],
+    submission: u64,
+) -> Result<Verdict> {
+    let mut verdict = Verdict::default();
+    for gpa in pages {
+        let in_slot = |(slot, _): &&(Slot, File)| (slot.gpa..slot.gpa + slot.len).contains(gpa);
+        let Some((slot, file)) = slots.iter().find(in_slot) else {
+            continue;
+        };
+        let found = read_page(file, gpa - slot.gpa)?;
+        verdict.add(
+            compare(*gpa, &found, model, contexts).map(|difference| Difference {
+                submission: Some(submission),
+                ..difference
+            }),
+        );
+    }
+    Ok(verdict)
+}
+
+fn read_page(file: &File, offset: u64) -> Result<[u8; PAGE_SIZE as usize]> {
+    let mut page = [0; PAGE_SIZE as usize];
+    file.read_exact_at(&mut page, offset)
+        .map_err(Error::machine("read guest memory"))?;
+    Ok(page)
 }
 
 fn compare(
@@ -111,12 +177,15 @@ fn compare(
         return None;
     }
     let at = found.iter().zip(expected).position(|(f, e)| f != e)?;
+    let context_page = contexts.iter().find_map(|context| {
+        let index = context.pages.iter().position(|page| *page == gpa)?;
+        Some((context.lrca, index + 2))
+    });
     Some(Difference {
         gpa: gpa + at as u64,
-        context_page: contexts.iter().find_map(|context| {
-            let index = context.pages.iter().position(|page| *page == gpa)?;
-            Some((context.lrca, index + 2))
-        }),
+        context: context_page.map(|(lrca, _)| lrca),
+        page: context_page.map(|(_, page)| page),
+        submission: None,
         expected: expected[at],
         found: found[at],
     })
@@ -187,14 +256,22 @@ mod tests {
             let verdict = verdict_after(&[(gpa, 9)]);
             let difference = Difference {
                 gpa,
-                context_page: None,
+                context: None,
+                page: None,
+                submission: None,
                 expected: 0,
                 found: 9,
             };
             assert_eq!(verdict.first, [difference], "{gpa:#x}");
         }
         let in_context = verdict_after(&[(0x13_0010, 9)]);
-        assert_eq!(in_context.first[0].context_page, Some((7, 3)));
+        assert_eq!(
+            serde_json::to_value(&in_context.first[0]).unwrap(),
+            serde_json::json!({
+                "gpa": "0x130010", "context": "0x7", "page": 3, "submission": null, "expected": 0,
+                "found": 9
+            })
+        );
         assert_eq!(
             in_context.first[0].to_string(),
             "gpa 0x130010: expected 0x00, found 0x09 (page 3 of context 0x7)"

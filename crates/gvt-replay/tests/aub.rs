@@ -3,7 +3,7 @@
 
 //! The AUB parser against a naive encoder, against every truncation and against random bytes.
 
-use gvt_replay::aub::{PacketKind, Space, Trace};
+use gvt_replay::aub::{PacketKind, Space, Trace, MAX_EVENTS};
 use gvt_replay::{Contiguity, Error, Plan};
 use proptest::prelude::*;
 
@@ -268,7 +268,7 @@ fn each_wrong_packet_is_named_with_its_offset() {
         let (error, offset) = error_of(&packet);
         assert!(error.contains(message), "{message:?}: {error}");
         assert!(
-            error.starts_with(&format!("byte offset {offset}:")),
+            error.starts_with(&format!("byte offset {offset} of")),
             "{error}"
         );
     }
@@ -279,7 +279,7 @@ fn a_submission_that_is_cut_off_is_named() {
     for dwords in 1..4 {
         let (error, offset) = error_of(&register_packet(3, 0x12230, u32::MAX, 0).repeat(dwords));
         assert!(
-            error.starts_with(&format!("byte offset {offset}: ")),
+            error.starts_with(&format!("byte offset {offset} of ")),
             "{error}"
         );
         assert!(
@@ -440,4 +440,41 @@ fn a_trace_that_names_more_pages_than_the_guest_has_is_refused() {
         .collect();
     let error = plan_error(&packets);
     assert!(error.contains("needs more than the guest's"), "{error}");
+}
+
+#[test]
+fn a_small_file_does_not_fill_the_memory() {
+    let write = register_packet(3, 0x9998, 0xffff_ffff, 0);
+    let mut file = version();
+    file.extend(
+        write
+            .iter()
+            .copied()
+            .cycle()
+            .take(write.len() * (MAX_EVENTS + 1)),
+    );
+    let last = file.len() - write.len();
+    let error = parse(&file).unwrap_err().to_string();
+    let expected =
+        format!("byte offset {last} of the decompressed trace: more than 1048576 packets");
+    assert!(error.starts_with(&expected), "{error}");
+
+    // One packet of the largest size writes 8 191 entries of the GGTT.
+    let mut file = plain(include_bytes!("../data/h264-vcs-skl.aub.xz"));
+    let entries = memory_packet(4, 0, &[0; 8 * 8191]);
+    file.extend(
+        entries
+            .iter()
+            .copied()
+            .cycle()
+            .take(entries.len() * (MAX_EVENTS / 8191 + 2)),
+    );
+    let profile = Contiguity::bundled("consecutive").unwrap();
+    let error = Plan::new(&parse(&file).unwrap(), &profile)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.ends_with("more than 1048576 packets or table entries"),
+        "{error}"
+    );
 }

@@ -4,11 +4,10 @@
 //! The bundled recordings through the whole stack: what they count, and that what must not go
 //! unnoticed does not.
 
-use gvt_replay::aub::Trace;
 use gvt_replay::inject::Fault;
 use gvt_replay::replay::{Count, Outcome};
-use gvt_replay::{expected, Contiguity, Machine, Mode, Model, Plan, ProfileFigures, Replay};
-use gvt_scheduler::{AccessKind, VgpuConfig};
+use gvt_replay::{expected, Contiguity, Mode, Model, Plan, ProfileFigures, Replay, Trace};
+use gvt_scheduler::AccessKind;
 
 const GLMARK2: &[u8] = include_bytes!("../data/glmark2-skl.aub.xz");
 const NCNN: &[u8] = include_bytes!("../data/ncnn-vulkan-skl.aub.xz");
@@ -155,6 +154,16 @@ fn every_fault_is_found_in_every_mode() {
     assert!(replay.run(Mode::Run, &mut |_| Ok(())).is_err());
 }
 
+/// At the end nobody could tell: the write-back of a context's last run mends what an earlier one lost.
+#[test]
+fn a_lost_copy_is_found_when_it_happens() {
+    let prepared = Prepared::new(GLMARK2, "consecutive");
+    let replay = prepared.replay().fault(Some(Fault::LoseTail));
+    let outcome = replay.run(Mode::Skip, &mut |_| Ok(())).unwrap();
+    let first = &outcome.verdicts[0].first[0];
+    assert_eq!((first.page, first.submission), (Some(21), Some(0)));
+}
+
 #[test]
 fn the_kernels_loop_loses_pages_of_a_fragmented_guest_only() {
     let trace = Trace::from_bytes(GLMARK2).unwrap();
@@ -163,7 +172,7 @@ fn the_kernels_loop_loses_pages_of_a_fragmented_guest_only() {
         ProfileFigures::measure(&trace, &profile, &mut |_| Ok(())).unwrap()
     };
     let consecutive = figures("consecutive");
-    assert!(consecutive.verified && consecutive.upstream.verified);
+    assert!(consecutive.memory_as_expected && consecutive.upstream.memory_as_expected);
     assert_eq!(consecutive.pages_per_write, Some(20.0));
     assert_eq!(
         (consecutive.upstream.unread, consecutive.upstream.unwritten),
@@ -171,7 +180,7 @@ fn the_kernels_loop_loses_pages_of_a_fragmented_guest_only() {
     );
 
     let as_found = figures("as-found");
-    assert!(as_found.verified && !as_found.upstream.verified);
+    assert!(as_found.memory_as_expected && !as_found.upstream.memory_as_expected);
     assert!(as_found.upstream.unwritten > 0 && as_found.upstream.unread > 0);
     assert_eq!(
         (as_found.upstream.reads, as_found.upstream.writes),
@@ -213,21 +222,6 @@ fn append(file: &mut Vec<u8>, sub_opcode: u32, dwords: &[u32]) {
     for dword in std::iter::once(&header).chain(dwords) {
         file.extend(dword.to_le_bytes());
     }
-}
-
-#[test]
-fn the_vgpu_pins_the_pages_its_page_tables_map() {
-    let prepared = Prepared::new(H264, "consecutive");
-    let mut machine = Machine::new(0, &prepared.plan, VgpuConfig::default(), None, ()).unwrap();
-    for event in prepared.plan.events() {
-        machine.play(event).unwrap();
-    }
-    assert_eq!(machine.vgpu().shadowed_tables(), 4);
-    assert!(machine.vgpu().pinned_leaves() > 300);
-    assert!(machine
-        .verify(&prepared.model, &prepared.plan)
-        .unwrap()
-        .verified());
 }
 
 #[test]

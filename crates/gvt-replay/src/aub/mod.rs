@@ -20,8 +20,13 @@ use crate::error::{Error, Result};
 
 use packet::RawPacket;
 
+/// Name of the recording that [`Trace::bundled`] gives.
+pub const BUNDLED: &str = "glmark2-skl.aub.xz";
 /// Largest trace taken in, decompressed, in bytes. The recordings at hand have 5 MB and less.
 pub const MAX_TRACE_BYTES: u64 = 256 << 20;
+/// Most packets, and most table entries they write, that are kept: a small file must not fill the
+/// memory when it is unpacked. The recordings at hand have 3 000 and fewer.
+pub const MAX_EVENTS: usize = 1 << 20;
 /// End of the physical addresses a GPU page table entry can name (address bits 45:12).
 pub const PHYSICAL_LIMIT: u64 = 1 << 46;
 /// Entries of the GGTT: 4 GiB of graphics addresses.
@@ -163,6 +168,12 @@ impl Trace {
             let kind = raw.kind()?;
             if let PacketKind::RegisterWrite { register, .. } = kind {
                 submissions.register_write(register, raw.offset());
+            }
+            if packets.len() >= MAX_EVENTS {
+                return Err(Error::TooMany {
+                    offset: raw.offset(),
+                    limit: MAX_EVENTS,
+                });
             }
             packets.push(Packet {
                 offset: raw.offset(),
