@@ -16,6 +16,7 @@ use page_pin::Interest;
 use vfio_group::{Container, Device, ExternalUser, Group, GroupFile, IommuType};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, Permissions};
 
+use crate::aub::ELSP;
 use crate::error::{Error, Result};
 use crate::inject::{Fault, Faulty};
 use crate::layout::{Slot, SLOTS};
@@ -211,7 +212,6 @@ impl<O: Observer> Machine<O> {
         engine: &EngineInfo,
         dwords: &[u32; 4],
     ) -> Result<Option<Completion>> {
-        const ELSP: u32 = 0x230;
         let port = engine.base + ELSP;
         for dword in dwords {
             self.vgpu

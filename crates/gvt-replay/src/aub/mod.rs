@@ -36,7 +36,7 @@ pub const GGTT_ENTRIES: u32 = 1 << 20;
 pub(crate) const ELSP_DWORDS: usize = 4;
 
 /// Offset of the execlist submission port in an engine's registers.
-const ELSP: u32 = 0x230;
+pub(crate) const ELSP: u32 = 0x230;
 
 /// Which addresses a memory write is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
