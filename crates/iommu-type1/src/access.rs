@@ -7,12 +7,13 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{AtomicAccess, ByteValued, Bytes, Permissions, VolatileSlice};
 
-use crate::dirty::DirtySlice;
+use crate::atomics::CompareExchange;
 use crate::grace::Inside;
-use crate::mapping::{needed_for, Mapping};
+use crate::mapping::{needed_for, Mapping, Need};
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
+use crate::table::Found;
 use crate::{Error, IoAddressSpace, Result};
 
 /// The direction and the data of a [`dma_rw`](IoAddressSpace::dma_rw).
@@ -75,34 +76,67 @@ impl IoAddressSpace {
 
 impl Space {
     #[inline]
-    pub(crate) fn read(&self, inside: &Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
-        self.for_each_chunk(
-            inside,
-            iova,
-            buf.len(),
-            Permissions::Read,
-            |mapping, at, n, done| {
-                mapping.slice(at, n).copy_to(&mut buf[done..]);
-            },
-        )
+    pub(crate) fn read(&self, inside: Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
+        match self.lookup(inside, iova, buf.len(), Need::READ) {
+            Some(slice) => {
+                slice.copy_to(buf);
+                Ok(())
+            }
+            None => self.read_chunks(inside, iova, buf),
+        }
     }
 
     #[inline]
-    pub(crate) fn write(&self, inside: &Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
-        self.for_each_chunk(
-            inside,
-            iova,
-            buf.len(),
-            needed_for(Permissions::Write),
-            |mapping, at, n, done| {
-                mapping.slice(at, n).copy_from(&buf[done..]);
-            },
-        )
+    pub(crate) fn write(&self, inside: Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
+        match self.lookup(inside, iova, buf.len(), Need::WRITE) {
+            Some(slice) => {
+                slice.copy_from(buf);
+                Ok(())
+            }
+            None => self.write_chunks(inside, iova, buf),
+        }
+    }
+
+    /// `len` bytes from `iova` for an access that `need` says, if they lie in one mapping (where
+    /// mappings are close, in one page). What is to be written is marked.
+    ///
+    /// `None` says nothing but that there is more to look at.
+    #[inline]
+    fn lookup<'a>(
+        &self,
+        inside: Inside<'a>,
+        iova: u64,
+        len: usize,
+        need: Need,
+    ) -> Option<VolatileSlice<'a, ()>> {
+        match self.table.lookup(iova, inside) {
+            // SAFETY: found at this page by an access that runs as long as the slice lives.
+            Found::Page(word) => unsafe { word.slice(iova, len, need) },
+            Found::Mapping(mapping) => mapping?.whole(iova, len, need),
+        }
+    }
+
+    #[inline(never)]
+    fn read_chunks(&self, inside: Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
+        let needed = Permissions::Read;
+        self.for_each_chunk(inside, iova, buf.len(), needed, |mapping, at, n, done| {
+            let slice = mapping.inline_slice(at, n, Need::READ);
+            slice.copy_to(&mut buf[done..]);
+        })
+    }
+
+    #[inline(never)]
+    fn write_chunks(&self, inside: Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
+        let needed = needed_for(Permissions::Write);
+        self.for_each_chunk(inside, iova, buf.len(), needed, |mapping, at, n, done| {
+            let slice = mapping.inline_slice(at, n, Need::WRITE);
+            slice.copy_from(&buf[done..]);
+        })
     }
 
     pub(crate) fn dma_rw(
         &self,
-        inside: &Inside<'_>,
+        inside: Inside<'_>,
         iova: u64,
         transfer: Transfer<'_>,
     ) -> Result<()> {
@@ -113,36 +147,50 @@ impl Space {
         }
     }
 
+    #[inline]
     pub(crate) fn load<T: AtomicAccess>(
         &self,
-        inside: &Inside<'_>,
+        inside: Inside<'_>,
         iova: u64,
         order: Ordering,
     ) -> Result<T> {
-        self.atomic::<T, T>(inside, iova, Permissions::Read, |slice| {
-            slice.load(0, order)
-        })
+        self.atomic::<T, T>(inside, iova, Need::READ, |slice| slice.load(0, order))
     }
 
+    #[inline]
     pub(crate) fn store<T: AtomicAccess>(
         &self,
-        inside: &Inside<'_>,
+        inside: Inside<'_>,
         value: T,
         iova: u64,
         order: Ordering,
     ) -> Result<()> {
-        self.atomic::<T, ()>(inside, iova, Permissions::Write, |slice| {
+        self.atomic::<T, ()>(inside, iova, Need::WRITE, |slice| {
             slice.store(value, 0, order)
         })
     }
 
+    pub(crate) fn compare_exchange<T: CompareExchange>(
+        &self,
+        inside: Inside<'_>,
+        iova: u64,
+        current: T,
+        new: T,
+        orders: (Ordering, Ordering),
+    ) -> Result<std::result::Result<T, T>> {
+        self.atomic::<T, _>(inside, iova, Need::WRITE, |slice| {
+            T::exchange_in(slice, current, new, orders)
+        })
+    }
+
     /// A naturally aligned value lies inside one page and so inside one mapping.
+    #[inline]
     fn atomic<T: ByteValued, R>(
         &self,
-        inside: &Inside<'_>,
+        inside: Inside<'_>,
         iova: u64,
-        access: Permissions,
-        op: impl FnOnce(&VolatileSlice<'_, DirtySlice<'_>>) -> vm_memory::VolatileMemoryResult<R>,
+        need: Need,
+        op: impl FnOnce(&VolatileSlice<'_, ()>) -> vm_memory::VolatileMemoryResult<R>,
     ) -> Result<R> {
         let size = size_of::<T>();
         let misaligned = || Error::Misaligned {
@@ -153,14 +201,20 @@ impl Space {
         if size == 0 || iova % size as u64 != 0 {
             return Err(misaligned());
         }
-        let (mapping, n) = self.first_chunk(inside, iova, size, access)?;
-        op(&mapping.slice(iova, n)).map_err(|_| misaligned())
+        let slice = match self.lookup(inside, iova, size, need) {
+            Some(slice) => slice,
+            None => {
+                let (mapping, n) = self.first_chunk(inside, iova, size, need.permissions())?;
+                mapping.inline_slice(iova, n, need)
+            }
+        };
+        op(&slice).map_err(|_| misaligned())
     }
 
     /// The mapping that `len` bytes from `iova` begin in, and how many of them lie in it.
     pub(crate) fn first_chunk<'a>(
         &self,
-        inside: &'a Inside<'_>,
+        inside: Inside<'a>,
         iova: u64,
         len: usize,
         access: Permissions,
@@ -179,7 +233,7 @@ impl Space {
     #[inline]
     pub(crate) fn for_each_chunk(
         &self,
-        inside: &Inside<'_>,
+        inside: Inside<'_>,
         iova: u64,
         len: usize,
         needed: Permissions,
@@ -213,13 +267,13 @@ impl Space {
     #[inline]
     fn usable<'a>(
         &self,
-        inside: &'a Inside<'_>,
+        inside: Inside<'a>,
         iova: u64,
         needed: Permissions,
         completed: usize,
     ) -> Result<&'a Mapping> {
         match self.table.find(iova, inside) {
-            Some(mapping) if mapping.prot.allow(needed) => Ok(mapping),
+            Some(mapping) if mapping.permits(needed) => Ok(mapping),
             Some(mapping) => Err(Error::Permission {
                 iova,
                 needed,

@@ -16,6 +16,7 @@
 //! the look-up finds the table without what was unlinked, or the unmap sees the access and waits for
 //! it.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -65,16 +66,16 @@ impl Grace {
     }
 
     /// Runs `access` under a slot that nobody else uses at the moment.
-    pub(crate) fn enter_shared<R>(&self, access: impl FnOnce(&Inside<'_>) -> R) -> R {
+    pub(crate) fn enter_shared<R>(&self, access: impl FnOnce(Inside<'_>) -> R) -> R {
         let first = thread_number();
         for i in 0..SHARED_SLOTS {
             let slot = &self.shared[(first + i) % SHARED_SLOTS];
-            if let Some(inside) = slot.try_enter() {
-                return access(&inside);
+            if let Some(running) = slot.try_enter() {
+                return access(running.inside());
             }
         }
         let slot = self.register();
-        let result = access(&slot.enter());
+        let result = access(slot.enter().inside());
         self.unregister(&slot);
         result
     }
@@ -104,13 +105,13 @@ impl Slot {
 
     /// Announces an access. The slot has one user, which runs one access at a time.
     #[inline]
-    pub(crate) fn enter(&self) -> Inside<'_> {
+    pub(crate) fn enter(&self) -> Running<'_> {
         let count = self.count.load(Ordering::Relaxed) + 1;
         announce(&self.count, count);
-        Inside { slot: self, count }
+        Running { slot: self, count }
     }
 
-    fn try_enter(&self) -> Option<Inside<'_>> {
+    fn try_enter(&self) -> Option<Running<'_>> {
         let count = self.count.load(Ordering::Relaxed);
         if count % 2 == 1 {
             return None;
@@ -119,7 +120,7 @@ impl Slot {
             .compare_exchange(count, count + 1, Ordering::SeqCst, Ordering::Relaxed)
             .ok()?;
         fence(Ordering::SeqCst);
-        Some(Inside {
+        Some(Running {
             slot: self,
             count: count + 1,
         })
@@ -153,20 +154,31 @@ fn announce(count: &AtomicU64, value: u64) {
     }
 }
 
-/// A running access: what it finds in the table stays while this lives.
+/// A running access, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Inside<'a> {
+pub(crate) struct Running<'a> {
     slot: &'a Slot,
     count: u64,
 }
 
-impl Drop for Inside<'_> {
+impl Running<'_> {
+    #[inline]
+    pub(crate) fn inside(&self) -> Inside<'_> {
+        Inside(PhantomData)
+    }
+}
+
+impl Drop for Running<'_> {
     #[inline]
     fn drop(&mut self) {
         // Everything the access did comes before whoever waited goes on.
         self.slot.count.store(self.count + 1, Ordering::Release);
     }
 }
+
+/// Proof that an access runs: what is found in the table stays for this lifetime.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inside<'a>(PhantomData<&'a Slot>);
 
 /// A number that differs between most threads.
 fn thread_number() -> usize {

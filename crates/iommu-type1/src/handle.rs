@@ -13,7 +13,8 @@ use vm_memory::{AtomicAccess, Bytes, GuestAddress, ReadVolatile, WriteVolatile};
 
 use crate::grace::Slot;
 use crate::lease::LeaseSet;
-use crate::{stream, Error, IoAddressSpace, Result, Transfer};
+use crate::space::Space;
+use crate::{stream, CompareExchange, Error, IoAddressSpace, Result, Transfer};
 
 /// One user's way to the memory of an [`IoAddressSpace`].
 ///
@@ -34,6 +35,8 @@ use crate::{stream, Error, IoAddressSpace, Result, Transfer};
 /// ```
 pub struct DmaHandle {
     space: IoAddressSpace,
+    /// What `space` refers to, a step nearer.
+    memory: Arc<Space>,
     slot: Arc<Slot>,
     /// The slot has one user, who runs one access at a time: `Send`, not `Sync`.
     _one_user: PhantomData<Cell<()>>,
@@ -44,6 +47,7 @@ impl IoAddressSpace {
     pub fn handle(&self) -> DmaHandle {
         DmaHandle {
             space: self.clone(),
+            memory: self.view.space.clone(),
             slot: self.view.space.grace.register(),
             _one_user: PhantomData,
         }
@@ -56,9 +60,10 @@ impl DmaHandle {
     /// # Errors
     ///
     /// As [`IoAddressSpace::read`].
+    #[inline]
     pub fn read(&self, iova: u64, buf: &mut [u8]) -> Result<()> {
-        let inside = self.slot.enter();
-        self.space.view.space.read(&inside, iova, buf)
+        let running = self.slot.enter();
+        self.memory.read(running.inside(), iova, buf)
     }
 
     /// Writes `buf` from `iova` on; an empty buffer succeeds.
@@ -66,9 +71,10 @@ impl DmaHandle {
     /// # Errors
     ///
     /// As [`IoAddressSpace::write`].
+    #[inline]
     pub fn write(&self, iova: u64, buf: &[u8]) -> Result<()> {
-        let inside = self.slot.enter();
-        self.space.view.space.write(&inside, iova, buf)
+        let running = self.slot.enter();
+        self.memory.write(running.inside(), iova, buf)
     }
 
     /// The kernel's `vfio_dma_rw`: an empty transfer is refused.
@@ -77,8 +83,46 @@ impl DmaHandle {
     ///
     /// As [`IoAddressSpace::dma_rw`].
     pub fn dma_rw(&self, iova: u64, transfer: Transfer<'_>) -> Result<()> {
-        let inside = self.slot.enter();
-        self.space.view.space.dma_rw(&inside, iova, transfer)
+        let running = self.slot.enter();
+        self.memory.dma_rw(running.inside(), iova, transfer)
+    }
+
+    /// Writes `new` at `iova` if `current` is there, in one step; what was there is returned, in
+    /// [`Ok`] if it was `current`. The memory counts as written either way.
+    ///
+    /// ```
+    /// use std::sync::atomic::Ordering::{AcqRel, Acquire};
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0, Backing::anonymous(0x1000)?, Permissions::ReadWrite)?;
+    /// let handle = space.handle();
+    /// assert_eq!(handle.compare_exchange(8, 0_u32, 1, AcqRel, Acquire)?, Ok(0));
+    /// assert_eq!(handle.compare_exchange(8, 0_u32, 2, AcqRel, Acquire)?, Err(1));
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Misaligned`] (EINVAL) where `iova` is not aligned to the size of the value, otherwise
+    /// as [`IoAddressSpace::write`].
+    ///
+    /// # Panics
+    ///
+    /// As the standard library's atomics, where `failure` is an order that a load cannot have.
+    pub fn compare_exchange<T: CompareExchange>(
+        &self,
+        iova: u64,
+        current: T,
+        new: T,
+        success: Ordering,
+        failure: Ordering,
+    ) -> Result<std::result::Result<T, T>> {
+        let running = self.slot.enter();
+        let orders = (success, failure);
+        self.memory
+            .compare_exchange(running.inside(), iova, current, new, orders)
     }
 
     /// The space it belongs to.
@@ -101,7 +145,7 @@ impl fmt::Debug for DmaHandle {
 
 impl Drop for DmaHandle {
     fn drop(&mut self) {
-        self.space.view.space.grace.unregister(&self.slot);
+        self.memory.grace.unregister(&self.slot);
     }
 }
 
@@ -168,12 +212,12 @@ impl Bytes<GuestAddress> for DmaHandle {
     }
 
     fn store<T: AtomicAccess>(&self, val: T, addr: GuestAddress, order: Ordering) -> Result<()> {
-        let inside = self.slot.enter();
-        self.space.view.space.store(&inside, val, addr.0, order)
+        let running = self.slot.enter();
+        self.memory.store(running.inside(), val, addr.0, order)
     }
 
     fn load<T: AtomicAccess>(&self, addr: GuestAddress, order: Ordering) -> Result<T> {
-        let inside = self.slot.enter();
-        self.space.view.space.load(&inside, addr.0, order)
+        let running = self.slot.enter();
+        self.memory.load(running.inside(), addr.0, order)
     }
 }

@@ -173,7 +173,7 @@ impl LeaseSet {
         let known = [&self.newest, &self.first].into_iter().find_map(|slot| {
             // SAFETY: null, or by the invariant alive as long as `self`.
             let mapping = unsafe { slot.load(Ordering::Acquire).as_ref() }?;
-            (mapping.range.contains(iova) && mapping.prot.allow(needed)).then_some(mapping)
+            (mapping.range.contains(iova) && mapping.permits(needed)).then_some(mapping)
         });
         let mapping = match known {
             Some(mapping) => mapping,

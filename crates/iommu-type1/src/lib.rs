@@ -72,6 +72,7 @@
 compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for Linux only");
 
 mod access;
+mod atomics;
 mod backing;
 mod dirty;
 mod error;
@@ -96,6 +97,7 @@ mod writer;
 mod model;
 
 pub use access::Transfer;
+pub use atomics::CompareExchange;
 pub use backing::Backing;
 pub use dirty::{Dirty, DirtySlice};
 pub use error::{Error, Result};

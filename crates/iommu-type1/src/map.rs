@@ -71,7 +71,7 @@ impl IoAddressSpace {
                 limit: space.entry_limit,
             });
         }
-        let bytes = writer.table_bytes();
+        let bytes = writer.table_bytes;
         if bytes >= space.table_limit {
             return Err(Error::TableLimit {
                 bytes,

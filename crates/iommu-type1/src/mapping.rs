@@ -3,40 +3,258 @@
 
 //! One mapping: a range of IOVAs, the memory behind it, and what may be done with it.
 
+use std::ptr;
+use std::sync::Arc;
+
 use vm_memory::{Permissions, VolatileSlice};
 
-use crate::dirty::DirtySlice;
-use crate::range::IovaRange;
+use crate::backing::Region;
+use crate::dirty::{DirtyLog, DirtySlice};
+use crate::range::{page_shift, page_size, IovaRange};
 use crate::sync::AtomicUsize;
 use crate::Backing;
 
 /// # Invariants
 ///
-/// `range.size()` equals `backing.len()`, and the memory allows what `prot` allows.
-#[derive(Debug)]
+/// As many bytes as `range` has lie at `host` inside the region, and allow what `prot` allows.
+///
+/// What an access looks at stands first, to be on one cache line or two.
+#[repr(C)]
 pub(crate) struct Mapping {
     pub(crate) range: IovaRange,
+    host: *mut u8,
+    /// Which pages were written, while anybody wants to know.
+    pub(crate) dirty: DirtyLog,
+    allows: u8,
+    /// Whether the region wants to know what was written.
+    tracks: bool,
     pub(crate) prot: Permissions,
-    pub(crate) backing: Backing,
+    region: Arc<dyn Region>,
     /// How many have slices of it outside of a call.
     pub(crate) leases: AtomicUsize,
 }
 
+// SAFETY: `Region` is `Send` and `Sync`; the address points into memory that the region owns, and
+// which is only accessed through volatile slices.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// What an inline access needs, as bits of [`PageWord`]s.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Need(u8);
+
+const READ: u8 = 1;
+const WRITE: u8 = 2;
+/// Nobody wants to know what is written.
+const PLAIN: u8 = 4;
+
+impl Need {
+    pub(crate) const READ: Need = Need(READ);
+    /// The policy of type1: a write needs the read permission too.
+    pub(crate) const WRITE: Need = Need(READ | WRITE);
+
+    /// The permissions that it stands for.
+    pub(crate) fn permissions(self) -> Permissions {
+        if self.0 & WRITE == 0 {
+            Permissions::Read
+        } else {
+            Permissions::ReadWrite
+        }
+    }
+
+    fn writes(self) -> bool {
+        self.0 & WRITE != 0
+    }
+}
+
 impl Mapping {
     pub(crate) fn new(range: IovaRange, prot: Permissions, backing: Backing) -> Self {
+        let (region, host, tracks) = backing.into_parts();
+        let mut allows = 0;
+        if prot.allow(Permissions::Read) {
+            allows |= READ;
+        }
+        if prot.allow(Permissions::Write) {
+            allows |= WRITE;
+        }
         Mapping {
             range,
+            host,
+            dirty: DirtyLog::new(),
+            allows,
+            tracks,
             prot,
-            backing,
+            region,
             leases: AtomicUsize::new(0),
         }
     }
 
-    /// The memory from `iova` to the end of the mapping, at most `len` bytes of it.
+    /// The memory from `iova` to the end of the mapping, at most `len` bytes of it, for somebody who
+    /// keeps it.
     #[inline]
     pub(crate) fn slice(&self, iova: u64, len: usize) -> VolatileSlice<'_, DirtySlice<'_>> {
-        // A mapping is not larger than the address space of this process: offsets fit.
-        self.backing.slice((iova - self.range.first) as usize, len)
+        let (memory, len) = self.memory(iova, len);
+        let dirty = DirtySlice::new(self, (iova - self.range.first) as usize);
+        // SAFETY: `memory` gives bytes of the region, which `self` keeps alive; guest memory is only
+        // ever accessed through volatile slices.
+        unsafe { VolatileSlice::with_bitmap(memory, len, dirty, None) }
+    }
+
+    /// As [`slice`](Mapping::slice) for an access that runs: what it may write is marked here.
+    #[inline]
+    pub(crate) fn inline_slice(&self, iova: u64, len: usize, need: Need) -> VolatileSlice<'_, ()> {
+        let (memory, len) = self.memory(iova, len);
+        if need.writes() && self.wants_marks() {
+            self.mark_inline((iova - self.range.first) as usize, len);
+        }
+        // SAFETY: as in `slice`.
+        unsafe { VolatileSlice::new(memory, len) }
+    }
+
+    /// Where `iova`, which is in the range, lies, and how many of `len` bytes do.
+    #[inline]
+    fn memory(&self, iova: u64, len: usize) -> (*mut u8, usize) {
+        let behind = (self.range.last - iova) as usize;
+        let offset = (iova - self.range.first) as usize;
+        // Compared without the one byte more that might not fit.
+        let len = if len > behind { behind + 1 } else { len };
+        (self.host.wrapping_add(offset), len)
+    }
+
+    /// Whether accesses that need those permissions are permitted.
+    pub(crate) fn permits(&self, needed: Permissions) -> bool {
+        self.prot.allow(needed)
+    }
+
+    /// `len` bytes from `iova`, one at least, if all of them lie in it and `need` is permitted.
+    #[inline]
+    pub(crate) fn whole(&self, iova: u64, len: usize, need: Need) -> Option<VolatileSlice<'_, ()>> {
+        // Where `iova` is below the range, the difference wraps to more than any size.
+        let offset = iova.wrapping_sub(self.range.first);
+        let size_less_one = self.range.last - self.range.first;
+        let fits = offset <= size_less_one && (len as u64).wrapping_sub(1) <= size_less_one - offset;
+        if !fits || self.allows & need.0 != need.0 {
+            return None;
+        }
+        let offset = offset as usize;
+        if need.writes() && self.wants_marks() {
+            self.mark_inline(offset, len);
+        }
+        // SAFETY: as in `slice`, and just compared.
+        Some(unsafe { VolatileSlice::new(self.host.wrapping_add(offset), len) })
+    }
+
+    /// Whether anybody wants to know what is written.
+    #[inline]
+    pub(crate) fn wants_marks(&self) -> bool {
+        self.tracks || self.dirty.is_on()
+    }
+
+    /// Says that `len` bytes from `offset`, which lie in it, are about to be written by an access that
+    /// runs.
+    fn mark_inline(&self, offset: usize, len: usize) {
+        self.dirty.mark_inline(offset, len);
+        if self.tracks {
+            self.mark_region(offset, len);
+        }
+    }
+
+    /// Says that `len` bytes from `offset` were written by somebody who has a slice. Who that is may
+    /// say anything: what is not in the mapping is left out.
+    pub(crate) fn mark_lent(&self, offset: usize, len: usize) {
+        let len = len.min(self.len().saturating_sub(offset));
+        if len > 0 {
+            self.dirty.mark_lent(offset, len);
+            if self.tracks {
+                self.mark_region(offset, len);
+            }
+        }
+    }
+
+    /// Whether the byte at `offset` is known to be written.
+    pub(crate) fn dirty_at(&self, offset: usize) -> bool {
+        offset < self.len()
+            && (self.dirty.dirty_at(offset)
+                || self.tracks && self.region.dirty_at(self.region_offset() + offset))
+    }
+
+    #[cold]
+    fn mark_region(&self, offset: usize, len: usize) {
+        self.region.mark_dirty(self.region_offset() + offset, len);
+    }
+
+    /// Where in the region it begins.
+    fn region_offset(&self) -> usize {
+        self.host.addr() - self.region.host_address().addr()
+    }
+
+    /// Bytes of it: a mapping is not larger than the address space of this process.
+    fn len(&self) -> usize {
+        self.range.size() as usize
+    }
+
+    /// Host pages of it.
+    pub(crate) fn pages(&self) -> usize {
+        self.len() / page_size() as usize
+    }
+
+    /// What accesses need to know of one of its pages.
+    pub(crate) fn page_word(&self, page: u64) -> PageWord {
+        let offset = (page - (self.range.first >> page_shift())) << page_shift();
+        let plain = if self.wants_marks() { 0 } else { PLAIN };
+        let flags = usize::from(self.allows | plain);
+        let host = self.host.wrapping_add(offset as usize).cast::<()>();
+        PageWord(host.map_addr(|addr| addr | flags))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        self.dirty.free(self.pages());
+    }
+}
+
+/// The host address of a page and what may be done with it, in one word; null where nothing is mapped.
+///
+/// Host pages are aligned, which leaves the bits of [`Need`] free.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PageWord(*mut ());
+
+impl PageWord {
+    pub(crate) const NONE: PageWord = PageWord(ptr::null_mut());
+
+    pub(crate) fn from_raw(raw: *mut ()) -> Self {
+        PageWord(raw)
+    }
+
+    pub(crate) fn into_raw(self) -> *mut () {
+        self.0
+    }
+
+    /// `len` bytes from `iova`, one at least, if they lie in this page and may be accessed as `need`
+    /// says without a look at the mapping.
+    ///
+    /// # Safety
+    ///
+    /// The word was found at the page of `iova` by an access that runs for all of the lifetime.
+    #[inline]
+    pub(crate) unsafe fn slice<'a>(
+        self,
+        iova: u64,
+        len: usize,
+        need: Need,
+    ) -> Option<VolatileSlice<'a, ()>> {
+        let page_mask = (1_usize << page_shift()) - 1;
+        let offset = iova as usize & page_mask;
+        let bits = usize::from(if need.writes() { need.0 | PLAIN } else { need.0 });
+        let fits = len.wrapping_sub(1) <= page_mask - offset;
+        if !fits || self.0.addr() & bits != bits {
+            return None;
+        }
+        let memory = self.0.map_addr(|addr| addr & !page_mask | offset).cast();
+        // SAFETY: the page belongs to a mapping, which lives while the access runs.
+        Some(unsafe { VolatileSlice::new(memory, len) })
     }
 }
 

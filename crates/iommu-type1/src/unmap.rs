@@ -200,7 +200,7 @@ impl<'a> Revocation<'a> {
         let unlinked = std::mem::take(&mut self.unlinked);
         let mut writer = lock(&self.space.writer);
         if passed {
-            writer.nodes -= unlinked.nodes();
+            writer.table_bytes -= unlinked.bytes();
         } else {
             writer.late.append(unlinked);
         }

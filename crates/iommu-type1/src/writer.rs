@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::mapping::Mapping;
 use crate::range::IovaRange;
-use crate::table::{Table, Unlinked, NODE_BYTES};
+use crate::table::{Table, Unlinked};
 
 /// Why a mapping is not in the table any more, though it is not gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +32,8 @@ pub(crate) struct Leaving {
 #[derive(Default)]
 pub(crate) struct Writer {
     pub(crate) live: usize,
-    /// Nodes of the table, those included that are not freed yet.
-    pub(crate) nodes: usize,
+    /// Memory of the table's nodes, those included that are not freed yet.
+    pub(crate) table_bytes: usize,
     leaving: BTreeMap<u64, Leaving>,
     /// What an unmap could not free because an access outlasted its deadline.
     pub(crate) late: Unlinked,
@@ -45,14 +45,9 @@ impl Writer {
         self.live + self.leaving.len()
     }
 
-    /// Memory of the table's nodes.
-    pub(crate) fn table_bytes(&self) -> usize {
-        self.nodes * NODE_BYTES
-    }
-
     pub(crate) fn publish(&mut self, table: &Table, mapping: Arc<Mapping>) {
         self.live += 1;
-        self.nodes += table.insert(mapping);
+        self.table_bytes += table.insert(mapping);
     }
 
     /// Takes the mappings inside `range` out of the table, and those that left before and may be

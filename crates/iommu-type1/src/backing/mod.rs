@@ -12,12 +12,11 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, Permissions, VolatileSlice,
+    GuestRegionMmap, Permissions,
 };
 
 pub(crate) use region::Region;
 
-use crate::dirty::DirtySlice;
 use crate::{Error, Result};
 
 /// Memory of this process that a mapping can show to a device: a part of a memory region.
@@ -148,22 +147,10 @@ impl Backing {
         self.address
     }
 
-    /// `len` bytes from `offset`; both are cut to what there is.
-    #[inline]
-    pub(crate) fn slice(&self, offset: usize, len: usize) -> VolatileSlice<'_, DirtySlice<'_>> {
-        let offset = offset.min(self.len);
-        let len = len.min(self.len - offset);
-        let address = self.address.wrapping_add(offset);
-        let dirty = match self.tracks {
-            true => DirtySlice::new(&*self.region, self.start() + offset),
-            false => DirtySlice::NONE,
-        };
-        // SAFETY:
-        // - by the invariant of `Backing` and the two cuts above, `len` bytes from `address` lie
-        //   inside the region, and by the contract of `Region` they are mapped for as long as it
-        //   lives, which the returned lifetime does not exceed;
-        // - guest memory is only ever accessed through volatile slices.
-        unsafe { VolatileSlice::with_bitmap(address, len, dirty, None) }
+    /// The region, the address of the first byte, and whether the region wants to know what was
+    /// written.
+    pub(crate) fn into_parts(self) -> (Arc<dyn Region>, *mut u8, bool) {
+        (self.region, self.address, self.tracks)
     }
 
     fn whole(region: impl Region + 'static) -> Self {

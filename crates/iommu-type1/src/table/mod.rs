@@ -6,7 +6,8 @@
 //! A radix tree over page numbers. A word that only one mapping falls into points to that mapping,
 //! however little of the word's block it covers: levels in which nothing differs are left out, and a
 //! mapping of a terabyte is one word where it has no neighbours. A look-up therefore ends at the one
-//! mapping that *could* contain an address, and compares once.
+//! mapping that *could* contain an address, and compares once; or, where mappings are so close that
+//! their pages are told apart, at a word with the page's host address, and not even that.
 //!
 //! Writers are serialised by the caller. What they unlink stays valid for accesses that are running
 //! ([`crate::grace`]); it is handed out as [`Unlinked`] and must outlive them.
@@ -19,18 +20,16 @@ use std::ptr;
 use std::sync::Arc;
 
 use crate::grace::Inside;
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, PageWord};
 use crate::range::{page_shift, IovaRange};
 use crate::sync::{AtomicPtr, Ordering};
-use node::{is_node, mapping_word, node, shift, Node, Word, FANOUT};
-
-/// Memory of one node.
-pub(crate) const NODE_BYTES: usize = size_of::<Node>();
+use node::{address, index, is_leaf, is_node, mapping_word, node, Node, Word};
 
 /// # Invariants
 ///
 /// - A mapping word is an `Arc` turned into a raw pointer, one reference for all the words of it.
-/// - A node word is a `Box` turned into a raw pointer, and the only one to that node.
+/// - A node word is a node of [`Node::separating`], and the only one to that node.
+/// - A page word is one of the mapping that the node has for the page.
 /// - What was reachable stays allocated until no access that may have seen it runs.
 pub(crate) struct Table {
     root: AtomicPtr<()>,
@@ -44,7 +43,7 @@ unsafe impl Sync for Table {}
 
 /// Pages `first..=last`.
 #[derive(Clone, Copy)]
-struct Pages {
+pub(super) struct Pages {
     first: u64,
     last: u64,
 }
@@ -78,6 +77,14 @@ impl Pages {
     }
 }
 
+/// How a look-up ends.
+pub(crate) enum Found<'a> {
+    /// All there is to know of the page.
+    Page(PageWord),
+    /// The only mapping that may contain the address.
+    Mapping(Option<&'a Mapping>),
+}
+
 /// What a removal has made unreachable. Accesses that are running may still see it: it must be kept
 /// until a grace period has passed.
 #[derive(Default)]
@@ -94,16 +101,19 @@ impl Unlinked {
         self.nodes.append(&mut other.nodes);
     }
 
-    pub(crate) fn nodes(&self) -> usize {
-        self.nodes.len()
+    /// Memory of it.
+    pub(crate) fn bytes(&self) -> usize {
+        // SAFETY: by the contract of this type they are allocated.
+        let bytes = self.nodes.iter().map(|node| unsafe { &**node }.bytes());
+        bytes.sum()
     }
 }
 
 impl Drop for Unlinked {
     fn drop(&mut self) {
         for node in self.nodes.drain(..) {
-            // SAFETY: `publish` made it of a box, `remove` took the only word of it away, and by the
-            // contract of this type no access that saw it runs any more.
+            // SAFETY: `remove` took the only word of it away, and by the contract of this type no
+            // access that saw it runs any more.
             unsafe { Node::free(node) };
         }
     }
@@ -116,13 +126,32 @@ impl Table {
         }
     }
 
-    /// The mapping that contains `iova`, which stays while the access runs.
+    /// What an access at `iova` needs, which stays while it runs.
     #[inline]
-    pub(crate) fn find<'a>(&self, iova: u64, _inside: &'a Inside<'_>) -> Option<&'a Mapping> {
-        let page = iova >> page_shift();
+    pub(crate) fn lookup<'a>(&self, iova: u64, _inside: Inside<'a>) -> Found<'a> {
+        let address = address(iova);
         let mut raw = self.root.load(Ordering::Acquire);
         while is_node(raw) {
-            let index = (page >> shift(raw)) as usize % FANOUT;
+            let index = index(raw, address);
+            // SAFETY: by the invariants of `Table` the node is allocated while this access runs.
+            unsafe {
+                if is_leaf(raw) {
+                    return Found::Page(Node::load_page(node(raw), index));
+                }
+                raw = Node::load(node(raw), index);
+            }
+        }
+        // SAFETY: not a node, so null or a mapping, which is allocated while this access runs.
+        Found::Mapping(unsafe { raw.cast::<Mapping>().cast_const().as_ref() })
+    }
+
+    /// The mapping that contains `iova`, which stays while the access runs.
+    #[inline]
+    pub(crate) fn find<'a>(&self, iova: u64, _inside: Inside<'a>) -> Option<&'a Mapping> {
+        let address = address(iova);
+        let mut raw = self.root.load(Ordering::Acquire);
+        while is_node(raw) {
+            let index = index(raw, address);
             // SAFETY: by the invariants of `Table` the node is allocated while this access runs.
             raw = unsafe { Node::load(node(raw), index) };
         }
@@ -142,15 +171,20 @@ impl Table {
         }
     }
 
-    /// Makes a mapping that overlaps no other reachable; returns how many nodes that took.
+    /// Makes a mapping that overlaps no other reachable; returns the bytes of nodes that took.
     pub(crate) fn insert(&self, mapping: Arc<Mapping>) -> usize {
         let pages = Pages::of(mapping.range);
         let mut inserter = Inserter {
             mapping: Arc::into_raw(mapping),
-            nodes: 0,
+            bytes: 0,
         };
         inserter.insert(&self.root, pages, Pages::ALL);
-        inserter.nodes
+        inserter.bytes
+    }
+
+    /// Says again what accesses find at the pages of a mapping that is in the table.
+    pub(crate) fn refresh(&self, mapping: &Mapping) {
+        refresh(&self.root, mapping, Pages::of(mapping.range));
     }
 
     /// Makes a mapping unreachable and returns the table's reference to it.
@@ -212,7 +246,8 @@ impl Drop for Table {
 
 struct Inserter {
     mapping: *const Mapping,
-    nodes: usize,
+    /// Of the nodes that were made.
+    bytes: usize,
 }
 
 impl Inserter {
@@ -228,55 +263,62 @@ impl Inserter {
                 let node = self.node_for(pages, others);
                 let mut beside = Inserter {
                     mapping: other,
-                    nodes: 0,
+                    bytes: 0,
                 };
-                beside.insert_below(&node, others);
-                self.insert_below(&node, pages);
+                beside.insert_below(node, others);
+                self.insert_below(node, pages);
                 publish(slot, node);
             }
-            Word::Node(below) => {
+            Word::Node(raw_below) => {
                 // SAFETY: reachable, and only the writer removes.
-                let below = unsafe { &*below };
-                let span = Pages {
-                    first: below.first(),
-                    last: below.last(),
-                };
+                let below = unsafe { &*raw_below };
+                let span = below.span();
                 if span.contains(pages) {
-                    self.insert_below(below, pages);
+                    self.insert_below(raw_below, pages);
                 } else {
-                    let node = self.node_for(pages, span);
+                    let raw_node = self.node_for(pages, span);
+                    // SAFETY: just made.
+                    let node = unsafe { &*raw_node };
                     node.slots[node.index(span.first)].store(raw, Ordering::Relaxed);
                     node.changed(true, false);
                     node.enter(below.mappings());
-                    self.insert_below(&node, pages);
-                    publish(slot, node);
+                    self.insert_below(raw_node, pages);
+                    publish(slot, raw_node);
                 }
             }
         }
     }
 
-    fn insert_below(&mut self, node: &Node, pages: Pages) {
+    /// Puts the mapping into a node, which is reachable or about to be.
+    fn insert_below(&mut self, raw: *const Node, pages: Pages) {
+        // SAFETY: only the writer, which this is, frees nodes.
+        let node = unsafe { &*raw };
         node.enter(1);
         for index in node.index(pages.first)..=node.index(pages.last) {
             let slot = &node.slots[index];
             let was_empty = slot.load(Ordering::Relaxed).is_null();
-            let (first, last) = node.block_at(index);
-            let block = Pages { first, last };
+            let block = node.block_at(index);
             self.insert(slot, pages.clamp(block), block);
+            if node.level() == 0 {
+                // SAFETY: the mapping lives, the node is of level 0.
+                unsafe { Node::store_page(raw, index, (*self.mapping).page_word(block.first)) };
+            }
             node.changed(was_empty, false);
         }
     }
 
-    fn node_for(&mut self, one: Pages, other: Pages) -> Box<Node> {
-        self.nodes += 1;
-        Node::separating(one.first.min(other.first), one.last.max(other.last))
+    fn node_for(&mut self, one: Pages, other: Pages) -> *const Node {
+        let node = Node::separating(one.first.min(other.first), one.last.max(other.last));
+        // SAFETY: just made.
+        self.bytes += unsafe { &*node }.bytes();
+        node
     }
 }
 
-fn publish(slot: &AtomicPtr<()>, node: Box<Node>) {
-    let level = node.level();
-    let word = Node::word(Box::into_raw(node), level);
-    slot.store(word, Ordering::Release);
+fn publish(slot: &AtomicPtr<()>, node: *const Node) {
+    // SAFETY: the caller has made it.
+    let level = unsafe { &*node }.level();
+    slot.store(Node::word(node, level), Ordering::Release);
 }
 
 /// Takes a mapping out of `slot`, and every node that has nothing to tell apart any more.
@@ -289,10 +331,7 @@ fn remove(slot: &AtomicPtr<()>, target: *const Mapping, pages: Pages, unlinked: 
         Word::Node(raw) => {
             // SAFETY: reachable, and only the writer, which this is, removes.
             let node = unsafe { &*raw };
-            let span = Pages {
-                first: node.first(),
-                last: node.last(),
-            };
+            let span = node.span();
             if !span.overlaps(pages) {
                 return;
             }
@@ -300,6 +339,10 @@ fn remove(slot: &AtomicPtr<()>, target: *const Mapping, pages: Pages, unlinked: 
             for index in node.index(pages.first)..=node.index(pages.last) {
                 let below = &node.slots[index];
                 let was_empty = below.load(Ordering::Relaxed).is_null();
+                if node.level() == 0 {
+                    // SAFETY: of level 0, and allocated as above.
+                    unsafe { Node::store_page(raw, index, PageWord::NONE) };
+                }
                 remove(below, target, pages, unlinked);
                 let is_empty = below.load(Ordering::Relaxed).is_null();
                 node.changed(false, !was_empty && is_empty);
@@ -309,6 +352,29 @@ fn remove(slot: &AtomicPtr<()>, target: *const Mapping, pages: Pages, unlinked: 
                 slot.store(word, Ordering::Release);
                 unlinked.nodes.push(raw.cast_mut());
             }
+        }
+    }
+}
+
+/// Says again what accesses find at the pages of a mapping in `slot` and below.
+fn refresh(slot: &AtomicPtr<()>, mapping: &Mapping, pages: Pages) {
+    let Word::Node(raw) = Word::decode(slot.load(Ordering::Relaxed)) else {
+        return;
+    };
+    // SAFETY: reachable, and nothing is removed during the caller's turn as the writer.
+    let node = unsafe { &*raw };
+    let span = node.span();
+    if !span.overlaps(pages) {
+        return;
+    }
+    let pages = pages.clamp(span);
+    for index in node.index(pages.first)..=node.index(pages.last) {
+        if node.level() == 0 {
+            let page = node.block_at(index).first;
+            // SAFETY: of level 0, and allocated as above.
+            unsafe { Node::store_page(raw, index, mapping.page_word(page)) };
+        } else {
+            refresh(&node.slots[index], mapping, pages);
         }
     }
 }
@@ -324,10 +390,7 @@ fn walk<B>(
         Word::Node(node) => {
             // SAFETY: reachable, and nothing is removed during the caller's turn as the writer.
             let node = unsafe { &*node };
-            let span = Pages {
-                first: node.first(),
-                last: node.last(),
-            };
+            let span = node.span();
             if !span.overlaps(pages) {
                 return None;
             }
@@ -353,7 +416,7 @@ mod tests {
     struct Checked {
         table: Table,
         grace: Grace,
-        nodes: usize,
+        bytes: usize,
         expected: BTreeMap<u64, (u64, *const Mapping)>,
     }
 
@@ -362,7 +425,7 @@ mod tests {
             Checked {
                 table: Table::new(),
                 grace: Grace::new(),
-                nodes: 0,
+                bytes: 0,
                 expected: BTreeMap::new(),
             }
         }
@@ -384,7 +447,7 @@ mod tests {
                 let mapping = Arc::new(mapping);
                 self.expected
                     .insert(range.first, (range.last, Arc::as_ptr(&mapping)));
-                self.nodes += self.table.insert(mapping);
+                self.bytes += self.table.insert(mapping);
             }
         }
 
@@ -401,7 +464,7 @@ mod tests {
             let mut unlinked = Unlinked::default();
             drop(self.table.remove(&mapping, &mut unlinked));
             assert_eq!(Arc::strong_count(&mapping), 1);
-            self.nodes -= unlinked.nodes();
+            self.bytes -= unlinked.bytes();
             self.expected.remove(&first);
         }
 
@@ -424,6 +487,7 @@ mod tests {
                     .grace
                     .enter_shared(|inside| self.table.find(iova, inside).map(ptr::from_ref));
                 assert_eq!(found, expected, "{iova:#x}");
+                self.check_lookup(iova, expected);
             }
             let mut visited = Vec::new();
             self.table.visit(IovaRange::ALL, |mapping| {
@@ -435,8 +499,27 @@ mod tests {
             });
             assert!(visited.into_iter().eq(self.expected.clone()));
             if self.expected.len() < 2 {
-                assert_eq!(self.nodes, 0, "nodes that tell nothing apart");
+                assert_eq!(self.bytes, 0, "nodes that tell nothing apart");
             }
+        }
+    }
+
+    impl Checked {
+        /// A look-up ends at the mapping, or at the word that stands for its page.
+        fn check_lookup(&self, iova: u64, expected: Option<*const Mapping>) {
+            // SAFETY: still in the table, which nobody changes.
+            let expected = expected.map(|raw| unsafe { &*raw });
+            self.grace
+                .enter_shared(|inside| match self.table.lookup(iova, inside) {
+                    Found::Page(word) => {
+                        let of_mapping = expected.map(|mapping| mapping.page_word(iova >> page_shift()));
+                        assert_eq!(word.into_raw(), of_mapping.unwrap_or(PageWord::NONE).into_raw());
+                    }
+                    Found::Mapping(found) => {
+                        let found = found.filter(|mapping| mapping.range.contains(iova));
+                        assert_eq!(found.map(ptr::from_ref), expected.map(ptr::from_ref));
+                    }
+                });
         }
     }
 
@@ -492,7 +575,7 @@ mod tests {
             });
         }
         // A word each: 8 full nodes, and one above them.
-        assert_eq!(checked.nodes, 9);
+        assert_eq!(checked.bytes, 9 * size_of::<Node>());
 
         let mut checked = Checked::new();
         let tib = IovaRange {
@@ -500,7 +583,7 @@ mod tests {
             last: (1 << 41) - 1,
         };
         checked.insert(tib);
-        assert_eq!(checked.nodes, 0);
+        assert_eq!(checked.bytes, 0);
         checked.insert(IovaRange {
             first: tib.first - page,
             last: tib.first - 1,
@@ -509,7 +592,11 @@ mod tests {
             first: tib.last + 1,
             last: tib.last + page,
         });
-        assert!(checked.nodes <= 8, "{} nodes", checked.nodes);
+        assert!(
+            checked.bytes <= 10 * size_of::<Node>(),
+            "{} bytes",
+            checked.bytes
+        );
         checked.check(&[tib.first, tib.last]);
     }
 }

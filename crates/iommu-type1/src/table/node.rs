@@ -3,22 +3,46 @@
 
 //! The nodes of the table: words that are empty, a mapping, or a node below.
 //!
-//! A word is a tagged pointer. Bit 0 tells a node from a mapping; a node's level stands in bits 1
-//! to 5, which its alignment leaves free, so that a look-up loads nothing of a node but one word.
+//! A word is a tagged pointer. The alignment of a node leaves six bits free, in which stands how far an
+//! address is shifted to find the node's word for it: a look-up loads nothing of a node but one word.
+//! The alignment of a mapping leaves three, which are not all zero in any such shift.
+//!
+//! A node of level 0 has a second word for each page, a [`PageWord`]: an access that stays inside
+//! of the page needs nothing of the mapping but that.
 
 use std::cell::Cell;
 use std::ptr;
 
-use crate::mapping::Mapping;
+use super::Pages;
+use crate::mapping::{Mapping, PageWord};
+use crate::range::page_shift;
 use crate::sync::{AtomicPtr, Ordering};
 
 /// Bits of a page number that one node resolves.
 pub(super) const BITS: u32 = if cfg!(loom) { 2 } else { 9 };
 pub(super) const FANOUT: usize = 1 << BITS;
 
-const NODE: usize = 1;
-const LEVEL_SHIFT: u32 = 1;
-const TAG: usize = 63;
+/// Bits of a word that tell a node from a mapping.
+const IS_NODE: usize = align_of::<Mapping>() - 1;
+/// Bits of a word that are not of the node's address.
+const TAG: usize = align_of::<Node>() - 1;
+
+/// The tag of a node. One more than needed, so that no level's is without a bit of [`IS_NODE`];
+/// [`address`] makes up for it.
+const fn tag(level: u32) -> usize {
+    (level * BITS + 1) as usize
+}
+
+/// Levels there can be: page numbers have 52 bits at most.
+const LEVELS: u32 = 52_u32.div_ceil(BITS);
+
+const _: () = {
+    let mut level = 0;
+    while level < LEVELS {
+        assert!(tag(level) & IS_NODE != 0 && tag(level) <= TAG);
+        level += 1;
+    }
+};
 
 /// Points to a word's target; the tag tells which.
 pub(super) type Raw = *mut ();
@@ -45,7 +69,7 @@ impl Word {
 
 #[inline]
 pub(super) fn is_node(raw: Raw) -> bool {
-    raw.addr() & NODE != 0
+    raw.addr() & IS_NODE != 0
 }
 
 /// The node of a word that is one.
@@ -54,10 +78,22 @@ pub(super) fn node(raw: Raw) -> *const Node {
     raw.map_addr(|addr| addr & !TAG).cast_const().cast()
 }
 
-/// The lowest bit of a page number that the node of this word resolves.
+/// Whether the node of this word has a word a page.
 #[inline]
-pub(super) fn shift(raw: Raw) -> u32 {
-    ((raw.addr() & TAG) >> LEVEL_SHIFT) as u32 * BITS
+pub(super) fn is_leaf(raw: Raw) -> bool {
+    raw.addr() & TAG == tag(0)
+}
+
+/// An address as [`index`] takes it.
+#[inline]
+pub(super) fn address(iova: u64) -> u64 {
+    iova >> (page_shift() - 1)
+}
+
+/// Which word of this word's node is that of an [`address`].
+#[inline]
+pub(super) fn index(raw: Raw, address: u64) -> usize {
+    (address >> (raw.addr() & TAG)) as usize % FANOUT
 }
 
 pub(super) fn mapping_word(mapping: *const Mapping) -> Raw {
@@ -82,34 +118,65 @@ pub(super) struct Node {
     freed: loom::sync::atomic::AtomicBool,
 }
 
+/// A node of level 0.
+///
+/// # Invariants
+///
+/// `pages` has a word for each page that `node` has a mapping for, null for every other.
+#[repr(C)]
+struct Leaf {
+    node: Node,
+    pages: [AtomicPtr<()>; FANOUT],
+}
+
 impl Node {
     /// A node for the smallest block that resolves `low` from `high`, two different pages.
-    pub(super) fn separating(low: u64, high: u64) -> Box<Node> {
+    pub(super) fn separating(low: u64, high: u64) -> *mut Node {
         let level = (63 - (low ^ high).leading_zeros()) / BITS;
-        let first = low >> block_bits(level) << block_bits(level);
-        Box::new(Node {
-            slots: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
+        let node = Node {
+            slots: empty(),
             used: Cell::new(0),
             mappings: Cell::new(0),
             level,
-            first,
+            first: low >> block_bits(level) << block_bits(level),
             #[cfg(loom)]
             freed: loom::sync::atomic::AtomicBool::new(false),
-        })
+        };
+        if level > 0 {
+            return Box::into_raw(Box::new(node));
+        }
+        let pages = empty();
+        Box::into_raw(Box::new(Leaf { node, pages })).cast()
     }
 
     /// Gives back the memory of a node that nothing refers to.
     ///
     /// # Safety
     ///
-    /// The node came out of a box, is in no table, and no access that may have seen it runs.
+    /// The node came from [`separating`](Node::separating), is in no table, and no access that may
+    /// have seen it runs.
     pub(super) unsafe fn free(node: *mut Node) {
         #[cfg(not(loom))]
-        // SAFETY: the caller's promise.
-        drop(unsafe { Box::from_raw(node) });
+        // SAFETY: the caller's promise; nodes of level 0 were made as leaves.
+        unsafe {
+            if (*node).level > 0 {
+                drop(Box::from_raw(node));
+            } else {
+                drop(Box::from_raw(node.cast::<Leaf>()));
+            }
+        }
         #[cfg(loom)]
         // SAFETY: never freed in a model.
         unsafe { &(*node).freed }.store(true, Ordering::Relaxed);
+    }
+
+    /// Memory it takes.
+    pub(super) fn bytes(&self) -> usize {
+        if self.level > 0 {
+            size_of::<Node>()
+        } else {
+            size_of::<Leaf>()
+        }
     }
 
     /// The word for a page, as an access reads it.
@@ -129,23 +196,51 @@ impl Node {
         unsafe { &(*node).slots[index] }.load(Ordering::Acquire)
     }
 
+    /// The word of a page in a node of level 0, as an access reads it.
+    ///
+    /// # Safety
+    ///
+    /// The node is of level 0 and stays allocated during the call.
+    #[inline]
+    pub(super) unsafe fn load_page(node: *const Node, index: usize) -> PageWord {
+        #[cfg(loom)]
+        // SAFETY: never freed in a model.
+        assert!(
+            !unsafe { &(*node).freed }.load(Ordering::Relaxed),
+            "a node read after it was freed"
+        );
+        // SAFETY: the caller's promise; nodes of level 0 were made as leaves.
+        PageWord::from_raw(unsafe { &(*node.cast::<Leaf>()).pages[index] }.load(Ordering::Acquire))
+    }
+
+    /// Says what accesses find at a page.
+    ///
+    /// # Safety
+    ///
+    /// As [`load_page`](Node::load_page).
+    pub(super) unsafe fn store_page(node: *const Node, index: usize, word: PageWord) {
+        // SAFETY: the caller's promise; nodes of level 0 were made as leaves.
+        let page = unsafe { &(*node.cast::<Leaf>()).pages[index] };
+        page.store(word.into_raw(), Ordering::Release);
+    }
+
     /// The word that refers to a node.
     pub(super) fn word(node: *const Node, level: u32) -> Raw {
         node.cast_mut()
             .cast::<()>()
-            .map_addr(|addr| addr | NODE | (level as usize) << LEVEL_SHIFT)
+            .map_addr(|addr| addr | tag(level))
     }
 
     pub(super) fn level(&self) -> u32 {
         self.level
     }
 
-    pub(super) fn first(&self) -> u64 {
-        self.first
-    }
-
-    pub(super) fn last(&self) -> u64 {
-        self.first + ((1 << block_bits(self.level)) - 1)
+    /// The pages it has words for.
+    pub(super) fn span(&self) -> Pages {
+        Pages {
+            first: self.first,
+            last: self.first + ((1 << block_bits(self.level)) - 1),
+        }
     }
 
     /// Index of the word for a page.
@@ -153,11 +248,14 @@ impl Node {
         (page >> (self.level * BITS)) as usize % FANOUT
     }
 
-    /// First and last page of the word at `index`.
-    pub(super) fn block_at(&self, index: usize) -> (u64, u64) {
+    /// The pages of the word at `index`.
+    pub(super) fn block_at(&self, index: usize) -> Pages {
         let bits = self.level * BITS;
         let first = self.first + ((index as u64) << bits);
-        (first, first + ((1 << bits) - 1))
+        Pages {
+            first,
+            last: first + ((1 << bits) - 1),
+        }
     }
 
     pub(super) fn mappings(&self) -> usize {
@@ -188,6 +286,10 @@ impl Node {
         let mut words = self.slots.iter().map(|slot| slot.load(Ordering::Relaxed));
         Some(words.find(|raw| !raw.is_null()).unwrap_or(ptr::null_mut()))
     }
+}
+
+fn empty() -> [AtomicPtr<()>; FANOUT] {
+    std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut()))
 }
 
 /// Bits of a page number inside the block of a node: fewer than 64, as page numbers have 52 at most

@@ -7,32 +7,30 @@ use std::fmt;
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
-use crate::backing::Region;
+use crate::mapping::Mapping;
 
-/// The [`Bitmap`] of a [`DmaMemory`](crate::DmaMemory): a write through an IOVA is marked in the
-/// bitmap of the memory region behind it, so that a VMM that logs dirty pages there sees DMA too.
+/// The [`Bitmap`] of a [`DmaMemory`](crate::DmaMemory): a write through an IOVA is marked by its
+/// I/O virtual page, while that is tracked
+/// ([`start_dirty_tracking`](crate::IoAddressSpace::start_dirty_tracking)), and in the bitmap of the
+/// memory region behind it, so that a VMM that logs dirty pages there sees DMA too.
 ///
 /// The IOVA space has no single flat bitmap; this type marks nothing by itself, its slices do.
 #[derive(Clone, Copy, Debug)]
 pub struct Dirty(());
 
-/// The part of a region's bitmap that belongs to one slice.
+/// The part of the marks that belongs to one slice.
 #[derive(Clone, Copy)]
 pub struct DirtySlice<'a> {
-    /// `None` where nobody tracks.
-    region: Option<&'a dyn Region>,
+    /// `None` of no memory at all.
+    mapping: Option<&'a Mapping>,
     offset: usize,
 }
 
 impl<'a> DirtySlice<'a> {
-    pub(crate) const NONE: DirtySlice<'static> = DirtySlice {
-        region: None,
-        offset: 0,
-    };
-
-    pub(crate) fn new(region: &'a dyn Region, offset: usize) -> Self {
+    #[inline]
+    pub(crate) fn new(mapping: &'a Mapping, offset: usize) -> Self {
         DirtySlice {
-            region: Some(region),
+            mapping: Some(mapping),
             offset,
         }
     }
@@ -58,7 +56,10 @@ impl Bitmap for Dirty {
     }
 
     fn slice_at(&self, _offset: usize) -> DirtySlice<'_> {
-        DirtySlice::NONE
+        DirtySlice {
+            mapping: None,
+            offset: 0,
+        }
     }
 }
 
@@ -69,21 +70,22 @@ impl<'a> WithBitmapSlice<'_> for DirtySlice<'a> {
 impl BitmapSlice for DirtySlice<'_> {}
 
 impl Bitmap for DirtySlice<'_> {
+    #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
-        if let Some(region) = self.region {
-            // Offsets come from slices inside the region, so the sum cannot wrap.
-            region.mark_dirty(self.offset.wrapping_add(offset), len);
+        if let Some(mapping) = self.mapping.filter(|mapping| mapping.wants_marks()) {
+            // Offsets come from slices inside the mapping, so the sum cannot wrap.
+            mapping.mark_lent(self.offset.wrapping_add(offset), len);
         }
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.region
-            .is_some_and(|region| region.dirty_at(self.offset.wrapping_add(offset)))
+        self.mapping
+            .is_some_and(|mapping| mapping.dirty_at(self.offset.wrapping_add(offset)))
     }
 
     fn slice_at(&self, offset: usize) -> Self {
         DirtySlice {
-            region: self.region,
+            mapping: self.mapping,
             offset: self.offset.wrapping_add(offset),
         }
     }
