@@ -5,11 +5,11 @@
 
 use std::sync::atomic::Ordering;
 
-use vm_memory::{AtomicAccess, ByteValued, Bytes, Permissions, VolatileSlice};
+use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileSlice};
 
 use crate::atomics::CompareExchange;
 use crate::grace::Inside;
-use crate::mapping::{needed_for, Mapping, Need};
+use crate::mapping::{Mapping, Need};
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
@@ -118,18 +118,18 @@ impl Space {
 
     #[inline(never)]
     fn read_chunks(&self, inside: Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
-        let needed = Permissions::Read;
-        self.for_each_chunk(inside, iova, buf.len(), needed, |mapping, at, n, done| {
-            let slice = mapping.inline_slice(at, n, Need::READ);
+        let need = Need::READ;
+        self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
+            let slice = mapping.inline_slice(at, n, need);
             slice.copy_to(&mut buf[done..]);
         })
     }
 
     #[inline(never)]
     fn write_chunks(&self, inside: Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
-        let needed = needed_for(Permissions::Write);
-        self.for_each_chunk(inside, iova, buf.len(), needed, |mapping, at, n, done| {
-            let slice = mapping.inline_slice(at, n, Need::WRITE);
+        let need = Need::WRITE;
+        self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
+            let slice = mapping.inline_slice(at, n, need);
             slice.copy_from(&buf[done..]);
         })
     }
@@ -204,39 +204,25 @@ impl Space {
         let slice = match self.lookup(inside, iova, size, need) {
             Some(slice) => slice,
             None => {
-                let (mapping, n) = self.first_chunk(inside, iova, size, need.permissions())?;
-                mapping.inline_slice(iova, n, need)
+                let mapping = self.usable(inside, iova, need, 0)?;
+                mapping.inline_slice(iova, size, need)
             }
         };
         op(&slice).map_err(|_| misaligned())
-    }
-
-    /// The mapping that `len` bytes from `iova` begin in, and how many of them lie in it.
-    pub(crate) fn first_chunk<'a>(
-        &self,
-        inside: Inside<'a>,
-        iova: u64,
-        len: usize,
-        access: Permissions,
-    ) -> Result<(&'a Mapping, usize)> {
-        let range = IovaRange::new(iova, len as u64)?;
-        let mapping = self.usable(inside, iova, needed_for(access), 0)?;
-        let end = mapping.range.last.min(range.last);
-        Ok((mapping, (end - iova) as usize + 1))
     }
 
     /// Visits the mappings that `len` bytes from `iova` touch, in order, as
     /// `(mapping, address, bytes of it, bytes before it)`.
     ///
     /// A chunk is the rest of a mapping, never a page. The first address whose mapping does not allow
-    /// what is `needed` ends the walk with an error that says how many bytes came before.
+    /// the `need` ends the walk with an error that says how many bytes came before.
     #[inline]
     pub(crate) fn for_each_chunk(
         &self,
         inside: Inside<'_>,
         iova: u64,
         len: usize,
-        needed: Permissions,
+        need: Need,
         mut op: impl FnMut(&Mapping, u64, usize, usize),
     ) -> Result<()> {
         if len == 0 {
@@ -252,7 +238,7 @@ impl Space {
         let mut at = iova;
         let mut done = 0;
         loop {
-            let mapping = self.usable(inside, at, needed, done)?;
+            let mapping = self.usable(inside, at, need, done)?;
             let end = mapping.range.last.min(last);
             let n = (end - at) as usize + 1;
             op(mapping, at, n, done);
@@ -264,19 +250,20 @@ impl Space {
         }
     }
 
+    /// The mapping that contains `iova`, if it permits the `need`.
     #[inline]
-    fn usable<'a>(
+    pub(crate) fn usable<'a>(
         &self,
         inside: Inside<'a>,
         iova: u64,
-        needed: Permissions,
+        need: Need,
         completed: usize,
     ) -> Result<&'a Mapping> {
         match self.table.find(iova, inside) {
-            Some(mapping) if mapping.permits(needed) => Ok(mapping),
+            Some(mapping) if mapping.allows(need) => Ok(mapping),
             Some(mapping) => Err(Error::Permission {
                 iova,
-                needed,
+                needed: need.permissions(),
                 allowed: mapping.prot,
                 completed,
             }),

@@ -15,12 +15,22 @@
 //! followed by a barrier and a load of the other's, at least one load sees the other's store: either
 //! the look-up finds the table without what was unlinked, or the unmap sees the access and waits for
 //! it.
+//!
+//! # Without the barrier of the access
+//!
+//! The barrier is most of what a short access costs. With [`ReaderBarrier::Membarrier`] a slot that
+//! sees no unmap goes without: it is *unfenced*. An unmap that finds such a slot makes it fenced, and
+//! has the kernel put a barrier into every running thread: what a thread announced before is seen
+//! after, what it announces later is fenced and finds the table without what was unlinked. A slot
+//! becomes unfenced again by its own user, after many accesses, and passes a barrier then: an unmap
+//! that still sees it fenced has unlinked before anything that goes without.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::sync::{fence, lock, yield_now, AtomicU64, Mutex, Ordering};
+use crate::membarrier::{self, ReaderBarrier};
+use crate::sync::{fence, lock, yield_now, AtomicU32, AtomicU64, Mutex, Ordering};
 
 /// Slots that callers without one of their own share, by trial; more are made when all are taken.
 const SHARED_SLOTS: usize = if cfg!(loom) { 1 } else { 16 };
@@ -28,10 +38,18 @@ const SHARED_SLOTS: usize = if cfg!(loom) { 1 } else { 16 };
 /// Turns of the processor before it is given to somebody else, who may be the one waited for.
 const SPINS: u32 = if cfg!(loom) { 0 } else { 200 };
 
+/// Accesses of a slot from an unmap until it goes without barriers. Barriers for so many cost as much as a
+/// few hundred interruptions by the kernel's, so that an unmap is rarely the one that needs it.
+const FENCED_ACCESSES: u32 = if cfg!(loom) { 1 } else { 1 << 16 };
+
+/// Instead of a number of accesses: the slot never goes without barriers.
+const ALWAYS_FENCED: u32 = u32::MAX;
+
 #[derive(Debug)]
 pub(crate) struct Grace {
     slots: Mutex<Vec<Arc<Slot>>>,
     shared: [Arc<Slot>; SHARED_SLOTS],
+    barrier: ReaderBarrier,
 }
 
 /// On a cache line of its own, and on one the prefetcher does not pair with another's.
@@ -40,20 +58,34 @@ pub(crate) struct Grace {
 pub(crate) struct Slot {
     /// Odd while an access runs.
     count: AtomicU64,
+    /// How many more accesses are fenced.
+    ///
+    /// Set to more than 0 by unmaps that find it at 0, one at a time. Lowered by the user of the slot,
+    /// who leaves it alone at 0.
+    fenced: AtomicU32,
 }
 
 impl Grace {
-    pub(crate) fn new() -> Self {
-        let shared = std::array::from_fn(|_| Slot::new());
+    pub(crate) fn new(barrier: ReaderBarrier) -> Self {
+        // These pass a barrier when they are claimed: they are never without.
+        let shared = std::array::from_fn(|_| Slot::new(ALWAYS_FENCED));
         Grace {
             slots: Mutex::new(shared.to_vec()),
             shared,
+            barrier,
         }
+    }
+
+    pub(crate) fn barrier(&self) -> ReaderBarrier {
+        self.barrier
     }
 
     /// A slot for one user.
     pub(crate) fn register(&self) -> Arc<Slot> {
-        let slot = Slot::new();
+        let slot = Slot::new(match self.barrier {
+            ReaderBarrier::Fence => ALWAYS_FENCED,
+            ReaderBarrier::Membarrier => FENCED_ACCESSES,
+        });
         lock(&self.slots).push(slot.clone());
         slot
     }
@@ -80,26 +112,58 @@ impl Grace {
         result
     }
 
-    /// Waits for every access that runs now; `false` if one still does at the deadline.
+    /// Waits for every access that runs now; `false` if one still does at the deadline, or if the
+    /// kernel refuses its barrier.
     pub(crate) fn synchronize(&self, deadline: Instant) -> bool {
         // See above: between what the caller has unlinked and the look at the slots.
         fence(Ordering::SeqCst);
-        let running: Vec<(Arc<Slot>, u64)> = lock(&self.slots)
+        let slots = lock(&self.slots);
+        // With the lock held, so that no other unmap takes a slot for fenced before it is.
+        if !fence_all(&slots) {
+            return false;
+        }
+        let running: Vec<(Arc<Slot>, u64)> = slots
             .iter()
             .map(|slot| (slot, slot.count.load(Ordering::Acquire)))
             .filter(|(_, count)| count % 2 == 1)
             .map(|(slot, count)| (slot.clone(), count))
             .collect();
+        drop(slots);
         running
             .iter()
             .all(|(slot, count)| slot.wait_beyond(*count, deadline))
     }
 }
 
+/// Makes every slot fenced; `false` where the kernel does not help.
+fn fence_all(slots: &[Arc<Slot>]) -> bool {
+    let is_unfenced = |slot: &&Arc<Slot>| slot.fenced.load(Ordering::Relaxed) == 0;
+    let unfenced: Vec<_> = slots.iter().filter(is_unfenced).collect();
+    let set = |accesses| {
+        for slot in &unfenced {
+            slot.fenced.store(accesses, Ordering::Relaxed);
+        }
+    };
+    if unfenced.is_empty() {
+        return true;
+    }
+    set(FENCED_ACCESSES);
+    match membarrier::everywhere() {
+        Ok(()) => true,
+        Err(error) => {
+            log::error!("no grace period, as membarrier is refused: {error}");
+            // Their users may not know of it yet.
+            set(0);
+            false
+        }
+    }
+}
+
 impl Slot {
-    fn new() -> Arc<Self> {
+    fn new(fenced: u32) -> Arc<Self> {
         Arc::new(Slot {
             count: AtomicU64::new(0),
+            fenced: AtomicU32::new(fenced),
         })
     }
 
@@ -107,7 +171,17 @@ impl Slot {
     #[inline]
     pub(crate) fn enter(&self) -> Running<'_> {
         let count = self.count.load(Ordering::Relaxed) + 1;
-        announce(&self.count, count);
+        let fenced = self.fenced.load(Ordering::Relaxed);
+        if fenced == 0 {
+            self.count.store(count, Ordering::Relaxed);
+            membarrier::here();
+        } else {
+            if fenced != ALWAYS_FENCED {
+                // Before the barrier: who sees the slot fenced has unlinked before it.
+                self.fenced.store(fenced - 1, Ordering::Relaxed);
+            }
+            announce(&self.count, count);
+        }
         Running { slot: self, count }
     }
 
@@ -181,7 +255,7 @@ impl Drop for Running<'_> {
 pub(crate) struct Inside<'a>(PhantomData<&'a Slot>);
 
 /// A number that differs between most threads.
-fn thread_number() -> usize {
+pub(crate) fn thread_number() -> usize {
     use std::cell::Cell;
     use std::sync::atomic::AtomicUsize;
     static NEXT: AtomicUsize = AtomicUsize::new(0);

@@ -15,7 +15,7 @@ use vm_memory::{
 
 use crate::dirty::{Dirty, DirtySlice};
 use crate::lease::LeaseSet;
-use crate::mapping::needed_for;
+use crate::mapping::Need;
 use crate::{Error, IoAddressSpace};
 
 impl GuestAddressSpace for IoAddressSpace {
@@ -23,6 +23,7 @@ impl GuestAddressSpace for IoAddressSpace {
     type T = DmaGuard;
 
     /// A guard for one request; see [`DmaGuard`].
+    #[inline]
     fn memory(&self) -> DmaGuard {
         DmaGuard {
             memory: DmaMemory {
@@ -108,7 +109,7 @@ impl GuestMemory for DmaMemory {
         let space = &self.leases.view().space;
         space.grace.enter_shared(|inside| {
             space
-                .for_each_chunk(inside, addr.0, count, needed_for(access), |_, _, _, _| ())
+                .for_each_chunk(inside, addr.0, count, Need::of(access), |_, _, _, _| ())
                 .is_ok()
         })
     }

@@ -3,153 +3,408 @@
 
 //! Leases: what keeps an unmap waiting while slices of a mapping are outside of a call.
 //!
-//! A mapping counts its leases; that is what an unmap waits on. Who has them is looked up only when
-//! it waited in vain.
+//! Every holder (a guard, a scatter list, a stream) writes the mappings it leases into a place of its
+//! own; an unmap looks through all places. So taking a lease costs a store and no shared counter.
+//!
+//! # Why nothing is missed
+//!
+//! A lease is written by a running access that has found the mapping in the table. An unmap reads the
+//! places after it has waited for such accesses: it sees every lease there is, and there will be no
+//! more. A holder that returns its leases passes a barrier before it looks whether anybody waits; an
+//! unmap says that it waits, passes one, and looks again before it sleeps.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fmt;
-use std::ptr;
-use std::sync::atomic::AtomicPtr;
-use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::ops::Deref;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::Permissions;
 
+use crate::grace::{thread_number, Grace, Inside, Slot};
 use crate::holder::HolderKind;
-use crate::mapping::{needed_for, Mapping};
+use crate::mapping::{Mapping, Need};
 use crate::range::IovaRange;
-use crate::space::View;
-use crate::sync::{fence, lock, wait_until, AtomicUsize, Condvar, Mutex, Ordering};
-use crate::table::Table;
+use crate::space::{Space, View};
+use crate::sync::{
+    coarse_now, fence, lock, wait_until, yield_now, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize,
+    Condvar, Mutex, Ordering,
+};
 use crate::{Holder, Result};
 
-/// Every holder of leases in a space, and those who wait for them.
+/// Places that holders share, one at a time; more are made when all are taken.
+const PLACES: usize = if cfg!(loom) { 1 } else { 16 };
+
+/// Leases of one holder that are written without a lock.
+const FEW: usize = if cfg!(loom) { 1 } else { 12 };
+
+/// A mapping that somebody leases.
+///
+/// # Invariants
+///
+/// It is alive as long as it is leased: an unmap keeps what it could not wait for among the mappings
+/// that leave, and a holder keeps the space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Leased(NonNull<Mapping>);
+
+// SAFETY: stands for a `&Mapping`, which can be sent and shared.
+unsafe impl Send for Leased {}
+// SAFETY: as above.
+unsafe impl Sync for Leased {}
+
+impl Leased {
+    /// The mapping.
+    ///
+    /// # Safety
+    ///
+    /// It is leased for all of the lifetime.
+    #[inline]
+    pub(crate) unsafe fn get<'a>(self) -> &'a Mapping {
+        // SAFETY: by the invariant and the caller's promise.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+/// Every place in a space, and those who wait.
 pub(crate) struct Ledger {
-    records: Mutex<Vec<Arc<Record>>>,
-    /// How many unmaps wait, so that whoever returns a lease need not look further when none does.
+    shared: [Place; PLACES],
+    further: Mutex<Vec<Arc<Place>>>,
+    /// How many unmaps wait, so that whoever returns leases need not look further when none does.
     waiting: AtomicUsize,
     gate: Mutex<()>,
     returned: Condvar,
 }
 
-/// The leases of one holder.
-struct Record {
-    view: Arc<View>,
-    since: Instant,
-    /// At most once each; kept until the holder is dropped.
-    held: Mutex<Vec<Arc<Mapping>>>,
+/// Where one holder at a time writes what it leases.
+#[repr(align(128))]
+struct Place {
+    state: AtomicU32,
+    /// How many of `few` count.
+    len: AtomicUsize,
+    few: [AtomicPtr<Mapping>; FEW],
+    /// What found no room there.
+    more: Mutex<BTreeSet<usize>>,
+    /// Whose they are: good while the place is not free.
+    view: AtomicPtr<View>,
+    /// Since when, in nanoseconds of the coarse clock.
+    since: AtomicU64,
+    /// Announces the accesses that write leases here.
+    slot: Arc<Slot>,
 }
 
-impl Default for Ledger {
-    fn default() -> Self {
+/// Nobody has the place.
+const FREE: u32 = 0;
+/// A holder has it.
+const TAKEN: u32 = 1;
+/// An unmap reads who the holder is; it cannot leave meanwhile.
+const READ: u32 = 2;
+
+impl Place {
+    fn new(grace: &Grace, state: u32) -> Self {
+        Place {
+            state: AtomicU32::new(state),
+            len: AtomicUsize::new(0),
+            few: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
+            more: Mutex::new(BTreeSet::new()),
+            view: AtomicPtr::new(ptr::null_mut()),
+            since: AtomicU64::new(0),
+            slot: grace.register(),
+        }
+    }
+
+    fn claim(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == FREE
+            && self
+                .state
+                .compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+    }
+
+    fn sign(&self, view: &Arc<View>) {
+        self.view
+            .store(Arc::as_ptr(view).cast_mut(), Ordering::Relaxed);
+        let since = coarse_now().as_nanos() as u64;
+        self.since.store(since, Ordering::Relaxed);
+    }
+
+    /// Writes a lease, once a mapping. Only for the holder, inside of the access that found it.
+    fn add(&self, mapping: &Mapping, _inside: Inside<'_>) -> Leased {
+        let raw = ptr::from_ref(mapping).cast_mut();
+        let len = self.len.load(Ordering::Relaxed);
+        let mut few = self.few[..len].iter();
+        if !few.any(|leased| ptr::eq(leased.load(Ordering::Relaxed), raw)) {
+            match self.few.get(len) {
+                Some(free) => {
+                    free.store(raw, Ordering::Relaxed);
+                    self.len.store(len + 1, Ordering::Release);
+                }
+                None => {
+                    lock(&self.more).insert(raw.addr());
+                }
+            }
+        }
+        Leased(NonNull::from(mapping))
+    }
+
+    fn has(&self, mapping: &Mapping) -> bool {
+        let raw = ptr::from_ref(mapping);
+        let len = self.len.load(Ordering::Acquire);
+        let mut few = self.few[..len].iter();
+        few.any(|leased| ptr::eq(leased.load(Ordering::Relaxed), raw))
+            || len == FEW && lock(&self.more).contains(&raw.addr())
+    }
+
+    fn count(&self) -> usize {
+        match self.len.load(Ordering::Acquire) {
+            FEW => FEW + lock(&self.more).len(),
+            len => len,
+        }
+    }
+
+    /// Returns all leases, and the place.
+    fn leave(&self) {
+        if self.len.load(Ordering::Relaxed) == FEW {
+            lock(&self.more).clear();
+        }
+        self.len.store(0, Ordering::Release);
+        while self
+            .state
+            .compare_exchange(TAKEN, FREE, Ordering::SeqCst, Ordering::Relaxed)
+            .is_err()
+        {
+            yield_now();
+        }
+    }
+
+    /// The holder, if it leases the mapping.
+    fn holder(&self, mapping: &Mapping) -> Option<Holder> {
+        let state = &self.state;
+        while let Err(now) =
+            state.compare_exchange(TAKEN, READ, Ordering::Acquire, Ordering::Relaxed)
+        {
+            if now == FREE {
+                return None;
+            }
+            yield_now();
+        }
+        let holder = self.has(mapping).then(|| {
+            // SAFETY: the holder keeps the view, and cannot leave in this state. It has signed before
+            // it took its first lease, which an unmap sees only after that.
+            let view = unsafe { &*self.view.load(Ordering::Relaxed) };
+            let since = Duration::from_nanos(self.since.load(Ordering::Relaxed));
+            Holder {
+                kind: HolderKind::Lease,
+                name: view.name.clone(),
+                iova: mapping.range.first,
+                size: mapping.range.size(),
+                age: coarse_now().saturating_sub(since),
+            }
+        });
+        state.store(TAKEN, Ordering::Release);
+        holder
+    }
+}
+
+impl Ledger {
+    pub(crate) fn new(grace: &Grace) -> Self {
         Ledger {
-            records: Mutex::new(Vec::new()),
+            shared: std::array::from_fn(|_| Place::new(grace, FREE)),
+            further: Mutex::new(Vec::new()),
             waiting: AtomicUsize::new(0),
             gate: Mutex::new(()),
             returned: Condvar::new(),
         }
     }
-}
 
-impl Ledger {
-    /// Waits until nobody leases the mapping; returns who still does at the deadline.
+    /// Waits until nobody leases any of the mappings, or for the deadline.
     ///
-    /// The mapping is out of the table and a grace period has passed: no lease can be added.
-    pub(crate) fn wait_released(&self, mapping: &Mapping, deadline: Instant) -> Vec<Holder> {
-        if mapping.leases.load(Ordering::Acquire) == 0 {
-            return Vec::new();
+    /// They are out of the table and a grace period has passed: no lease can be added.
+    pub(crate) fn wait_released(&self, mappings: &[Arc<Mapping>], deadline: Instant) {
+        if !self.any_leased(mappings) {
+            return;
         }
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        order_for_model();
+        fence(Ordering::SeqCst);
         let mut gate = lock(&self.gate);
-        while mapping.leases.load(Ordering::SeqCst) != 0 {
+        while self.any_leased(mappings) {
             match wait_until(&self.returned, gate, deadline) {
                 Some(guard) => gate = guard,
                 None => break,
             }
         }
         self.waiting.fetch_sub(1, Ordering::SeqCst);
-        if mapping.leases.load(Ordering::Acquire) == 0 {
-            return Vec::new();
-        }
-        self.holders(mapping)
     }
 
-    fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
-        let now = Instant::now();
-        let has_it = |record: &&Arc<Record>| {
-            let held = lock(&record.held);
-            held.iter().any(|other| ptr::eq(&**other, mapping))
-        };
-        lock(&self.records)
-            .iter()
-            .filter(has_it)
-            .map(|record| Holder {
-                kind: HolderKind::Lease,
-                name: record.view.name.clone(),
-                iova: mapping.range.first,
-                size: mapping.range.size(),
-                age: now.saturating_duration_since(record.since),
-            })
+    /// Who leases the mapping.
+    pub(crate) fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
+        let further = lock(&self.further);
+        self.places(&further)
+            .filter(|place| place.has(mapping))
+            .filter_map(|place| place.holder(mapping))
             .collect()
     }
 
-    fn enrol(&self, view: &Arc<View>) -> Arc<Record> {
-        let record = Arc::new(Record {
-            view: view.clone(),
-            since: Instant::now(),
-            held: Mutex::new(Vec::new()),
-        });
-        lock(&self.records).push(record.clone());
-        record
+    /// Leases there are.
+    pub(crate) fn count(&self) -> usize {
+        let further = lock(&self.further);
+        self.places(&further).map(Place::count).sum()
     }
 
-    fn give_back(&self, record: &Arc<Record>) {
-        for mapping in lock(&record.held).drain(..) {
-            mapping.leases.fetch_sub(1, Ordering::SeqCst);
-        }
-        let mut records = lock(&self.records);
-        if let Some(at) = records.iter().position(|other| Arc::ptr_eq(other, record)) {
-            records.swap_remove(at);
-        }
-        drop(records);
-        order_for_model();
+    fn any_leased(&self, mappings: &[Arc<Mapping>]) -> bool {
+        let further = lock(&self.further);
+        let mut used = self
+            .places(&further)
+            .filter(|place| place.len.load(Ordering::Acquire) > 0);
+        used.any(|place| mappings.iter().any(|mapping| place.has(mapping)))
+    }
+
+    fn places<'a>(&'a self, further: &'a [Arc<Place>]) -> impl Iterator<Item = &'a Place> {
+        self.shared.iter().chain(further.iter().map(Arc::deref))
+    }
+
+    fn tell_those_who_wait(&self) {
+        // Between the return of the leases and the look at who waits.
+        fence(Ordering::SeqCst);
         if self.waiting.load(Ordering::SeqCst) > 0 {
-            // Whoever has looked at the count but does not sleep yet has the gate.
+            // Whoever has looked at the leases but does not sleep yet has the gate.
             drop(lock(&self.gate));
             self.returned.notify_all();
         }
     }
 }
 
-/// Loom takes sequentially consistent operations for acquire and release ones, but knows fences.
-fn order_for_model() {
-    if cfg!(loom) {
-        fence(Ordering::SeqCst);
+/// A place that a holder has. It must be [left](Claim::leave): whoever has it does so when dropped.
+enum Claim {
+    /// One of the shared ones.
+    Shared(usize),
+    Own(Arc<Place>),
+}
+
+impl Claim {
+    fn new(view: &Arc<View>) -> Self {
+        let ledger = &view.space.leases;
+        let first = thread_number();
+        let shared = (0..PLACES)
+            .map(|i| (first + i) % PLACES)
+            .find(|index| ledger.shared[*index].claim());
+        let claim = match shared {
+            Some(index) => Claim::Shared(index),
+            None => {
+                let place = Arc::new(Place::new(&view.space.grace, TAKEN));
+                lock(&ledger.further).push(place.clone());
+                Claim::Own(place)
+            }
+        };
+        claim.place(&view.space).sign(view);
+        claim
+    }
+
+    #[inline]
+    fn place<'a>(&'a self, space: &'a Space) -> &'a Place {
+        match self {
+            Claim::Shared(index) => &space.leases.shared[*index],
+            Claim::Own(place) => place,
+        }
+    }
+
+    /// Runs an access that may lease what it finds. `&mut`, because the place has one user.
+    #[inline]
+    fn access<R>(&mut self, space: &Space, access: impl FnOnce(Leasing<'_>) -> R) -> R {
+        let place = self.place(space);
+        let running = place.slot.enter();
+        access(Leasing {
+            place,
+            inside: running.inside(),
+        })
+    }
+
+    /// Returns the leases and the place, which is not used after.
+    fn leave(&self, space: &Space) {
+        self.place(space).leave();
+        if let Claim::Own(place) = self {
+            lock(&space.leases.further).retain(|other| !Arc::ptr_eq(other, place));
+            space.grace.unregister(&place.slot);
+        }
+        space.leases.tell_those_who_wait();
     }
 }
 
-/// The leases of one holder, at most one a mapping; dropping it returns them.
+/// Leases that were taken by one access; dropping it returns them.
+pub(crate) struct Leases {
+    view: Arc<View>,
+    claim: Claim,
+}
+
+impl Leases {
+    /// Runs an access that may lease what it finds.
+    pub(crate) fn taken_by<R>(
+        view: Arc<View>,
+        access: impl FnOnce(&Space, Leasing<'_>) -> Result<R>,
+    ) -> Result<(Self, R)> {
+        let claim = Claim::new(&view);
+        let mut leases = Leases { view, claim };
+        let space = &leases.view.space;
+        let result = leases
+            .claim
+            .access(space, |leasing| access(space, leasing))?;
+        Ok((leases, result))
+    }
+
+    pub(crate) fn view(&self) -> &View {
+        &self.view
+    }
+}
+
+impl Drop for Leases {
+    fn drop(&mut self) {
+        self.claim.leave(&self.view.space);
+    }
+}
+
+/// A running access that may lease what it finds.
+#[derive(Clone, Copy)]
+pub(crate) struct Leasing<'a> {
+    place: &'a Place,
+    pub(crate) inside: Inside<'a>,
+}
+
+impl Leasing<'_> {
+    pub(crate) fn lease(&self, mapping: &Mapping) -> Leased {
+        self.place.add(mapping, self.inside)
+    }
+}
+
+/// The leases of one holder that takes them as it goes, at most one a mapping; dropping it returns them.
 ///
 /// # Invariants
 ///
-/// What `first` and `newest` point to is in the record, which keeps it until this is dropped.
+/// What `first` and `newest` point to is leased until this is dropped.
 pub(crate) struct LeaseSet {
     view: Arc<View>,
+    state: RefCell<State>,
+}
+
+struct State {
     /// Made with the first lease: a guard that lends nothing costs nothing.
-    record: OnceLock<Arc<Record>>,
+    claim: Option<Claim>,
     /// The mapping leased first (a queue's rings lie there) and the one leased last: further slices of
     /// these need no look-up.
-    first: AtomicPtr<Mapping>,
-    newest: AtomicPtr<Mapping>,
+    first: Option<Leased>,
+    newest: Option<Leased>,
 }
 
 impl LeaseSet {
+    #[inline]
     pub(crate) fn new(view: Arc<View>) -> Self {
         LeaseSet {
             view,
-            record: OnceLock::new(),
-            first: AtomicPtr::new(ptr::null_mut()),
-            newest: AtomicPtr::new(ptr::null_mut()),
+            state: RefCell::new(State {
+                claim: None,
+                first: None,
+                newest: None,
+            }),
         }
     }
 
@@ -162,6 +417,7 @@ impl LeaseSet {
     ///
     /// A mapping that is leased already is not looked up again, also while it is being unmapped:
     /// the unmap waits for this holder anyway, and a request that has begun can end.
+    #[inline]
     pub(crate) fn lease(
         &self,
         iova: u64,
@@ -169,63 +425,48 @@ impl LeaseSet {
         access: Permissions,
     ) -> Result<(&Mapping, usize)> {
         let range = IovaRange::new(iova, len as u64)?;
-        let needed = needed_for(access);
-        let known = [&self.newest, &self.first].into_iter().find_map(|slot| {
-            // SAFETY: null, or by the invariant alive as long as `self`.
-            let mapping = unsafe { slot.load(Ordering::Acquire).as_ref() }?;
-            (mapping.range.contains(iova) && mapping.permits(needed)).then_some(mapping)
-        });
+        let need = Need::of(access);
+        let mut state = self.state.borrow_mut();
+        let known = [state.newest, state.first].into_iter().flatten();
+        // SAFETY: by the invariant leased as long as `self`.
+        let mut known = known.map(|leased| unsafe { leased.get() });
+        let known = known.find(|mapping| mapping.range.contains(iova) && mapping.allows(need));
         let mapping = match known {
             Some(mapping) => mapping,
             None => {
-                let space = &self.view.space;
-                let shared = space.grace.enter_shared(|inside| {
-                    let (mapping, _) = space.first_chunk(inside, iova, len, access)?;
-                    Ok::<_, crate::Error>(self.take(mapping))
-                })?;
-                // SAFETY: `take` has put it into the record, see the invariant.
-                unsafe { &*Arc::as_ptr(&shared) }
+                let leased = self.lookup(&mut state, iova, need)?;
+                // SAFETY: leased until `self` is dropped.
+                unsafe { leased.get() }
             }
         };
         let end = mapping.range.last.min(range.last);
         Ok((mapping, (end - iova) as usize + 1))
     }
 
-    /// Leases a mapping that a running access has found.
-    pub(crate) fn take(&self, mapping: &Mapping) -> Arc<Mapping> {
-        let record = self
-            .record
-            .get_or_init(|| self.view.space.leases.enrol(&self.view));
-        let mut held = lock(&record.held);
-        let known = held.iter().find(|other| ptr::eq(&***other, mapping));
-        let shared = match known {
-            Some(known) => known.clone(),
-            None => {
-                mapping.leases.fetch_add(1, Ordering::Relaxed);
-                let shared = Table::share(mapping);
-                held.push(shared.clone());
-                shared
-            }
-        };
-        let raw = Arc::as_ptr(&shared).cast_mut();
-        if held.len() == 1 {
-            self.first.store(raw, Ordering::Release);
-        }
-        self.newest.store(raw, Ordering::Release);
-        shared
+    fn lookup(&self, state: &mut State, iova: u64, need: Need) -> Result<Leased> {
+        let space = &self.view.space;
+        let claim = state.claim.get_or_insert_with(|| Claim::new(&self.view));
+        let leased = claim.access(space, |leasing| {
+            let mapping = space.usable(leasing.inside, iova, need, 0)?;
+            Ok::<_, crate::Error>(leasing.lease(mapping))
+        })?;
+        state.first.get_or_insert(leased);
+        state.newest = Some(leased);
+        Ok(leased)
     }
 
     fn len(&self) -> usize {
-        self.record
-            .get()
-            .map_or(0, |record| lock(&record.held).len())
+        let state = self.state.borrow();
+        let claim = state.claim.as_ref();
+        claim.map_or(0, |claim| claim.place(&self.view.space).count())
     }
 }
 
 impl Drop for LeaseSet {
+    #[inline]
     fn drop(&mut self) {
-        if let Some(record) = self.record.get() {
-            self.view.space.leases.give_back(record);
+        if let Some(claim) = &self.state.get_mut().claim {
+            claim.leave(&self.view.space);
         }
     }
 }

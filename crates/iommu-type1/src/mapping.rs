@@ -11,7 +11,6 @@ use vm_memory::{Permissions, VolatileSlice};
 use crate::backing::Region;
 use crate::dirty::{DirtyLog, DirtySlice};
 use crate::range::{page_shift, page_size, IovaRange};
-use crate::sync::AtomicUsize;
 use crate::Backing;
 
 /// # Invariants
@@ -30,8 +29,6 @@ pub(crate) struct Mapping {
     tracks: bool,
     pub(crate) prot: Permissions,
     region: Arc<dyn Region>,
-    /// How many have slices of it outside of a call.
-    pub(crate) leases: AtomicUsize,
 }
 
 // SAFETY: `Region` is `Send` and `Sync`; the address points into memory that the region owns, and
@@ -40,7 +37,9 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
-/// What an inline access needs, as bits of [`PageWord`]s.
+/// What an access needs, as bits of [`PageWord`]s.
+///
+/// The policy of type1: a write needs the read permission too. (Pins need just what they ask for.)
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Need(u8);
 
@@ -51,15 +50,31 @@ const PLAIN: u8 = 4;
 
 impl Need {
     pub(crate) const READ: Need = Need(READ);
-    /// The policy of type1: a write needs the read permission too.
     pub(crate) const WRITE: Need = Need(READ | WRITE);
+
+    /// What an access for these permissions needs.
+    #[inline]
+    pub(crate) fn of(access: Permissions) -> Need {
+        match access {
+            Permissions::No => Need(0),
+            Permissions::Read => Need::READ,
+            Permissions::Write | Permissions::ReadWrite => Need::WRITE,
+        }
+    }
+
+    /// Exactly these permissions.
+    #[inline]
+    pub(crate) fn exactly(permissions: Permissions) -> Need {
+        Need(bits(permissions))
+    }
 
     /// The permissions that it stands for.
     pub(crate) fn permissions(self) -> Permissions {
-        if self.0 & WRITE == 0 {
-            Permissions::Read
-        } else {
-            Permissions::ReadWrite
+        match self.0 & (READ | WRITE) {
+            0 => Permissions::No,
+            READ => Permissions::Read,
+            WRITE => Permissions::Write,
+            _ => Permissions::ReadWrite,
         }
     }
 
@@ -71,22 +86,14 @@ impl Need {
 impl Mapping {
     pub(crate) fn new(range: IovaRange, prot: Permissions, backing: Backing) -> Self {
         let (region, host, tracks) = backing.into_parts();
-        let mut allows = 0;
-        if prot.allow(Permissions::Read) {
-            allows |= READ;
-        }
-        if prot.allow(Permissions::Write) {
-            allows |= WRITE;
-        }
         Mapping {
             range,
             host,
             dirty: DirtyLog::new(),
-            allows,
+            allows: bits(prot),
             tracks,
             prot,
             region,
-            leases: AtomicUsize::new(0),
         }
     }
 
@@ -122,9 +129,10 @@ impl Mapping {
         (self.host.wrapping_add(offset), len)
     }
 
-    /// Whether accesses that need those permissions are permitted.
-    pub(crate) fn permits(&self, needed: Permissions) -> bool {
-        self.prot.allow(needed)
+    /// Whether `need` is permitted.
+    #[inline]
+    pub(crate) fn allows(&self, need: Need) -> bool {
+        self.allows & need.0 == need.0
     }
 
     /// `len` bytes from `iova`, one at least, if all of them lie in it and `need` is permitted.
@@ -134,7 +142,7 @@ impl Mapping {
         let offset = iova.wrapping_sub(self.range.first);
         let size_less_one = self.range.last - self.range.first;
         let fits = offset <= size_less_one && (len as u64).wrapping_sub(1) <= size_less_one - offset;
-        if !fits || self.allows & need.0 != need.0 {
+        if !fits || !self.allows(need) {
             return None;
         }
         let offset = offset as usize;
@@ -258,13 +266,11 @@ impl PageWord {
     }
 }
 
-/// The policy of type1 for accesses: a write needs the read permission too. (Pins need just what they
-/// ask for.)
-#[inline]
-pub(crate) fn needed_for(access: Permissions) -> Permissions {
-    if access.has_write() {
-        Permissions::ReadWrite
-    } else {
-        access
+fn bits(permissions: Permissions) -> u8 {
+    match permissions {
+        Permissions::No => 0,
+        Permissions::Read => READ,
+        Permissions::Write => WRITE,
+        Permissions::ReadWrite => READ | WRITE,
     }
 }

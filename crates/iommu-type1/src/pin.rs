@@ -10,7 +10,7 @@ use page_pin::{Access, Interest, PinGuard, PinPages, UnmapNotice};
 use vm_memory::{Permissions, VolatileSlice};
 
 use crate::dirty::DirtySlice;
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, Need};
 use crate::range::page_size;
 use crate::space::View;
 use crate::table::Table;
@@ -79,7 +79,7 @@ impl Pinner {
         // The pins are made while the access runs: see the invariant of `Space`.
         space.grace.enter_shared(|inside| {
             let mut mappings = Vec::new();
-            space.for_each_chunk(inside, iova, len, prot, |mapping, _, _, _| {
+            space.for_each_chunk(inside, iova, len, Need::exactly(prot), |mapping, _, _, _| {
                 mappings.push(Table::share(mapping));
             })?;
             Ok(PinnedPages {

@@ -4,13 +4,12 @@
 //! Owned scatter lists: memory of a range for as long as the list lives.
 
 use std::fmt;
-use std::sync::Arc;
 
 use vm_memory::{Permissions, VolatileSlice};
 
 use crate::dirty::DirtySlice;
-use crate::lease::LeaseSet;
-use crate::mapping::{needed_for, Mapping};
+use crate::lease::{Leased, Leases};
+use crate::mapping::Need;
 use crate::{IoAddressSpace, Result};
 
 /// The memory of a range of IOVAs, one slice a mapping, owned by whoever has the list.
@@ -31,14 +30,18 @@ use crate::{IoAddressSpace, Result};
 /// assert_eq!(sent.join().unwrap(), [0x100, 0x100]);
 /// # Ok::<(), iommu_type1::Error>(())
 /// ```
+///
+/// # Invariants
+///
+/// What the segments refer to is leased.
 pub struct ScatterList {
     segments: Vec<Segment>,
     len: usize,
-    leases: LeaseSet,
+    leases: Leases,
 }
 
 struct Segment {
-    mapping: Arc<Mapping>,
+    mapping: Leased,
     iova: u64,
     len: usize,
 }
@@ -50,23 +53,13 @@ impl IoAddressSpace {
     ///
     /// As [`read`](IoAddressSpace::read); nothing is leased then. No bytes give an empty list.
     pub fn scatter(&self, iova: u64, len: usize, access: Permissions) -> Result<ScatterList> {
-        let space = &self.view.space;
-        let leases = LeaseSet::new(self.view.clone());
         let mut segments = Vec::new();
-        space.grace.enter_shared(|inside| {
-            space.for_each_chunk(
-                inside,
-                iova,
-                len,
-                needed_for(access),
-                |mapping, iova, len, _| {
-                    segments.push(Segment {
-                        mapping: leases.take(mapping),
-                        iova,
-                        len,
-                    });
-                },
-            )
+        let (leases, ()) = Leases::taken_by(self.view.clone(), |space, leasing| {
+            let need = Need::of(access);
+            space.for_each_chunk(leasing.inside, iova, len, need, |mapping, iova, len, _| {
+                let mapping = leasing.lease(mapping);
+                segments.push(Segment { mapping, iova, len });
+            })
         })?;
         Ok(ScatterList {
             segments,
@@ -83,7 +76,8 @@ impl ScatterList {
     pub fn iter(&self) -> impl ExactSizeIterator<Item = VolatileSlice<'_, DirtySlice<'_>>> {
         self.segments
             .iter()
-            .map(|segment| segment.mapping.slice(segment.iova, segment.len))
+            // SAFETY: leased as long as `self`, by the invariant.
+            .map(|segment| unsafe { segment.mapping.get() }.slice(segment.iova, segment.len))
     }
 
     /// Bytes in all slices together.
@@ -102,7 +96,7 @@ impl fmt::Debug for ScatterList {
         f.debug_struct("ScatterList")
             .field("segments", &self.segments.len())
             .field("len", &self.len)
-            .field("leases", &self.leases)
+            .field("view", self.leases.view())
             .finish()
     }
 }

@@ -12,11 +12,12 @@ use page_pin::PinTable;
 
 use crate::grace::Grace;
 use crate::lease::Ledger;
+use crate::membarrier;
 use crate::range::page_size;
 use crate::sync::{lock, Mutex};
 use crate::table::Table;
 use crate::writer::Writer;
-use crate::{UnmapOptions, UnmapPolicy};
+use crate::{ReaderBarrier, UnmapOptions, UnmapPolicy};
 
 /// How many mappings a space may have unless told otherwise: the kernel's `dma_entry_limit`, which
 /// keeps a guest from exhausting the host's memory with them (CVE-2019-3882).
@@ -77,6 +78,7 @@ impl IoAddressSpace {
             entry_limit: DMA_ENTRY_LIMIT,
             table_limit: TABLE_LIMIT,
             unmap: UnmapOptions::new(),
+            barrier: ReaderBarrier::default(),
         }
     }
 
@@ -114,6 +116,11 @@ impl IoAddressSpace {
     /// How many mappings there may be.
     pub fn entry_limit(&self) -> usize {
         self.view.space.entry_limit
+    }
+
+    /// How accesses are kept apart from unmaps.
+    pub fn reader_barrier(&self) -> ReaderBarrier {
+        self.view.space.grace.barrier()
     }
 
     fn derive(&self, name: String, owner: Option<Arc<dyn Any + Send + Sync>>) -> Self {
@@ -168,6 +175,7 @@ pub struct IoAddressSpaceBuilder {
     entry_limit: usize,
     table_limit: usize,
     unmap: UnmapOptions,
+    barrier: ReaderBarrier,
 }
 
 impl IoAddressSpaceBuilder {
@@ -196,15 +204,33 @@ impl IoAddressSpaceBuilder {
         self
     }
 
+    /// How accesses are kept apart from unmaps; [`ReaderBarrier::Fence`] by default. Where the kernel
+    /// refuses what it needs, the space does with that;
+    /// [`reader_barrier`](IoAddressSpace::reader_barrier) says which it is.
+    ///
+    /// ```
+    /// use iommu_type1::{IoAddressSpace, ReaderBarrier};
+    ///
+    /// let space = IoAddressSpace::builder()
+    ///     .reader_barrier(ReaderBarrier::Membarrier)
+    ///     .build();
+    /// println!("accesses are short with {:?}", space.reader_barrier());
+    /// ```
+    pub fn reader_barrier(mut self, barrier: ReaderBarrier) -> Self {
+        self.barrier = barrier;
+        self
+    }
+
     /// The space.
     pub fn build(self) -> IoAddressSpace {
+        let grace = Grace::new(membarrier::granted(self.barrier));
         IoAddressSpace {
             view: Arc::new(View {
                 space: Arc::new(Space {
                     table: Table::new(),
-                    grace: Grace::new(),
+                    leases: Ledger::new(&grace),
+                    grace,
                     writer: Mutex::new(Writer::default()),
-                    leases: Ledger::default(),
                     pins: PinTable::new(page_size()),
                     entry_limit: self.entry_limit,
                     table_limit: self.table_limit,

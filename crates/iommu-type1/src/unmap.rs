@@ -215,11 +215,12 @@ impl<'a> Revocation<'a> {
     }
 
     fn finish(mut self, graced: bool, deadline: Instant) -> Result<u64> {
+        self.space.leases.wait_released(&self.mappings, deadline);
         let mut holders = Vec::new();
         let (held, free): (Vec<_>, Vec<_>) = std::mem::take(&mut self.mappings)
             .into_iter()
             .partition(|mapping| {
-                let found = self.wait_released(mapping, graced, deadline);
+                let found = self.holders(mapping, graced, deadline);
                 let is_held = !found.is_empty();
                 holders.extend(found);
                 is_held
@@ -246,9 +247,9 @@ impl<'a> Revocation<'a> {
     }
 
     /// Who still holds something of the mapping when the deadline has passed.
-    fn wait_released(&self, mapping: &Mapping, graced: bool, deadline: Instant) -> Vec<Holder> {
+    fn holders(&self, mapping: &Mapping, graced: bool, deadline: Instant) -> Vec<Holder> {
         let range = mapping.range;
-        let mut holders = self.space.leases.wait_released(mapping, deadline);
+        let mut holders = self.space.leases.holders(mapping);
         if !graced {
             holders.push(Holder {
                 kind: HolderKind::Access,

@@ -136,7 +136,7 @@ impl Table {
             // SAFETY: by the invariants of `Table` the node is allocated while this access runs.
             unsafe {
                 if is_leaf(raw) {
-                    return Found::Page(Node::load_page(node(raw), index));
+                    return Found::Page(Node::load_page(node(raw), iova, index));
                 }
                 raw = Node::load(node(raw), index);
             }
@@ -410,7 +410,7 @@ mod tests {
 
     use super::*;
     use crate::grace::Grace;
-    use crate::Backing;
+    use crate::{Backing, ReaderBarrier};
 
     /// A table and what it must hold: last address and identity by first address.
     struct Checked {
@@ -424,7 +424,7 @@ mod tests {
         fn new() -> Self {
             Checked {
                 table: Table::new(),
-                grace: Grace::new(),
+                grace: Grace::new(ReaderBarrier::Fence),
                 bytes: 0,
                 expected: BTreeMap::new(),
             }

@@ -196,13 +196,14 @@ impl Node {
         unsafe { &(*node).slots[index] }.load(Ordering::Acquire)
     }
 
-    /// The word of a page in a node of level 0, as an access reads it.
+    /// The word of the page of `iova` in a node of level 0, as an access reads it. Levels above may have
+    /// been left out: a page of another block has no word here.
     ///
     /// # Safety
     ///
     /// The node is of level 0 and stays allocated during the call.
     #[inline]
-    pub(super) unsafe fn load_page(node: *const Node, index: usize) -> PageWord {
+    pub(super) unsafe fn load_page(node: *const Node, iova: u64, index: usize) -> PageWord {
         #[cfg(loom)]
         // SAFETY: never freed in a model.
         assert!(
@@ -210,7 +211,11 @@ impl Node {
             "a node read after it was freed"
         );
         // SAFETY: the caller's promise; nodes of level 0 were made as leaves.
-        PageWord::from_raw(unsafe { &(*node.cast::<Leaf>()).pages[index] }.load(Ordering::Acquire))
+        let leaf = unsafe { &*node.cast::<Leaf>() };
+        if (iova >> page_shift()).wrapping_sub(leaf.node.first) >= FANOUT as u64 {
+            return PageWord::NONE;
+        }
+        PageWord::from_raw(leaf.pages[index].load(Ordering::Acquire))
     }
 
     /// Says what accesses find at a page.
