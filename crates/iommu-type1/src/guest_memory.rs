@@ -114,22 +114,24 @@ impl GuestMemory for DmaMemory {
         })
     }
 
+    #[inline]
     fn get_slices<'a>(
         &'a self,
         addr: GuestAddress,
         count: usize,
         access: Permissions,
     ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, DirtySlice<'a>>> {
-        if count > 0 && addr.0.checked_add(count as u64 - 1).is_none() {
+        let iova = addr.0;
+        if count > 0 && iova.checked_add(count as u64 - 1).is_none() {
             let size = count as u64;
-            return Err(Error::Overflow { iova: addr.0, size }.into());
+            return Err(Error::Overflow { iova, size }.into());
         }
         Ok(DmaSlices {
             memory: self,
-            iova: addr.0,
+            iova,
             left: count,
             completed: 0,
-            access,
+            need: Need::of(access),
         })
     }
 }
@@ -141,41 +143,85 @@ pub struct DmaSlices<'a> {
     iova: u64,
     left: usize,
     completed: usize,
-    access: Permissions,
+    need: Need,
 }
 
 impl<'a> DmaSlices<'a> {
-    fn lend(&mut self) -> crate::Result<VolatileSlice<'a, DirtySlice<'a>>> {
-        let (mapping, len) = self
-            .memory
-            .leases
-            .lease(self.iova, self.left, self.access)
-            .map_err(|error| error.after(self.completed))?;
-        Ok(mapping.slice(self.iova, len))
+    /// The next slice; `left` is more than 0.
+    // Always, because a slice that is returned through memory costs more than all the rest.
+    #[inline(always)]
+    fn lend(&mut self) -> GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>> {
+        let mapping = match self.memory.leases.lease(self.iova, self.need) {
+            Ok(mapping) => mapping,
+            Err(error) => return Err(self.fail(error)),
+        };
+        let slice = mapping.slice(self.iova, self.left);
+        self.left -= slice.len();
+        self.completed += slice.len();
+        // Only behind the last slice may the next address be 2^64, and it is not used then.
+        self.iova = self.iova.wrapping_add(slice.len() as u64);
+        Ok(slice)
+    }
+
+    /// As `next`, for those who see few ranges across mappings.
+    #[inline(never)]
+    fn after_the_first(&mut self) -> Option<VolatileSlice<'a, DirtySlice<'a>>> {
+        self.next()?.ok()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn fail(&mut self, error: Error) -> GuestMemoryError {
+        self.left = 0;
+        error.after(self.completed).into()
     }
 }
 
 impl<'a> Iterator for DmaSlices<'a> {
     type Item = GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>>;
 
+    #[inline(always)]
     fn next(&mut self) -> Option<Self::Item> {
         if self.left == 0 {
             return None;
         }
-        let lent = self.lend();
-        match &lent {
-            Ok(slice) => {
-                self.left -= slice.len();
-                self.completed += slice.len();
-                // Only behind the last slice may the next address be 2^64, and it is not used then.
-                self.iova = self.iova.wrapping_add(slice.len() as u64);
-            }
-            Err(_) => self.left = 0,
-        }
-        Some(lent.map_err(GuestMemoryError::from))
+        Some(self.lend())
     }
 }
 
 impl FusedIterator for DmaSlices<'_> {}
 
-impl<'a> GuestMemorySliceIterator<'a, DirtySlice<'a>> for DmaSlices<'a> {}
+impl<'a> GuestMemorySliceIterator<'a, DirtySlice<'a>> for DmaSlices<'a> {
+    // What `Bytes` goes through for every field of a ring: without results to be moved about it is as
+    // fast as on memory that is not translated.
+    #[inline(always)]
+    fn stop_on_error(
+        mut self,
+    ) -> GuestMemoryResult<impl Iterator<Item = VolatileSlice<'a, DirtySlice<'a>>>> {
+        let first = match self.next() {
+            Some(Ok(slice)) => Some(slice),
+            Some(Err(error)) => return Err(error),
+            None => None,
+        };
+        Ok(UntilError { first, rest: self })
+    }
+}
+
+/// The slices up to the first that cannot be lent.
+struct UntilError<'a> {
+    first: Option<VolatileSlice<'a, DirtySlice<'a>>>,
+    rest: DmaSlices<'a>,
+}
+
+impl<'a> Iterator for UntilError<'a> {
+    type Item = VolatileSlice<'a, DirtySlice<'a>>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Self::Item> {
+        match self.first.take() {
+            Some(slice) => Some(slice),
+            None if self.rest.left == 0 => None,
+            None => self.rest.after_the_first(),
+        }
+    }
+}

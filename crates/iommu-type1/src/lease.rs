@@ -13,7 +13,7 @@
 //! more. A holder that returns its leases passes a barrier before it looks whether anybody waits; an
 //! unmap says that it waits, passes one, and looks again before it sleeps.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Deref;
@@ -21,12 +21,9 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vm_memory::Permissions;
-
 use crate::grace::{thread_number, Grace, Inside, Slot};
 use crate::holder::HolderKind;
 use crate::mapping::{Mapping, Need};
-use crate::range::IovaRange;
 use crate::space::{Space, View};
 use crate::sync::{
     coarse_now, fence, lock, wait_until, yield_now, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize,
@@ -380,19 +377,15 @@ impl Leasing<'_> {
 ///
 /// # Invariants
 ///
-/// What `first` and `newest` point to is leased until this is dropped.
+/// What `first` and `newest` hold is leased until this is dropped.
 pub(crate) struct LeaseSet {
     view: Arc<View>,
-    state: RefCell<State>,
-}
-
-struct State {
     /// Made with the first lease: a guard that lends nothing costs nothing.
-    claim: Option<Claim>,
+    claim: RefCell<Option<Claim>>,
     /// The mapping leased first (a queue's rings lie there) and the one leased last: further slices of
     /// these need no look-up.
-    first: Option<Leased>,
-    newest: Option<Leased>,
+    first: Cell<Option<Leased>>,
+    newest: Cell<Option<Leased>>,
 }
 
 impl LeaseSet {
@@ -400,11 +393,9 @@ impl LeaseSet {
     pub(crate) fn new(view: Arc<View>) -> Self {
         LeaseSet {
             view,
-            state: RefCell::new(State {
-                claim: None,
-                first: None,
-                newest: None,
-            }),
+            claim: RefCell::new(None),
+            first: Cell::new(None),
+            newest: Cell::new(None),
         }
     }
 
@@ -412,60 +403,52 @@ impl LeaseSet {
         &self.view
     }
 
-    /// Leases the mapping that contains `iova`; returns it and how many of `len` bytes, at least
-    /// one, lie in it.
+    /// Leases the mapping that contains `iova`.
     ///
     /// A mapping that is leased already is not looked up again, also while it is being unmapped:
     /// the unmap waits for this holder anyway, and a request that has begun can end.
-    #[inline]
-    pub(crate) fn lease(
-        &self,
-        iova: u64,
-        len: usize,
-        access: Permissions,
-    ) -> Result<(&Mapping, usize)> {
-        let range = IovaRange::new(iova, len as u64)?;
-        let need = Need::of(access);
-        let mut state = self.state.borrow_mut();
-        let known = [state.newest, state.first].into_iter().flatten();
-        // SAFETY: by the invariant leased as long as `self`.
-        let mut known = known.map(|leased| unsafe { leased.get() });
-        let known = known.find(|mapping| mapping.range.contains(iova) && mapping.allows(need));
-        let mapping = match known {
-            Some(mapping) => mapping,
-            None => {
-                let leased = self.lookup(&mut state, iova, need)?;
-                // SAFETY: leased until `self` is dropped.
-                unsafe { leased.get() }
+    #[inline(always)]
+    pub(crate) fn lease(&self, iova: u64, need: Need) -> Result<&Mapping> {
+        for leased in [&self.newest, &self.first] {
+            if let Some(leased) = leased.get() {
+                // SAFETY: by the invariant leased as long as `self`.
+                let mapping = unsafe { leased.get() };
+                if mapping.range.contains(iova) && mapping.allows(need) {
+                    return Ok(mapping);
+                }
             }
-        };
-        let end = mapping.range.last.min(range.last);
-        Ok((mapping, (end - iova) as usize + 1))
+        }
+        self.look_up(iova, need)
     }
 
-    fn lookup(&self, state: &mut State, iova: u64, need: Need) -> Result<Leased> {
+    #[inline(never)]
+    fn look_up(&self, iova: u64, need: Need) -> Result<&Mapping> {
         let space = &self.view.space;
-        let claim = state.claim.get_or_insert_with(|| Claim::new(&self.view));
+        let mut claim = self.claim.borrow_mut();
+        let claim = claim.get_or_insert_with(|| Claim::new(&self.view));
         let leased = claim.access(space, |leasing| {
             let mapping = space.usable(leasing.inside, iova, need, 0)?;
             Ok::<_, crate::Error>(leasing.lease(mapping))
         })?;
-        state.first.get_or_insert(leased);
-        state.newest = Some(leased);
-        Ok(leased)
+        if self.first.get().is_none() {
+            self.first.set(Some(leased));
+        }
+        self.newest.set(Some(leased));
+        // SAFETY: just leased, until `self` is dropped.
+        Ok(unsafe { leased.get() })
     }
 
     fn len(&self) -> usize {
-        let state = self.state.borrow();
-        let claim = state.claim.as_ref();
-        claim.map_or(0, |claim| claim.place(&self.view.space).count())
+        let claim = self.claim.borrow();
+        let place = claim.as_ref().map(|claim| claim.place(&self.view.space));
+        place.map_or(0, Place::count)
     }
 }
 
 impl Drop for LeaseSet {
     #[inline]
     fn drop(&mut self) {
-        if let Some(claim) = &self.state.get_mut().claim {
+        if let Some(claim) = self.claim.get_mut() {
             claim.leave(&self.view.space);
         }
     }

@@ -24,6 +24,7 @@ pub(crate) struct Mapping {
     host: *mut u8,
     /// Which pages were written, while anybody wants to know.
     pub(crate) dirty: DirtyLog,
+    /// Bits of [`Need`].
     allows: u8,
     /// Whether the region wants to know what was written.
     tracks: bool,
@@ -41,12 +42,12 @@ unsafe impl Sync for Mapping {}
 ///
 /// The policy of type1: a write needs the read permission too. (Pins need just what they ask for.)
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Need(u8);
+pub(crate) struct Need(usize);
 
-const READ: u8 = 1;
-const WRITE: u8 = 2;
+const READ: usize = 1;
+const WRITE: usize = 2;
 /// Nobody wants to know what is written.
-const PLAIN: u8 = 4;
+const PLAIN: usize = 4;
 
 impl Need {
     pub(crate) const READ: Need = Need(READ);
@@ -90,7 +91,7 @@ impl Mapping {
             range,
             host,
             dirty: DirtyLog::new(),
-            allows: bits(prot),
+            allows: bits(prot) as u8,
             tracks,
             prot,
             region,
@@ -132,7 +133,7 @@ impl Mapping {
     /// Whether `need` is permitted.
     #[inline]
     pub(crate) fn allows(&self, need: Need) -> bool {
-        self.allows & need.0 == need.0
+        usize::from(self.allows) & need.0 == need.0
     }
 
     /// `len` bytes from `iova`, one at least, if all of them lie in it and `need` is permitted.
@@ -211,7 +212,7 @@ impl Mapping {
     pub(crate) fn page_word(&self, page: u64) -> PageWord {
         let offset = (page - (self.range.first >> page_shift())) << page_shift();
         let plain = if self.wants_marks() { 0 } else { PLAIN };
-        let flags = usize::from(self.allows | plain);
+        let flags = usize::from(self.allows) | plain;
         let host = self.host.wrapping_add(offset as usize).cast::<()>();
         PageWord(host.map_addr(|addr| addr | flags))
     }
@@ -255,7 +256,7 @@ impl PageWord {
     ) -> Option<VolatileSlice<'a, ()>> {
         let page_mask = (1_usize << page_shift()) - 1;
         let offset = iova as usize & page_mask;
-        let bits = usize::from(if need.writes() { need.0 | PLAIN } else { need.0 });
+        let bits = if need.writes() { need.0 | PLAIN } else { need.0 };
         let fits = len.wrapping_sub(1) <= page_mask - offset;
         if !fits || self.0.addr() & bits != bits {
             return None;
@@ -266,7 +267,7 @@ impl PageWord {
     }
 }
 
-fn bits(permissions: Permissions) -> u8 {
+fn bits(permissions: Permissions) -> usize {
     match permissions {
         Permissions::No => 0,
         Permissions::Read => READ,

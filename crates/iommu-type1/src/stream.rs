@@ -11,10 +11,11 @@ use std::cell::RefCell;
 use std::io;
 use std::ptr;
 
-use vm_memory::{Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 use crate::dirty::DirtySlice;
 use crate::lease::LeaseSet;
+use crate::mapping::Need;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::{Error, Result};
@@ -67,7 +68,7 @@ pub(crate) fn fill<F: ReadVolatile>(
     src: &mut F,
     count: usize,
 ) -> Result<Moved> {
-    run(leases, iova, count, Permissions::Write, |slice| loop {
+    run(leases, iova, count, Need::WRITE, |slice| loop {
         match src.read_volatile(slice) {
             Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => {}
             result => return result,
@@ -82,7 +83,7 @@ pub(crate) fn drain<F: WriteVolatile>(
     dst: &mut F,
     count: usize,
 ) -> Result<Moved> {
-    run(leases, iova, count, Permissions::Read, |slice| {
+    run(leases, iova, count, Need::READ, |slice| {
         dst.write_all_volatile(slice).map(|()| slice.len())
     })
 }
@@ -91,7 +92,7 @@ fn run(
     leases: &LeaseSet,
     iova: u64,
     count: usize,
-    access: Permissions,
+    need: Need,
     mut op: impl FnMut(&mut VolatileSlice<'_, DirtySlice<'_>>) -> vm_memory::VolatileMemoryResult<usize>,
 ) -> Result<Moved> {
     if count > 0 {
@@ -102,14 +103,15 @@ fn run(
     let mut stopped = None;
     while completed < count {
         let at = iova + completed as u64;
-        let (mapping, len) = match leases.lease(at, count - completed, access) {
-            Ok(leased) => leased,
+        let mapping = match leases.lease(at, need) {
+            Ok(mapping) => mapping,
             Err(error) => {
                 stopped = Some(error);
                 break;
             }
         };
-        let mut slice = mapping.slice(at, len);
+        let mut slice = mapping.slice(at, count - completed);
+        let len = slice.len();
         let n = op(&mut slice).map_err(|error| Error::Stream {
             iova: at,
             completed,
