@@ -19,7 +19,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::sync::{fence, lock, yield_now, AtomicU64, Mutex, Ordering};
+use crate::sync::{fence, lock, now, yield_now, AtomicU64, Mutex, Ordering};
 
 /// Slots that callers without one of their own share, by trial; more are made when all are taken.
 const SHARED_SLOTS: usize = if cfg!(loom) { 1 } else { 16 };
@@ -131,7 +131,7 @@ impl Slot {
             if turns < SPINS {
                 turns += 1;
                 std::hint::spin_loop();
-            } else if Instant::now() < deadline {
+            } else if now() < deadline {
                 yield_now();
             } else {
                 return false;
@@ -148,7 +148,8 @@ fn announce(count: &AtomicU64, value: u64) {
     if cfg!(all(target_arch = "x86_64", not(loom))) {
         count.swap(value, Ordering::SeqCst);
     } else {
-        count.store(value, Ordering::Relaxed);
+        // Release: who waits for the access before may see the end of it only in this count.
+        count.store(value, Ordering::Release);
         fence(Ordering::SeqCst);
     }
 }

@@ -18,7 +18,7 @@ use crate::holder::HolderKind;
 use crate::mapping::{needed_for, Mapping};
 use crate::range::IovaRange;
 use crate::space::View;
-use crate::sync::{fence, lock, wait_until, AtomicUsize, Condvar, Mutex, Ordering};
+use crate::sync::{fence, lock, now, wait_until, AtomicUsize, Condvar, Mutex, Ordering};
 use crate::table::Table;
 use crate::{Holder, Result};
 
@@ -62,7 +62,7 @@ impl Ledger {
         order_for_model();
         let mut gate = lock(&self.gate);
         while mapping.leases.load(Ordering::SeqCst) != 0 {
-            match wait_until(&self.returned, gate, deadline) {
+            match wait_until(&self.returned, &self.gate, gate, deadline) {
                 Some(guard) => gate = guard,
                 None => break,
             }
@@ -75,7 +75,7 @@ impl Ledger {
     }
 
     fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
-        let now = Instant::now();
+        let now = now();
         let has_it = |record: &&Arc<Record>| {
             let held = lock(&record.held);
             held.iter().any(|other| ptr::eq(&**other, mapping))
@@ -96,7 +96,7 @@ impl Ledger {
     fn enrol(&self, view: &Arc<View>) -> Arc<Record> {
         let record = Arc::new(Record {
             view: view.clone(),
-            since: Instant::now(),
+            since: now(),
             held: Mutex::new(Vec::new()),
         });
         lock(&self.records).push(record.clone());
