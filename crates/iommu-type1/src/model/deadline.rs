@@ -130,6 +130,63 @@ fn an_access_outlasts_the_deadline_of_its_neighbour() {
     }
 }
 
+/// An unmap that removes nothing waits for nobody, and so must not free what was late.
+#[test]
+fn an_unmap_of_nothing_frees_nothing() {
+    exhaustively(|| {
+        let (space, _) = space();
+        map(&space, 1, &Memory::new()).unwrap();
+        let handle = space.handle();
+        let reader = spawn(move || handle.write(page_size(), &[1]).unwrap());
+        let _in_vain = space.unmap_with(0, page_size(), at_once());
+        assert_eq!(space.unmap(8 * page_size(), page_size()).unwrap(), 0);
+        join([reader]);
+    });
+}
+
+/// Runs an unmap that nobody lets finish until it has given up.
+fn given_up(space: &IoAddressSpace) -> HolderKind {
+    let other = space.clone();
+    let unmapper = spawn(move || {
+        match other.unmap_with(0, page_size(), soon().policy(UnmapPolicy::Restore)) {
+            Err(Error::Deadline { holders, .. }) => holders[0].kind,
+            other => panic!("{other:?}"),
+        }
+    });
+    clock::pass(1);
+    unmapper.join().unwrap()
+}
+
+#[test]
+fn a_lease_that_is_never_returned() {
+    exhaustively(|| {
+        let (space, _) = space();
+        let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
+        assert_eq!(given_up(&space), HolderKind::Lease);
+        use_up(list);
+    });
+}
+
+#[test]
+fn a_pin_that_is_never_released() {
+    exhaustively(|| {
+        let (space, _) = space();
+        let pinner = space.pinner("user", Interest::Holder, Arc::new(|_, _| ()));
+        let _pinned = pinner.pin_pages(0, 1, Permissions::Read).unwrap();
+        assert_eq!(given_up(&space), HolderKind::Pin);
+    });
+}
+
+#[test]
+fn an_access_that_does_not_end() {
+    exhaustively(|| {
+        let (space, _) = space();
+        let grace = &space.view.space.grace;
+        let kind = grace.enter_shared(|_inside| given_up(&space));
+        assert_eq!(kind, HolderKind::Access);
+    });
+}
+
 /// What is restored at the deadline is there for accesses that begin then, and its addresses are
 /// never free in between.
 #[test]

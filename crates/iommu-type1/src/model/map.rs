@@ -4,8 +4,9 @@
 //! Mappings that are made: what an access finds is complete.
 
 use loom::thread::spawn;
+use vm_memory::Permissions;
 
-use super::{exhaustively, join, map, space, write, Memory};
+use super::{exhaustively, join, map, refused, space, write, Memory};
 use crate::range::page_size;
 
 /// The first mapping becomes the root of the table, the second needs a node.
@@ -20,8 +21,7 @@ fn an_access_against_a_map() {
             let handle = space.handle();
             let other = space.clone();
             let mapper = spawn(move || map(&other, page, &Memory::new()).unwrap());
-            let written = handle.write(page * page_size(), &[1]);
-            super::refused(written);
+            refused(handle.write(page * page_size(), &[1]));
             if page == 1 {
                 write(&space, 0);
             }
@@ -38,7 +38,7 @@ fn a_lease_against_a_map() {
         let (space, _) = space();
         let other = space.clone();
         let mapper = spawn(move || map(&other, 1, &Memory::new()).unwrap());
-        drop(space.scatter(page_size(), 8, vm_memory::Permissions::Read));
+        drop(space.scatter(page_size(), 8, Permissions::Read));
         join([mapper]);
     });
 }

@@ -4,13 +4,13 @@
 //! Unmaps against each other and against a map.
 
 use loom::thread::spawn;
+use vm_memory::Permissions;
 
 use super::{
     bounded, exhaustively, is_refusal, join, map, patient, refused, space, watched, Memory,
 };
 use crate::range::page_size;
 use crate::{Error, IoAddressSpace};
-use vm_memory::Permissions;
 
 /// Bytes removed; who comes second may be told that it is under way.
 fn removed(space: &IoAddressSpace) -> Option<u64> {
