@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use loom::thread::{spawn, JoinHandle};
+use loom::thread::{spawn, yield_now, JoinHandle};
 use page_pin::clock;
 use vm_memory::{Bytes, Permissions};
 
@@ -144,17 +144,23 @@ fn an_unmap_of_nothing_frees_nothing() {
     });
 }
 
-/// Runs an unmap that nobody lets finish until it has given up.
-fn given_up(space: &IoAddressSpace) -> HolderKind {
+/// Runs an unmap that somebody never lets finish until it has given up.
+fn give_up_because_of(kind: HolderKind, space: &IoAddressSpace) {
     let other = space.clone();
     let unmapper = spawn(move || {
         match other.unmap_with(0, page_size(), soon().policy(UnmapPolicy::Restore)) {
-            Err(Error::Deadline { holders, .. }) => holders[0].kind,
+            Err(Error::Deadline { holders, .. }) => {
+                assert!(holders.iter().any(|holder| holder.kind == kind));
+            }
             other => panic!("{other:?}"),
         }
     });
+    // Not before the unmap has begun, or its deadline would be later still.
+    while space.write(0, &[1]).is_ok() {
+        yield_now();
+    }
     clock::pass(1);
-    unmapper.join().unwrap()
+    join([unmapper]);
 }
 
 #[test]
@@ -162,7 +168,7 @@ fn a_lease_that_is_never_returned() {
     exhaustively(|| {
         let (space, _) = space();
         let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
-        assert_eq!(given_up(&space), HolderKind::Lease);
+        give_up_because_of(HolderKind::Lease, &space);
         use_up(list);
     });
 }
@@ -173,7 +179,7 @@ fn a_pin_that_is_never_released() {
         let (space, _) = space();
         let pinner = space.pinner("user", Interest::Holder, Arc::new(|_, _| ()));
         let _pinned = pinner.pin_pages(0, 1, Permissions::Read).unwrap();
-        assert_eq!(given_up(&space), HolderKind::Pin);
+        give_up_because_of(HolderKind::Pin, &space);
     });
 }
 
@@ -182,8 +188,7 @@ fn an_access_that_does_not_end() {
     exhaustively(|| {
         let (space, _) = space();
         let grace = &space.view.space.grace;
-        let kind = grace.enter_shared(|_inside| given_up(&space));
-        assert_eq!(kind, HolderKind::Access);
+        grace.enter_shared(|_inside| give_up_because_of(HolderKind::Access, &space));
     });
 }
 

@@ -32,7 +32,7 @@ use crate::range::page_size;
 use crate::{Backing, Error, IoAddressSpace, UnmapOptions};
 
 /// Three threads that unmap or access: every interleaving with so many preemptions.
-const PREEMPTIONS: usize = 5;
+const PREEMPTIONS: usize = 4;
 
 /// Stands for memory that its owner uses for something else after the unmap: loom checks that every
 /// access is ordered before that, whatever the order they were run in.
