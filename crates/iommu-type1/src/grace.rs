@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::membarrier::{self, ReaderBarrier};
-use crate::sync::{fence, lock, yield_now, AtomicU32, AtomicU64, Mutex, Ordering};
+use crate::sync::{fence, lock, now, yield_now, AtomicU32, AtomicU64, Mutex, Ordering};
 
 /// Slots that callers without one of their own share, by trial; more are made when all are taken.
 const SHARED_SLOTS: usize = if cfg!(loom) { 1 } else { 16 };
@@ -173,7 +173,8 @@ impl Slot {
         let count = self.count.load(Ordering::Relaxed) + 1;
         let fenced = self.fenced.load(Ordering::Relaxed);
         if fenced == 0 {
-            self.count.store(count, Ordering::Relaxed);
+            // Release as in `announce`.
+            self.count.store(count, Ordering::Release);
             membarrier::here();
         } else {
             if fenced != ALWAYS_FENCED {
@@ -206,7 +207,7 @@ impl Slot {
             if turns < SPINS {
                 turns += 1;
                 std::hint::spin_loop();
-            } else if Instant::now() < deadline {
+            } else if now() < deadline {
                 yield_now();
             } else {
                 return false;
@@ -223,7 +224,8 @@ fn announce(count: &AtomicU64, value: u64) {
     if cfg!(all(target_arch = "x86_64", not(loom))) {
         count.swap(value, Ordering::SeqCst);
     } else {
-        count.store(value, Ordering::Relaxed);
+        // Release: who waits for the access before may see the end of it only in this count.
+        count.store(value, Ordering::Release);
         fence(Ordering::SeqCst);
     }
 }

@@ -226,7 +226,7 @@ impl Ledger {
         fence(Ordering::SeqCst);
         let mut gate = lock(&self.gate);
         while self.any_leased(mappings) {
-            match wait_until(&self.returned, gate, deadline) {
+            match wait_until(&self.returned, &self.gate, gate, deadline) {
                 Some(guard) => gate = guard,
                 None => break,
             }

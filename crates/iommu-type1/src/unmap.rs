@@ -16,7 +16,7 @@ use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
 use crate::space::Space;
 use crate::stream;
-use crate::sync::lock;
+use crate::sync::{lock, now};
 use crate::table::Unlinked;
 use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
@@ -118,7 +118,7 @@ impl IoAddressSpace {
     }
 
     fn unmap_range(&self, range: IovaRange, options: UnmapOptions) -> Result<u64> {
-        let begun = Instant::now();
+        let begun = now();
         // A deadline beyond the clock's range is no deadline; a day is as good.
         let deadline = begun
             .checked_add(options.deadline)
@@ -256,7 +256,7 @@ impl<'a> Revocation<'a> {
                 name: String::from("a running access"),
                 iova: range.first,
                 size: range.size(),
-                age: self.begun.elapsed(),
+                age: now().saturating_duration_since(self.begun),
             });
         }
         let pins = self

@@ -58,6 +58,9 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("page-pin models Linux VFIO page pinning and is built for Linux only");
 
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod clock;
 mod error;
 mod guard;
 mod notice;

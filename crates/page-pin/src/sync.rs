@@ -1,15 +1,26 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The locks of this crate: std's, or loom's when the protocol is model-checked.
+//! The locks and the clock of this crate: std's, or loom's when the protocol is model-checked.
 
+#[cfg(loom)]
+pub(crate) use crate::clock::now;
+#[cfg(loom)]
+use crate::clock::wait_timeout;
 #[cfg(loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(not(loom))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
 
 use std::sync::PoisonError;
+#[cfg(not(loom))]
+use std::time::Duration;
 use std::time::Instant;
+
+#[cfg(not(loom))]
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}
 
 /// Locks, also after a panic elsewhere: every critical section of this crate leaves the table
 /// consistent at each step that can panic (allocation).
@@ -17,18 +28,24 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits for a signal until `deadline`; `None` once that has passed.
+/// Waits for a signal until `deadline`; `None` once that has passed. `mutex` is what `guard` locks.
 pub(crate) fn wait_until<'a, T>(
     condvar: &Condvar,
+    mutex: &'a Mutex<T>,
     guard: MutexGuard<'a, T>,
     deadline: Instant,
 ) -> Option<MutexGuard<'a, T>> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return None;
-    }
-    let (guard, _) = condvar
-        .wait_timeout(guard, left)
-        .unwrap_or_else(PoisonError::into_inner);
-    Some(guard)
+    let left = deadline.saturating_duration_since(now());
+    (!left.is_zero()).then(|| wait_timeout(condvar, mutex, guard, left))
+}
+
+#[cfg(not(loom))]
+fn wait_timeout<'a, T>(
+    condvar: &Condvar,
+    _mutex: &'a Mutex<T>,
+    guard: MutexGuard<'a, T>,
+    left: Duration,
+) -> MutexGuard<'a, T> {
+    let woken = condvar.wait_timeout(guard, left);
+    woken.unwrap_or_else(PoisonError::into_inner).0
 }

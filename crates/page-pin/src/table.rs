@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::owner::Registration;
-use crate::sync::{lock, wait_until, Condvar, Mutex};
+use crate::sync::{lock, now, wait_until, Condvar, Mutex};
 use crate::{Access, AccessId, Error, Interest, Result, UnmapNotice};
 
 /// Counts who pinned which pages; a cheap reference, all clones are the same table.
@@ -133,7 +133,7 @@ impl PinTable {
         let mut state = lock(&self.shared.state);
         while state.is_pinned(range) {
             state.waiters += 1;
-            let woken = wait_until(&self.shared.released, state, deadline);
+            let woken = wait_until(&self.shared.released, &self.shared.state, state, deadline);
             match woken {
                 Some(guard) => {
                     state = guard;
@@ -330,7 +330,7 @@ impl Shared {
     }
 
     pub(crate) fn add(&self, id: AccessId, range: PageRange) {
-        let since = Instant::now();
+        let since = now();
         let mut state = lock(&self.state);
         for page in range.first..=range.last {
             let count = state.pins.entry((page, id)).or_insert(Count {
@@ -417,7 +417,7 @@ impl Shared {
     }
 
     fn holders(&self, state: &State, range: PageRange) -> Vec<Holder> {
-        let now = Instant::now();
+        let now = now();
         let mut by_owner: BTreeMap<AccessId, Holder> = BTreeMap::new();
         for ((page, id), count) in state.pins.range(range.keys()) {
             let age = now.saturating_duration_since(count.since);

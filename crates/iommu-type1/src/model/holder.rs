@@ -1,0 +1,97 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Leases and pins against an unmap that waits as long as it takes.
+
+use std::sync::Arc;
+
+use loom::sync::Mutex;
+use loom::thread::spawn;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, Permissions};
+
+use super::{bounded, exhaustively, is_refusal, join, space, unmap};
+use crate::{Interest, PinnedPages, ScatterList};
+
+#[test]
+fn a_lease_against_an_unmap() {
+    exhaustively(|| {
+        let (space, memory) = space();
+        let guard = space.memory();
+        let user = spawn(move || {
+            let _refused = guard.write_slice(&[1], GuestAddress(8));
+        });
+        unmap(&space, &memory);
+        join([user]);
+    });
+}
+
+pub(super) fn use_up(list: ScatterList) {
+    for slice in list.iter() {
+        slice.write_slice(&[1; 8], 0).unwrap();
+    }
+}
+
+/// The unmap certainly finds a lease, and sleeps until it is returned.
+#[test]
+fn a_lease_that_was_there_before_is_waited_for() {
+    exhaustively(|| {
+        let (space, memory) = space();
+        let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
+        let user = spawn(move || use_up(list));
+        unmap(&space, &memory);
+        join([user]);
+    });
+}
+
+#[test]
+fn two_leases_against_an_unmap() {
+    bounded(|| {
+        let (space, memory) = space();
+        let users = [(); 2].map(|()| {
+            let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
+            spawn(move || use_up(list))
+        });
+        unmap(&space, &memory);
+        join(users);
+    });
+}
+
+#[test]
+fn a_pin_against_an_unmap() {
+    exhaustively(|| {
+        let (space, memory) = space();
+        let cache: Arc<Mutex<Option<PinnedPages>>> = Arc::new(Mutex::new(None));
+        let notified = cache.clone();
+        let notice = Arc::new(move |_, _| drop(notified.lock().unwrap().take()));
+        let pinner = space.pinner("cache", Interest::Holder, notice);
+        let user = spawn(move || {
+            // The cache is locked over pin and insert, as whoever answers notices must do.
+            let mut slot = cache.lock().unwrap();
+            match pinner.pin_pages(0, 1, Permissions::ReadWrite) {
+                Ok(pinned) => {
+                    pinned.page(0).unwrap().write_slice(&[1], 0).unwrap();
+                    *slot = Some(pinned);
+                }
+                Err(error) => assert!(is_refusal(&error)),
+            }
+        });
+        unmap(&space, &memory);
+        join([user]);
+    });
+}
+
+/// Nobody answers the notice: the pin ends when its user is done.
+#[test]
+fn a_pin_that_was_there_before_is_waited_for() {
+    exhaustively(|| {
+        let (space, memory) = space();
+        let pinner = space.pinner("user", Interest::Holder, Arc::new(|_, _| ()));
+        let pinned = pinner.pin_pages(0, 1, Permissions::ReadWrite).unwrap();
+        let user = spawn(move || {
+            pinned.page(0).unwrap().write_slice(&[1], 0).unwrap();
+            drop(pinned);
+        });
+        unmap(&space, &memory);
+        join([user]);
+    });
+}

@@ -1,0 +1,175 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The protocols of this crate under every interleaving, on the production code:
+//! `RUSTFLAGS="--cfg loom" cargo test -p iommu-type1 --release --lib`.
+//!
+//! Each model maps memory that knows when it is gone: as soon as an unmap has returned, its owner
+//! writes to it as if it were other memory by now, and loom fails the model for an access that comes
+//! later or is not ordered before. Loom's condition variables never time out, so a wake-up that is
+//! lost is reported as a deadlock; where a deadline is to pass, the model says when
+//! (`page_pin::clock`).
+//!
+//! `ci/loom-mutations` breaks the production code in many ways and expects a model to fail for each.
+
+mod deadline;
+mod handle;
+mod holder;
+mod map;
+mod reader;
+mod unmap;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use loom::cell::UnsafeCell;
+use loom::thread::{spawn, JoinHandle};
+use page_pin::clock;
+use vm_memory::{MmapRegion, Permissions};
+
+use crate::backing::Region;
+use crate::range::page_size;
+use crate::{Backing, Error, IoAddressSpace, UnmapOptions};
+
+/// Three threads that unmap or access: every interleaving with so many preemptions.
+const PREEMPTIONS: usize = 4;
+
+/// Stands for memory that its owner uses for something else after the unmap: loom checks that every
+/// access is ordered before that, whatever the order they were run in.
+#[derive(Clone)]
+struct Memory(Arc<UnsafeCell<bool>>);
+
+// SAFETY: loom fails the model when an access to the cell is not ordered with a write to it.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new() -> Self {
+        Memory(Arc::new(UnsafeCell::new(false)))
+    }
+
+    fn access(&self) {
+        // SAFETY: see `Sync`.
+        let gone = self.0.with(|gone| unsafe { *gone });
+        assert!(!gone, "an access after the unmap");
+    }
+
+    fn gone(&self) {
+        // SAFETY: see `Sync`.
+        self.0.with_mut(|gone| unsafe { *gone = true });
+    }
+}
+
+/// A page of memory, and who is told of accesses to it.
+struct Watched {
+    page: MmapRegion<()>,
+    memory: Vec<Memory>,
+}
+
+// SAFETY: everything is the wrapped region's, which upholds the same contract.
+unsafe impl Region for Watched {
+    fn host_address(&self) -> *mut u8 {
+        self.page.as_ptr()
+    }
+
+    fn size(&self) -> usize {
+        self.page.size()
+    }
+
+    fn access(&self) -> Permissions {
+        Permissions::ReadWrite
+    }
+
+    fn tracks(&self) -> bool {
+        true
+    }
+
+    fn mark_dirty(&self, _offset: usize, _len: usize) {
+        self.memory.iter().for_each(Memory::access);
+    }
+
+    fn dirty_at(&self, _offset: usize) -> bool {
+        false
+    }
+}
+
+fn watched(memory: &[Memory]) -> Backing {
+    Backing::for_model(Watched {
+        page: MmapRegion::new(page_size() as usize).unwrap(),
+        memory: memory.to_vec(),
+    })
+}
+
+/// A space with a page at 0.
+fn space() -> (IoAddressSpace, Memory) {
+    // What is made lazily is made before there are threads, and so orders none of them.
+    clock::now();
+    let memory = Memory::new();
+    let space = IoAddressSpace::new();
+    map(&space, 0, &memory).unwrap();
+    (space, memory)
+}
+
+fn map(space: &IoAddressSpace, page: u64, memory: &Memory) -> Result<(), Error> {
+    let backing = watched(std::slice::from_ref(memory));
+    space.map(page * page_size(), backing, Permissions::ReadWrite)
+}
+
+/// A write to the first or a later page, which may come too late.
+fn write(space: &IoAddressSpace, page: u64) {
+    refused(space.write(page * page_size() + 8, &[1]));
+}
+
+/// A device model that comes too late is told so, and nothing else.
+fn refused(result: Result<(), Error>) {
+    if let Err(error) = result {
+        assert!(is_refusal(&error), "{error}");
+    }
+}
+
+fn is_refusal(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::NotMapped { .. } | Error::Revoked { .. } | Error::Unmapping { .. }
+    )
+}
+
+/// A deadline that does not pass.
+fn patient() -> UnmapOptions {
+    UnmapOptions::new().deadline(2 * clock::NEVER)
+}
+
+/// Unmaps the page at 0; nobody may touch it from then on.
+fn unmap(space: &IoAddressSpace, memory: &Memory) {
+    let bytes = space.unmap_with(0, page_size(), patient());
+    assert_eq!(bytes.unwrap(), page_size());
+    memory.gone();
+}
+
+/// A deadline that passes when the model's clock does.
+fn soon() -> UnmapOptions {
+    UnmapOptions::new().deadline(Duration::from_secs(1))
+}
+
+/// A thread that lets the time of `soon` pass at any moment.
+fn time_passes() -> JoinHandle<()> {
+    spawn(|| clock::pass(1))
+}
+
+fn exhaustively(model: impl Fn() + Send + Sync + 'static) {
+    loom::model(model);
+}
+
+/// For models of three threads and more.
+fn bounded(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(PREEMPTIONS);
+    builder.check(model);
+}
+
+fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
+    threads
+        .into_iter()
+        .for_each(|thread| thread.join().unwrap());
+}
