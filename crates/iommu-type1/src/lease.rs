@@ -178,8 +178,9 @@ impl Place {
     /// The holder, if it leases the mapping.
     fn holder(&self, mapping: &Mapping) -> Option<Holder> {
         let state = &self.state;
+        // Acquire also where it fails: a holder that has just left has used the memory before.
         while let Err(now) =
-            state.compare_exchange(TAKEN, READ, Ordering::Acquire, Ordering::Relaxed)
+            state.compare_exchange(TAKEN, READ, Ordering::Acquire, Ordering::Acquire)
         {
             if now == FREE {
                 return None;
