@@ -110,7 +110,11 @@ impl World {
         // One more, for what is mapped elsewhere meanwhile.
         let space = IoAddressSpace::builder()
             .entry_limit(mappings as usize + 1)
-            .reader_barrier(if std::env::var_os("MB").is_some() {iommu_type1::ReaderBarrier::Membarrier} else {Default::default()})
+            .reader_barrier(if std::env::var_os("MB").is_some() {
+                iommu_type1::ReaderBarrier::Membarrier
+            } else {
+                Default::default()
+            })
             .build();
         let iotlb = LockedIotlb::default();
         let tree = LockedTree::default();

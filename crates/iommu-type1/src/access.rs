@@ -5,11 +5,11 @@
 
 use std::sync::atomic::Ordering;
 
-use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileSlice};
+use vm_memory::{AtomicAccess, ByteValued, Bytes};
 
 use crate::atomics::CompareExchange;
 use crate::grace::Inside;
-use crate::mapping::{Mapping, Need};
+use crate::mapping::{InlineSlice, Mapping, Need};
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
@@ -97,8 +97,7 @@ impl Space {
         }
     }
 
-    /// `len` bytes from `iova` for an access that `need` says, if they lie in one mapping (where
-    /// mappings are close, in one page). What is to be written is marked.
+    /// `len` bytes from `iova` for an access that `need` says, if they lie in one mapping.
     ///
     /// `None` says nothing but that there is more to look at.
     #[inline]
@@ -108,19 +107,26 @@ impl Space {
         iova: u64,
         len: usize,
         need: Need,
-    ) -> Option<VolatileSlice<'a, ()>> {
-        match self.table.lookup(iova, inside) {
-            // SAFETY: found at this page by an access that runs as long as the slice lives.
-            Found::Page(word) => unsafe { word.slice(iova, len, need) },
-            Found::Mapping(mapping) => mapping?.whole(iova, len, need),
-        }
+    ) -> Option<InlineSlice<'a>> {
+        let mapping = match self.table.lookup(iova, inside) {
+            Found::Page(word) => {
+                // SAFETY: found at this page by an access that runs as long as the slice lives.
+                let slice = unsafe { word.slice(iova, len, need) };
+                if slice.is_some() {
+                    return slice;
+                }
+                self.table.find(iova, inside)
+            }
+            Found::Mapping(mapping) => mapping,
+        };
+        mapping?.whole(iova, len, need)
     }
 
     #[inline(never)]
     fn read_chunks(&self, inside: Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
         let need = Need::READ;
         self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
-            let slice = mapping.inline_slice(at, n, need);
+            let slice = mapping.inline_slice(at, n);
             slice.copy_to(&mut buf[done..]);
         })
     }
@@ -129,7 +135,7 @@ impl Space {
     fn write_chunks(&self, inside: Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
         let need = Need::WRITE;
         self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
-            let slice = mapping.inline_slice(at, n, need);
+            let slice = mapping.inline_slice(at, n);
             slice.copy_from(&buf[done..]);
         })
     }
@@ -190,7 +196,7 @@ impl Space {
         inside: Inside<'_>,
         iova: u64,
         need: Need,
-        op: impl FnOnce(&VolatileSlice<'_, ()>) -> vm_memory::VolatileMemoryResult<R>,
+        op: impl FnOnce(&InlineSlice<'_>) -> vm_memory::VolatileMemoryResult<R>,
     ) -> Result<R> {
         let size = size_of::<T>();
         let misaligned = || Error::Misaligned {
@@ -205,7 +211,7 @@ impl Space {
             Some(slice) => slice,
             None => {
                 let mapping = self.usable(inside, iova, need, 0)?;
-                mapping.inline_slice(iova, size, need)
+                mapping.inline_slice(iova, size)
             }
         };
         op(&slice).map_err(|_| misaligned())

@@ -7,6 +7,7 @@ use std::sync::atomic::{
     AtomicI16, AtomicI32, AtomicI64, AtomicI8, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering,
 };
 
+use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{AtomicAccess, VolatileMemory, VolatileMemoryResult, VolatileSlice};
 
 /// Integers that can be compared and exchanged in one step: those of 8 to 64 bits, on hosts that
@@ -14,12 +15,12 @@ use vm_memory::{AtomicAccess, VolatileMemory, VolatileMemoryResult, VolatileSlic
 pub trait CompareExchange: AtomicAccess + private::Exchange {}
 
 pub(crate) mod private {
-    use super::{Ordering, VolatileMemoryResult, VolatileSlice};
+    use super::{BitmapSlice, Ordering, VolatileMemoryResult, VolatileSlice};
 
     pub trait Exchange: Sized {
         /// The value in `slice` before, which is `current` in `Ok` and any other in `Err`.
-        fn exchange_in(
-            slice: &VolatileSlice<'_, ()>,
+        fn exchange_in<B: BitmapSlice>(
+            slice: &VolatileSlice<'_, B>,
             current: Self,
             new: Self,
             orders: (Ordering, Ordering),
@@ -32,14 +33,16 @@ macro_rules! compare_exchange {
         $(
             #[cfg(target_has_atomic = $width)]
             impl private::Exchange for $int {
-                fn exchange_in(
-                    slice: &VolatileSlice<'_, ()>,
+                fn exchange_in<B: BitmapSlice>(
+                    slice: &VolatileSlice<'_, B>,
                     current: Self,
                     new: Self,
                     (success, failure): (Ordering, Ordering),
                 ) -> VolatileMemoryResult<Result<Self, Self>> {
                     let value = slice.get_atomic_ref::<$atomic>(0)?;
-                    Ok(value.compare_exchange(current, new, success, failure))
+                    let before = value.compare_exchange(current, new, success, failure);
+                    slice.bitmap().mark_dirty(0, size_of::<Self>());
+                    Ok(before)
                 }
             }
 

@@ -4,6 +4,7 @@
 //! What can go wrong, with the errno the kernel answers in the same case.
 
 use std::io;
+use std::time::Duration;
 
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestMemoryError, Permissions};
@@ -109,10 +110,10 @@ pub enum Error {
         /// Most bytes they may take.
         limit: usize,
     },
-    /// An unmap that would leave a part of a mapping.
-    #[error("unmapping {size:#x} bytes at {iova:#x} would cut the mapping of {mapped_size:#x} bytes at {mapped:#x}")]
+    /// An unmap that would leave a part of a mapping, or dirty pages of a part of one.
+    #[error("{size:#x} bytes at {iova:#x} would cut the mapping of {mapped_size:#x} bytes at {mapped:#x}")]
     Bisect {
-        /// Start of the range to be unmapped.
+        /// Start of the range.
         iova: u64,
         /// Its size in bytes.
         size: u64,
@@ -185,6 +186,21 @@ pub enum Error {
         /// Its size in bytes.
         size: u64,
     },
+    /// Dirty pages were asked for while nobody keeps them.
+    #[error("{size:#x} bytes at {iova:#x}: which pages are written is not tracked")]
+    NotTracking {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// An access outlasted what waited for it, as its copy is very long or its thread does not get the
+    /// processor.
+    #[error("an access has been running for {waited:.1?}")]
+    AccessRuns {
+        /// For how long it was waited for.
+        waited: Duration,
+    },
     /// The reader or writer of a stream failed.
     #[error("streaming at {iova:#x} ({completed} bytes were done): {source}")]
     Stream {
@@ -211,6 +227,7 @@ impl Error {
             | Error::Misaligned { .. }
             | Error::NoPermissions { .. }
             | Error::Bisect { .. }
+            | Error::NotTracking { .. }
             | Error::NotMapped { .. } => libc::EINVAL,
             Error::Overflow { .. } => libc::EOVERFLOW,
             Error::BackingProtection { .. } | Error::BackingRange { .. } | Error::NoRegion(_) => {
@@ -222,7 +239,9 @@ impl Error {
             },
             Error::Overlap { .. } => libc::EEXIST,
             Error::EntryLimit { .. } | Error::TableLimit { .. } => libc::ENOSPC,
-            Error::Unmapping { .. } | Error::Revoked { .. } => libc::EBUSY,
+            Error::Unmapping { .. } | Error::Revoked { .. } | Error::AccessRuns { .. } => {
+                libc::EBUSY
+            }
             Error::Permission { .. } => libc::EPERM,
             Error::Deadline { .. } | Error::InsideAccess { .. } => libc::EDEADLK,
             Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),

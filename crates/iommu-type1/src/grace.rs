@@ -27,8 +27,8 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::Instant;
 
+use crate::deadline::Deadline;
 use crate::membarrier::{self, ReaderBarrier};
 use crate::sync::{fence, lock, now, yield_now, AtomicU32, AtomicU64, Mutex, Ordering};
 
@@ -114,7 +114,7 @@ impl Grace {
 
     /// Waits for every access that runs now; `false` if one still does at the deadline, or if the
     /// kernel refuses its barrier.
-    pub(crate) fn synchronize(&self, deadline: Instant) -> bool {
+    pub(crate) fn synchronize(&self, deadline: &Deadline) -> bool {
         // See above: between what the caller has unlinked and the look at the slots.
         fence(Ordering::SeqCst);
         let slots = lock(&self.slots);
@@ -201,13 +201,13 @@ impl Slot {
         })
     }
 
-    fn wait_beyond(&self, count: u64, deadline: Instant) -> bool {
+    fn wait_beyond(&self, count: u64, deadline: &Deadline) -> bool {
         let mut turns = 0;
         while self.count.load(Ordering::Acquire) == count {
             if turns < SPINS {
                 turns += 1;
                 std::hint::spin_loop();
-            } else if now() < deadline {
+            } else if now() < deadline.instant() {
                 yield_now();
             } else {
                 return false;

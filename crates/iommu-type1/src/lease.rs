@@ -19,8 +19,9 @@ use std::fmt;
 use std::ops::Deref;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::deadline::Deadline;
 use crate::grace::{thread_number, Grace, Inside, Slot};
 use crate::holder::HolderKind;
 use crate::mapping::{Mapping, Need};
@@ -219,7 +220,7 @@ impl Ledger {
     /// Waits until nobody leases any of the mappings, or for the deadline.
     ///
     /// They are out of the table and a grace period has passed: no lease can be added.
-    pub(crate) fn wait_released(&self, mappings: &[Arc<Mapping>], deadline: Instant) {
+    pub(crate) fn wait_released(&self, mappings: &[Arc<Mapping>], deadline: &Deadline) {
         if !self.any_leased(mappings) {
             return;
         }
@@ -227,7 +228,7 @@ impl Ledger {
         fence(Ordering::SeqCst);
         let mut gate = lock(&self.gate);
         while self.any_leased(mappings) {
-            match wait_until(&self.returned, &self.gate, gate, deadline) {
+            match wait_until(&self.returned, &self.gate, gate, deadline.instant()) {
                 Some(guard) => gate = guard,
                 None => break,
             }

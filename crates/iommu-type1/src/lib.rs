@@ -74,6 +74,7 @@ compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for L
 mod access;
 mod atomics;
 mod backing;
+mod deadline;
 mod dirty;
 mod error;
 mod grace;
@@ -100,7 +101,7 @@ mod model;
 pub use access::Transfer;
 pub use atomics::CompareExchange;
 pub use backing::Backing;
-pub use dirty::{Dirty, DirtySlice};
+pub use dirty::{Dirty, DirtyPages, DirtySlice};
 pub use error::{Error, Result};
 pub use guest_memory::{DmaGuard, DmaMemory, DmaSlices};
 pub use handle::DmaHandle;

@@ -10,7 +10,9 @@ use vm_memory::Permissions;
 
 use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
+use crate::space::Space;
 use crate::sync::lock;
+use crate::writer::Writer;
 use crate::{Backing, Error, IoAddressSpace, Result};
 
 impl IoAddressSpace {
@@ -28,58 +30,122 @@ impl IoAddressSpace {
     /// (EBUSY) where the mapping in the way is being unmapped, [`Error::EntryLimit`] or
     /// [`Error::TableLimit`] (ENOSPC).
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
-        let size = backing.len() as u64;
-        let range = IovaRange::new(iova, size)?;
-        if prot == Permissions::No {
-            return Err(Error::NoPermissions { iova });
-        }
-        check_aligned("address", iova)?;
-        check_aligned("size", size)?;
-        check_aligned("host address", backing.host_address() as u64)?;
-        if !backing.access().allow(prot) {
-            return Err(Error::BackingProtection {
-                iova,
-                asked: prot,
-                allowed: backing.access(),
-            });
-        }
-
-        let space = &self.view.space;
+        let mapping = checked(iova, backing, prot)?;
+        let space = &*self.view.space;
         let mut writer = lock(&space.writer);
-        if let Some(leaving) = writer.leaving_in(range) {
-            let mapped = leaving.mapping.range;
-            return Err(Error::Unmapping {
-                iova,
-                size,
-                mapped: mapped.first,
-                mapped_size: mapped.size(),
-            });
-        }
-        let in_the_way = space
-            .table
-            .visit(range, |mapping| ControlFlow::Break(mapping.range));
-        if let Some(mapped) = in_the_way {
-            return Err(Error::Overlap {
-                iova,
-                size,
-                mapped: mapped.first,
-                mapped_size: mapped.size(),
-            });
-        }
-        if writer.len() >= space.entry_limit {
-            return Err(Error::EntryLimit {
-                limit: space.entry_limit,
-            });
-        }
-        let bytes = writer.table_bytes;
-        if bytes >= space.table_limit {
-            return Err(Error::TableLimit {
-                bytes,
-                limit: space.table_limit,
-            });
-        }
-        let mapping = Mapping::new(range, prot, backing);
+        check_free(&writer, space, mapping.range)?;
+        check_entries(&writer, space, 1)?;
+        check_table(&writer, space)?;
         writer.publish(&space.table, Arc::new(mapping));
         Ok(())
     }
+
+    /// Maps several backings, each at an address and for accesses as its permissions say: all of them
+    /// or none, checked together, with no map or unmap of somebody else in between. An access that
+    /// finds one of them finds all before it.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](IoAddressSpace::map), of the first that has one; [`Error::Overlap`] also where they
+    /// overlap each other. Nothing is mapped then. (Where the limit of the table is met on the way, what
+    /// was mapped before is unmapped again, and accesses may have seen it.)
+    pub fn map_batch(
+        &self,
+        mappings: impl IntoIterator<Item = (u64, Backing, Permissions)>,
+    ) -> Result<()> {
+        let mappings = mappings.into_iter();
+        let checked = mappings.map(|(iova, backing, prot)| checked(iova, backing, prot));
+        let mappings = checked.collect::<Result<Vec<_>>>()?;
+        let space = &*self.view.space;
+        let mut writer = lock(&space.writer);
+        check_apart(&mappings)?;
+        for mapping in &mappings {
+            check_free(&writer, space, mapping.range)?;
+        }
+        check_entries(&writer, space, mappings.len())?;
+        let mut published = Vec::with_capacity(mappings.len());
+        for mapping in mappings {
+            if let Err(full) = check_table(&writer, space) {
+                drop(writer);
+                if let Err(error) = self.unmap_batch(&published) {
+                    log::warn!("a batch is mapped in part: {error}");
+                }
+                return Err(full);
+            }
+            published.push((mapping.range.first, mapping.range.size()));
+            writer.publish(&space.table, Arc::new(mapping));
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a range of which something is mapped, or leaves.
+fn check_free(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+    let (iova, size) = (range.first, range.size());
+    if let Some(leaving) = writer.leaving_in(range) {
+        let mapped = leaving.mapping.range;
+        return Err(Error::Unmapping {
+            iova,
+            size,
+            mapped: mapped.first,
+            mapped_size: mapped.size(),
+        });
+    }
+    let in_the_way = space
+        .table
+        .visit(range, |mapping| ControlFlow::Break(mapping.range));
+    in_the_way.map_or(Ok(()), |mapped| Err(overlap(range, mapped)))
+}
+
+/// Refuses mappings of which two overlap.
+fn check_apart(mappings: &[Mapping]) -> Result<()> {
+    let mut ranges: Vec<_> = mappings.iter().map(|mapping| mapping.range).collect();
+    ranges.sort_unstable_by_key(|range| range.first);
+    let met = ranges.windows(2).find(|pair| pair[1].first <= pair[0].last);
+    met.map_or(Ok(()), |pair| Err(overlap(pair[1], pair[0])))
+}
+
+fn overlap(range: IovaRange, mapped: IovaRange) -> Error {
+    Error::Overlap {
+        iova: range.first,
+        size: range.size(),
+        mapped: mapped.first,
+        mapped_size: mapped.size(),
+    }
+}
+
+fn check_entries(writer: &Writer, space: &Space, more: usize) -> Result<()> {
+    let limit = space.entry_limit;
+    if writer.len().saturating_add(more) > limit {
+        return Err(Error::EntryLimit { limit });
+    }
+    Ok(())
+}
+
+fn check_table(writer: &Writer, space: &Space) -> Result<()> {
+    let (bytes, limit) = (writer.table_bytes, space.table_limit);
+    if bytes >= limit {
+        return Err(Error::TableLimit { bytes, limit });
+    }
+    Ok(())
+}
+
+/// A mapping that is right in itself, whatever else is mapped.
+fn checked(iova: u64, backing: Backing, prot: Permissions) -> Result<Mapping> {
+    let size = backing.len() as u64;
+    let range = IovaRange::new(iova, size)?;
+    if prot == Permissions::No {
+        return Err(Error::NoPermissions { iova });
+    }
+    check_aligned("address", iova)?;
+    check_aligned("size", size)?;
+    check_aligned("host address", backing.host_address() as u64)?;
+    if !backing.access().allow(prot) {
+        return Err(Error::BackingProtection {
+            iova,
+            asked: prot,
+            allowed: backing.access(),
+        });
+    }
+    Ok(Mapping::new(range, prot, backing))
 }

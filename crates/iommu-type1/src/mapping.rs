@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vm_memory::{Permissions, VolatileSlice};
 
 use crate::backing::Region;
-use crate::dirty::{DirtyLog, DirtySlice};
+use crate::dirty::{DirtyLog, DirtySlice, InlineMarks};
 use crate::range::{page_shift, page_size, IovaRange};
 use crate::Backing;
 
@@ -37,6 +37,9 @@ pub(crate) struct Mapping {
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
+
+/// Memory in the hands of an access that runs.
+pub(crate) type InlineSlice<'a> = VolatileSlice<'a, InlineMarks<'a>>;
 
 /// What an access needs, as bits of [`PageWord`]s.
 ///
@@ -109,15 +112,13 @@ impl Mapping {
         unsafe { VolatileSlice::with_bitmap(memory, len, dirty, None) }
     }
 
-    /// As [`slice`](Mapping::slice) for an access that runs: what it may write is marked here.
+    /// As [`slice`](Mapping::slice) for an access that runs.
     #[inline]
-    pub(crate) fn inline_slice(&self, iova: u64, len: usize, need: Need) -> VolatileSlice<'_, ()> {
+    pub(crate) fn inline_slice(&self, iova: u64, len: usize) -> InlineSlice<'_> {
         let (memory, len) = self.memory(iova, len);
-        if need.writes() && self.wants_marks() {
-            self.mark_inline((iova - self.range.first) as usize, len);
-        }
+        let marks = InlineMarks::new(self, (iova - self.range.first) as usize);
         // SAFETY: as in `slice`.
-        unsafe { VolatileSlice::new(memory, len) }
+        unsafe { VolatileSlice::with_bitmap(memory, len, marks, None) }
     }
 
     /// Where `iova`, which is in the range, lies, and how many of `len` bytes do.
@@ -138,20 +139,22 @@ impl Mapping {
 
     /// `len` bytes from `iova`, one at least, if all of them lie in it and `need` is permitted.
     #[inline]
-    pub(crate) fn whole(&self, iova: u64, len: usize, need: Need) -> Option<VolatileSlice<'_, ()>> {
+    pub(crate) fn whole(&self, iova: u64, len: usize, need: Need) -> Option<InlineSlice<'_>> {
         // Where `iova` is below the range, the difference wraps to more than any size.
         let offset = iova.wrapping_sub(self.range.first);
         let size_less_one = self.range.last - self.range.first;
-        let fits = offset <= size_less_one && (len as u64).wrapping_sub(1) <= size_less_one - offset;
+        let fits =
+            offset <= size_less_one && (len as u64).wrapping_sub(1) <= size_less_one - offset;
         if !fits || !self.allows(need) {
             return None;
         }
         let offset = offset as usize;
-        if need.writes() && self.wants_marks() {
-            self.mark_inline(offset, len);
-        }
+        let (memory, marks) = (
+            self.host.wrapping_add(offset),
+            InlineMarks::new(self, offset),
+        );
         // SAFETY: as in `slice`, and just compared.
-        Some(unsafe { VolatileSlice::new(self.host.wrapping_add(offset), len) })
+        Some(unsafe { VolatileSlice::with_bitmap(memory, len, marks, None) })
     }
 
     /// Whether anybody wants to know what is written.
@@ -160,9 +163,8 @@ impl Mapping {
         self.tracks || self.dirty.is_on()
     }
 
-    /// Says that `len` bytes from `offset`, which lie in it, are about to be written by an access that
-    /// runs.
-    fn mark_inline(&self, offset: usize, len: usize) {
+    /// Says that `len` bytes from `offset`, which lie in it, were written by an access that runs.
+    pub(crate) fn mark_inline(&self, offset: usize, len: usize) {
         self.dirty.mark_inline(offset, len);
         if self.tracks {
             self.mark_region(offset, len);
@@ -253,17 +255,21 @@ impl PageWord {
         iova: u64,
         len: usize,
         need: Need,
-    ) -> Option<VolatileSlice<'a, ()>> {
+    ) -> Option<InlineSlice<'a>> {
         let page_mask = (1_usize << page_shift()) - 1;
         let offset = iova as usize & page_mask;
-        let bits = if need.writes() { need.0 | PLAIN } else { need.0 };
+        let bits = if need.writes() {
+            need.0 | PLAIN
+        } else {
+            need.0
+        };
         let fits = len.wrapping_sub(1) <= page_mask - offset;
         if !fits || self.0.addr() & bits != bits {
             return None;
         }
         let memory = self.0.map_addr(|addr| addr & !page_mask | offset).cast();
         // SAFETY: the page belongs to a mapping, which lives while the access runs.
-        Some(unsafe { VolatileSlice::new(memory, len) })
+        Some(unsafe { VolatileSlice::with_bitmap(memory, len, InlineMarks::NONE, None) })
     }
 }
 

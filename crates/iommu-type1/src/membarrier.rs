@@ -33,7 +33,9 @@ pub(crate) fn granted(wanted: ReaderBarrier) -> ReaderBarrier {
         ReaderBarrier::Membarrier => match call::register() {
             Ok(()) => ReaderBarrier::Membarrier,
             Err(error) => {
-                log::warn!("accesses pass barriers of their own, as membarrier is refused: {error}");
+                log::warn!(
+                    "accesses pass barriers of their own, as membarrier is refused: {error}"
+                );
                 ReaderBarrier::Fence
             }
         },

@@ -79,9 +79,15 @@ impl Pinner {
         // The pins are made while the access runs: see the invariant of `Space`.
         space.grace.enter_shared(|inside| {
             let mut mappings = Vec::new();
-            space.for_each_chunk(inside, iova, len, Need::exactly(prot), |mapping, _, _, _| {
-                mappings.push(Table::share(mapping));
-            })?;
+            space.for_each_chunk(
+                inside,
+                iova,
+                len,
+                Need::exactly(prot),
+                |mapping, _, _, _| {
+                    mappings.push(Table::share(mapping));
+                },
+            )?;
             Ok(PinnedPages {
                 guard: self.access.pin(iova, npages)?,
                 mappings,

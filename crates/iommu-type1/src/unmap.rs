@@ -9,15 +9,17 @@
 //! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::deadline::Deadline;
 use crate::holder::HolderKind;
 use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
 use crate::space::Space;
 use crate::stream;
-use crate::sync::{lock, now};
+use crate::sync::lock;
 use crate::table::Unlinked;
+use crate::writer::Writer;
 use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
 /// What becomes of a mapping whose holders do not let go before the deadline of an unmap.
@@ -66,6 +68,10 @@ impl UnmapOptions {
         self
     }
 
+    pub(crate) fn longest(&self) -> Duration {
+        self.deadline
+    }
+
     /// What becomes of a mapping that is still held then.
     pub fn policy(mut self, policy: UnmapPolicy) -> Self {
         self.policy = policy;
@@ -102,9 +108,41 @@ impl IoAddressSpace {
     ///
     /// As [`unmap`](IoAddressSpace::unmap).
     pub fn unmap_with(&self, iova: u64, size: u64, options: UnmapOptions) -> Result<u64> {
-        check_aligned("address", iova)?;
-        check_aligned("size", size)?;
-        self.unmap_range(IovaRange::new(iova, size)?, options)
+        self.unmap_ranges(&[whole_pages(iova, size)?], options)
+    }
+
+    /// As [`unmap`](IoAddressSpace::unmap) of several ranges, given as address and size: they are
+    /// checked together, leave together, and one grace period serves all.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions::ReadWrite;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map_batch([
+    ///     (0x1000, Backing::anonymous(0x1000)?, ReadWrite),
+    ///     (0x8000, Backing::anonymous(0x2000)?, ReadWrite),
+    /// ])?;
+    /// assert_eq!(space.unmap_batch(&[(0x1000, 0x1000), (0x8000, 0x2000)])?, 0x3000);
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`unmap`](IoAddressSpace::unmap), of the first range that has one; nothing is removed where
+    /// `unmap` would not have removed anything.
+    pub fn unmap_batch(&self, ranges: &[(u64, u64)]) -> Result<u64> {
+        self.unmap_batch_with(ranges, self.view.space.unmap)
+    }
+
+    /// As [`unmap_batch`](IoAddressSpace::unmap_batch), with a deadline and policy of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`unmap_batch`](IoAddressSpace::unmap_batch).
+    pub fn unmap_batch_with(&self, ranges: &[(u64, u64)], options: UnmapOptions) -> Result<u64> {
+        let ranges = ranges.iter().map(|(iova, size)| whole_pages(*iova, *size));
+        self.unmap_ranges(&ranges.collect::<Result<Vec<_>>>()?, options)
     }
 
     /// Removes every mapping of the space and returns the bytes removed. Those that another unmap is
@@ -114,20 +152,26 @@ impl IoAddressSpace {
     ///
     /// [`Error::InsideAccess`] and [`Error::Deadline`] as [`unmap`](IoAddressSpace::unmap).
     pub fn unmap_all(&self) -> Result<u64> {
-        self.unmap_range(IovaRange::ALL, self.view.space.unmap)
+        self.unmap_ranges(&[IovaRange::ALL], self.view.space.unmap)
     }
 
-    fn unmap_range(&self, range: IovaRange, options: UnmapOptions) -> Result<u64> {
-        let begun = now();
-        // A deadline beyond the clock's range is no deadline; a day is as good.
-        let deadline = begun
-            .checked_add(options.deadline)
-            .unwrap_or_else(|| begun + Duration::from_secs(86_400));
-        let mut revocation = Revocation::begin(&self.view.space, range, options.policy, begun)?;
-        let graced = revocation.grace_period(deadline);
+    fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {
+        let space = &*self.view.space;
+        let mut revocation = Revocation::begin(space, ranges, options)?;
+        if revocation.mappings.is_empty() {
+            return Ok(0);
+        }
+        revocation.grace_period();
         revocation.tell();
-        revocation.finish(graced, deadline)
+        revocation.finish()
     }
+}
+
+/// A range as the kernel takes it.
+pub(crate) fn whole_pages(iova: u64, size: u64) -> Result<IovaRange> {
+    check_aligned("address", iova)?;
+    check_aligned("size", size)?;
+    IovaRange::new(iova, size)
 }
 
 /// Mappings that are being removed. Dropped without [`finish`](Revocation::finish) (a notice
@@ -138,46 +182,28 @@ struct Revocation<'a> {
     policy: UnmapPolicy,
     /// What accesses that ran when it was taken out of the table may still see.
     unlinked: Unlinked,
-    begun: Instant,
+    /// Whether none of those accesses runs any more.
+    graced: bool,
+    deadline: Deadline,
 }
 
 impl<'a> Revocation<'a> {
-    fn begin(
-        space: &'a Space,
-        range: IovaRange,
-        policy: UnmapPolicy,
-        begun: Instant,
-    ) -> Result<Self> {
-        if stream::is_inside(space) {
+    fn begin(space: &'a Space, ranges: &[IovaRange], options: UnmapOptions) -> Result<Self> {
+        if let (Some(range), true) = (ranges.first(), stream::is_inside(space)) {
             return Err(Error::InsideAccess {
                 iova: range.first,
                 size: range.size(),
             });
         }
         let mut writer = lock(&space.writer);
-        if let Some(mapped) = writer.cut_by(&space.table, range) {
-            return Err(Error::Bisect {
-                iova: range.first,
-                size: range.size(),
-                mapped: mapped.first,
-                mapped_size: mapped.size(),
-            });
+        for range in ranges {
+            check(&writer, space, *range)?;
         }
-        let running = match range {
-            // Everything means whatever there is to take.
-            IovaRange::ALL => None,
-            _ => writer.revoking_in(range),
-        };
-        if let Some(leaving) = running {
-            let mapped = leaving.mapping.range;
-            return Err(Error::Unmapping {
-                iova: range.first,
-                size: range.size(),
-                mapped: mapped.first,
-                mapped_size: mapped.size(),
-            });
+        let mut mappings = Vec::new();
+        let mut unlinked = Unlinked::default();
+        for range in ranges {
+            writer.revoke(&space.table, *range, &mut mappings, &mut unlinked);
         }
-        let (mappings, mut unlinked) = writer.revoke(&space.table, range);
         if !mappings.is_empty() {
             // There will be a grace period; what is late can use it too.
             unlinked.append(std::mem::take(&mut writer.late));
@@ -185,26 +211,16 @@ impl<'a> Revocation<'a> {
         Ok(Revocation {
             space,
             mappings,
-            policy,
+            policy: options.policy,
             unlinked,
-            begun,
+            graced: false,
+            deadline: Deadline::after(options.deadline),
         })
     }
 
-    /// Waits for the accesses that run; what no access can see any more is freed then.
-    fn grace_period(&mut self, deadline: Instant) -> bool {
-        if self.mappings.is_empty() {
-            return true;
-        }
-        let passed = self.space.grace.synchronize(deadline);
-        let unlinked = std::mem::take(&mut self.unlinked);
-        let mut writer = lock(&self.space.writer);
-        if passed {
-            writer.table_bytes -= unlinked.bytes();
-        } else {
-            writer.late.append(unlinked);
-        }
-        passed
+    /// Waits for the accesses that run.
+    fn grace_period(&mut self) {
+        self.graced = self.space.grace.synchronize(&self.deadline);
     }
 
     fn tell(&self) {
@@ -214,27 +230,28 @@ impl<'a> Revocation<'a> {
         }
     }
 
-    fn finish(mut self, graced: bool, deadline: Instant) -> Result<u64> {
-        self.space.leases.wait_released(&self.mappings, deadline);
+    fn finish(mut self) -> Result<u64> {
+        self.space
+            .leases
+            .wait_released(&self.mappings, &self.deadline);
         let mut holders = Vec::new();
-        let (held, free): (Vec<_>, Vec<_>) = std::mem::take(&mut self.mappings)
-            .into_iter()
-            .partition(|mapping| {
-                let found = self.holders(mapping, graced, deadline);
-                let is_held = !found.is_empty();
-                holders.extend(found);
-                is_held
-            });
+        let mut free = std::mem::take(&mut self.mappings);
+        let mut held = Vec::new();
+        free.retain(|mapping| {
+            let found = self.holders(mapping);
+            if found.is_empty() {
+                return true;
+            }
+            holders.extend(found);
+            held.push(mapping.clone());
+            false
+        });
         self.mappings = held;
         let unmapped = self.remove(free);
         if self.mappings.is_empty() {
             return Ok(unmapped);
         }
-        let left = self
-            .mappings
-            .iter()
-            .map(|mapping| mapping.range.size())
-            .sum();
+        let left = total(&self.mappings);
         log::warn!(
             "unmap at its deadline: {left:#x} bytes are still held by {} holders",
             holders.len()
@@ -247,23 +264,21 @@ impl<'a> Revocation<'a> {
     }
 
     /// Who still holds something of the mapping when the deadline has passed.
-    fn holders(&self, mapping: &Mapping, graced: bool, deadline: Instant) -> Vec<Holder> {
+    fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
         let range = mapping.range;
         let mut holders = self.space.leases.holders(mapping);
-        if !graced {
+        if !self.graced {
             holders.push(Holder {
                 kind: HolderKind::Access,
                 name: String::from("a running access"),
                 iova: range.first,
                 size: range.size(),
-                age: now().saturating_duration_since(self.begun),
+                age: self.deadline.age(),
             });
         }
-        let pins = self
-            .space
-            .pins
-            .wait_released(range.first, range.size(), deadline);
-        let page_size = self.space.pins.page_size();
+        let pins = &self.space.pins;
+        let page_size = pins.page_size();
+        let pins = pins.wait_released(range.first, range.size(), self.deadline.instant());
         holders.extend(pins.err().into_iter().flatten().map(|pin| Holder {
             kind: HolderKind::Pin,
             name: pin.name,
@@ -274,15 +289,58 @@ impl<'a> Revocation<'a> {
         holders
     }
 
-    fn remove(&self, free: Vec<Arc<Mapping>>) -> u64 {
+    /// Ends the revocation of `free`, whose memory goes with the last reference to it.
+    fn remove(&mut self, free: Vec<Arc<Mapping>>) -> u64 {
+        let mut unlinked = std::mem::take(&mut self.unlinked);
         let mut writer = lock(&self.space.writer);
-        let gone: Vec<_> = free
-            .iter()
-            .filter_map(|mapping| writer.forget(mapping))
-            .collect();
+        for mapping in &free {
+            writer.forget(mapping);
+        }
+        writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
+        if !self.graced {
+            writer.late.append(std::mem::take(&mut unlinked));
+        }
         drop(writer);
-        gone.iter().map(|gone| gone.mapping.range.size()).sum()
+        total(&free)
     }
+}
+
+/// Refuses a range that has a part of a mapping.
+pub(crate) fn check_uncut(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+    match writer.cut_by(&space.table, range) {
+        Some(mapped) => Err(Error::Bisect {
+            iova: range.first,
+            size: range.size(),
+            mapped: mapped.first,
+            mapped_size: mapped.size(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The rules of type1 v2 for an unmap.
+fn check(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+    check_uncut(writer, space, range)?;
+    if range == IovaRange::ALL {
+        // Everything means whatever there is to take.
+        return Ok(());
+    }
+    match writer.revoking_in(range) {
+        Some(leaving) => {
+            let mapped = leaving.mapping.range;
+            Err(Error::Unmapping {
+                iova: range.first,
+                size: range.size(),
+                mapped: mapped.first,
+                mapped_size: mapped.size(),
+            })
+        }
+        None => Ok(()),
+    }
+}
+
+fn total(mappings: &[Arc<Mapping>]) -> u64 {
+    mappings.iter().map(|mapping| mapping.range.size()).sum()
 }
 
 impl Drop for Revocation<'_> {

@@ -35,6 +35,8 @@ pub(crate) struct Writer {
     /// Memory of the table's nodes, those included that are not freed yet.
     pub(crate) table_bytes: usize,
     leaving: BTreeMap<u64, Leaving>,
+    /// Whether mappings keep which of their pages are written.
+    pub(crate) tracking: bool,
     /// What an unmap could not free because an access outlasted its deadline.
     pub(crate) late: Unlinked,
 }
@@ -46,43 +48,41 @@ impl Writer {
     }
 
     pub(crate) fn publish(&mut self, table: &Table, mapping: Arc<Mapping>) {
+        if self.tracking {
+            mapping.dirty.start(mapping.pages());
+        }
         self.live += 1;
         self.table_bytes += table.insert(mapping);
     }
 
     /// Takes the mappings inside `range` out of the table, and those that left before and may be
-    /// tried again; all of them are being revoked then.
+    /// tried again; all of them are being revoked then, and added to `revoked`.
     pub(crate) fn revoke(
         &mut self,
         table: &Table,
         range: IovaRange,
-    ) -> (Vec<Arc<Mapping>>, Unlinked) {
-        let mut unlinked = Unlinked::default();
-        let mut live = Vec::new();
+        revoked: &mut Vec<Arc<Mapping>>,
+        unlinked: &mut Unlinked,
+    ) {
+        for (_, leaving) in self.leaving.range_mut(range.first..=range.last) {
+            if leaving.state == State::Revoked {
+                leaving.state = State::Revoking;
+                revoked.push(leaving.mapping.clone());
+            }
+        }
+        let first = revoked.len();
         table.visit(range, |mapping| {
-            live.push(Table::share(mapping));
+            revoked.push(Table::share(mapping));
             ControlFlow::<()>::Continue(())
         });
-        self.live -= live.len();
-        for mapping in &live {
-            drop(table.remove(mapping, &mut unlinked));
+        self.live -= revoked.len() - first;
+        for mapping in &revoked[first..] {
+            let leaving = Leaving {
+                mapping: table.remove(mapping, unlinked),
+                state: State::Revoking,
+            };
+            self.leaving.insert(mapping.range.first, leaving);
         }
-        let live = live.into_iter().map(|mapping| Leaving {
-            mapping,
-            state: State::Revoked,
-        });
-        self.leaving
-            .extend(live.map(|leaving| (leaving.mapping.range.first, leaving)));
-        let revoked = self
-            .leaving
-            .range_mut(range.first..=range.last)
-            .map(|(_, leaving)| leaving)
-            .filter(|leaving| leaving.state == State::Revoked)
-            .map(|leaving| {
-                leaving.state = State::Revoking;
-                leaving.mapping.clone()
-            });
-        (revoked.collect(), unlinked)
     }
 
     /// The first mapping that leaves and shares an address with `range`.
@@ -94,11 +94,15 @@ impl Writer {
             .or_else(|| Some(self.leaving.range(range.first..=range.last).next()?.1))
     }
 
+    /// The mappings inside `range` that leave.
+    pub(crate) fn leaving_inside(&self, range: IovaRange) -> impl Iterator<Item = &Leaving> {
+        let leaving = self.leaving.range(range.first..=range.last);
+        leaving.map(|(_, leaving)| leaving)
+    }
+
     /// Whether an unmap of something inside `range` is under way.
     pub(crate) fn revoking_in(&self, range: IovaRange) -> Option<&Leaving> {
-        self.leaving
-            .range(range.first..=range.last)
-            .map(|(_, leaving)| leaving)
+        self.leaving_inside(range)
             .find(|leaving| leaving.state == State::Revoking)
     }
 

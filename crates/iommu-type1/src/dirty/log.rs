@@ -5,10 +5,10 @@
 //!
 //! # Why nothing is lost
 //!
-//! Whoever takes the bits clears them and then waits for the inline accesses that run. So an inline
-//! access need not touch a bit that is set already: either it is waited for, and its bytes are there
-//! for whoever took the bit, or it begins later and finds the bit cleared. Slices that were lent are
-//! not waited for: they set the bit after the bytes, whatever it was.
+//! Bits are set after the bytes are written. Whoever takes the bits clears them and then waits for the
+//! inline accesses that run. So an inline access need not touch a bit that it finds set: either it is
+//! waited for, and its bytes are there for whoever took the bit, or it begins later and finds the bit
+//! cleared. Slices that were lent are not waited for: they set the bit whatever it was.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -49,7 +49,9 @@ impl DirtyLog {
             return;
         }
         let words = if raw.is_null() {
-            let words: Box<[AtomicU64]> = (0..pages.div_ceil(WORD)).map(|_| AtomicU64::new(0)).collect();
+            let words: Box<[AtomicU64]> = (0..pages.div_ceil(WORD))
+                .map(|_| AtomicU64::new(0))
+                .collect();
             Box::into_raw(words).cast()
         } else {
             for index in 0..pages.div_ceil(WORD) {
@@ -58,16 +60,18 @@ impl DirtyLog {
             }
             raw
         };
-        self.0.store(words.map_addr(|addr| addr | ON), Ordering::Release);
+        self.0
+            .store(words.map_addr(|addr| addr | ON), Ordering::Release);
     }
 
     /// Forgets what was kept.
     pub(crate) fn stop(&self) {
         let raw = self.0.load(Ordering::Relaxed);
-        self.0.store(raw.map_addr(|addr| addr & !ON), Ordering::Release);
+        self.0
+            .store(raw.map_addr(|addr| addr & !ON), Ordering::Release);
     }
 
-    /// Marks `len` bytes from `offset` by an inline access, before it writes them.
+    /// Marks `len` bytes from `offset` by an inline access, after it has written them.
     #[inline]
     pub(crate) fn mark_inline(&self, offset: usize, len: usize) {
         self.for_each_word(offset, len, |word, mask| {
@@ -93,17 +97,21 @@ impl DirtyLog {
         dirty
     }
 
-    /// Clears the marks of `pages` and gives every one that was set to `taken`.
-    pub(super) fn take(&self, pages: RangeInclusive<usize>, mut taken: impl FnMut(usize)) {
-        self.for_each_word_of(pages, |index, word, mask| {
+    /// Clears the marks of a mapping of so many pages, and gives each word that had some to `taken`, with
+    /// its index.
+    pub(super) fn take(&self, pages: usize, mut taken: impl FnMut(usize, u64)) {
+        self.for_each_word_of(0..=pages - 1, |index, word, mask| {
             // A word without a mark need not be written.
             if word.load(Ordering::Acquire) & mask != 0 {
-                let mut marks = word.fetch_and(!mask, Ordering::AcqRel) & mask;
-                while marks != 0 {
-                    taken(index * WORD + marks.trailing_zeros() as usize);
-                    marks &= marks - 1;
-                }
+                taken(index, word.fetch_and(!mask, Ordering::AcqRel) & mask);
             }
+        });
+    }
+
+    /// Sets marks that were taken.
+    pub(super) fn put_back(&self, index: usize, marks: u64) {
+        self.for_each_word_of(index * WORD..=index * WORD, |_, word, _| {
+            word.fetch_or(marks, Ordering::AcqRel);
         });
     }
 
@@ -194,14 +202,18 @@ mod tests {
                         expected.extend(offset >> page_shift()..=(offset + len - 1) >> page_shift());
                     }
                 } else {
-                    let first = a % pages;
-                    let last = first + b % (pages - first);
-                    let mut taken = Vec::new();
-                    log.take(first..=last, |page| taken.push(page));
-                    let rest = expected.split_off(&first);
-                    let (of_it, behind): (BTreeSet<_>, BTreeSet<_>) = rest.into_iter().partition(|page| *page <= last);
-                    expected.extend(behind);
-                    prop_assert!(taken.into_iter().eq(of_it));
+                    let mut taken = BTreeSet::new();
+                    log.take(pages, |index, marks| {
+                        let bits = (0..WORD).filter(|bit| marks >> bit & 1 == 1);
+                        taken.extend(bits.map(|bit| index * WORD + bit));
+                        if inline {
+                            log.put_back(index, marks);
+                        }
+                    });
+                    prop_assert_eq!(&taken, &expected);
+                    if !inline {
+                        expected.clear();
+                    }
                 }
                 for page in 0..pages {
                     prop_assert_eq!(log.dirty_at(page << page_shift()), expected.contains(&page));

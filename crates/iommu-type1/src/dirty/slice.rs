@@ -90,3 +90,59 @@ impl Bitmap for DirtySlice<'_> {
         }
     }
 }
+
+/// The marks of memory in the hands of an access that runs.
+#[derive(Clone, Copy)]
+pub(crate) struct InlineMarks<'a> {
+    /// `None` where nobody wants any.
+    mapping: Option<&'a Mapping>,
+    offset: usize,
+}
+
+impl<'a> InlineMarks<'a> {
+    pub(crate) const NONE: InlineMarks<'static> = InlineMarks {
+        mapping: None,
+        offset: 0,
+    };
+
+    #[inline]
+    pub(crate) fn new(mapping: &'a Mapping, offset: usize) -> Self {
+        InlineMarks {
+            mapping: Some(mapping),
+            offset,
+        }
+    }
+}
+
+impl fmt::Debug for InlineMarks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InlineMarks").finish_non_exhaustive()
+    }
+}
+
+impl<'a> WithBitmapSlice<'_> for InlineMarks<'a> {
+    type S = InlineMarks<'a>;
+}
+
+impl BitmapSlice for InlineMarks<'_> {}
+
+impl Bitmap for InlineMarks<'_> {
+    #[inline]
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if let Some(mapping) = self.mapping.filter(|mapping| mapping.wants_marks()) {
+            // Accesses mark what they have written, which lies in the mapping.
+            mapping.mark_inline(self.offset + offset, len);
+        }
+    }
+
+    fn dirty_at(&self, _offset: usize) -> bool {
+        false
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        InlineMarks {
+            mapping: self.mapping,
+            offset: self.offset + offset,
+        }
+    }
+}

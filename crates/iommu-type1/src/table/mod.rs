@@ -512,8 +512,12 @@ mod tests {
             self.grace
                 .enter_shared(|inside| match self.table.lookup(iova, inside) {
                     Found::Page(word) => {
-                        let of_mapping = expected.map(|mapping| mapping.page_word(iova >> page_shift()));
-                        assert_eq!(word.into_raw(), of_mapping.unwrap_or(PageWord::NONE).into_raw());
+                        let of_mapping =
+                            expected.map(|mapping| mapping.page_word(iova >> page_shift()));
+                        assert_eq!(
+                            word.into_raw(),
+                            of_mapping.unwrap_or(PageWord::NONE).into_raw()
+                        );
                     }
                     Found::Mapping(found) => {
                         let found = found.filter(|mapping| mapping.range.contains(iova));

@@ -1,0 +1,44 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! When to wait no longer.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use crate::sync::now;
+
+/// A deadline whose time begins when somebody first waits for it: most never do, and reading the clock
+/// costs as much as the rest of a look-up.
+pub(crate) struct Deadline {
+    after: Duration,
+    begun: Cell<Option<Instant>>,
+}
+
+impl Deadline {
+    pub(crate) fn after(after: Duration) -> Self {
+        Deadline {
+            after,
+            begun: Cell::new(None),
+        }
+    }
+
+    pub(crate) fn instant(&self) -> Instant {
+        // A deadline beyond the clock's range is no deadline; a day is as good.
+        const LONGEST: Duration = Duration::from_secs(86_400);
+        self.begun() + self.after.min(LONGEST)
+    }
+
+    /// How long it has been waited for.
+    pub(crate) fn age(&self) -> Duration {
+        now().saturating_duration_since(self.begun())
+    }
+
+    fn begun(&self) -> Instant {
+        self.begun.get().unwrap_or_else(|| {
+            let begun = now();
+            self.begun.set(Some(begun));
+            begun
+        })
+    }
+}
