@@ -267,12 +267,15 @@ impl Space {
     ) -> Result<&'a Mapping> {
         match self.table.find(iova, inside) {
             Some(mapping) if mapping.allows(need) => Ok(mapping),
-            Some(mapping) => Err(Error::Permission {
-                iova,
-                needed: need.permissions(),
-                allowed: mapping.prot,
-                completed,
-            }),
+            Some(mapping) => {
+                self.counters.misses.add(1);
+                Err(Error::Permission {
+                    iova,
+                    needed: need.permissions(),
+                    allowed: mapping.prot,
+                    completed,
+                })
+            }
             None => Err(self.unusable(iova, completed)),
         }
     }
@@ -284,6 +287,7 @@ impl Space {
             first: iova,
             last: iova,
         };
+        self.counters.misses.add(1);
         match lock(&self.writer).leaving_in(at) {
             Some(_) => Error::Revoked { iova, completed },
             None => Error::NotMapped { iova, completed },

@@ -19,7 +19,8 @@ impl Deadline {
     pub(crate) fn after(after: Duration) -> Self {
         Deadline {
             after,
-            begun: Cell::new(None),
+            // In a model time passes once, and not before it is looked at.
+            begun: Cell::new(cfg!(loom).then(now)),
         }
     }
 
@@ -32,6 +33,11 @@ impl Deadline {
     /// How long it has been waited for.
     pub(crate) fn age(&self) -> Duration {
         now().saturating_duration_since(self.begun())
+    }
+
+    /// Whether anybody has waited.
+    pub(crate) fn was_waited_for(&self) -> bool {
+        self.begun.get().is_some()
     }
 
     fn begun(&self) -> Instant {

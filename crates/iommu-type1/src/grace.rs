@@ -30,6 +30,7 @@ use std::sync::Arc;
 
 use crate::deadline::Deadline;
 use crate::membarrier::{self, ReaderBarrier};
+use crate::stats::Counter;
 use crate::sync::{fence, lock, now, yield_now, AtomicU32, AtomicU64, Mutex, Ordering};
 
 /// Slots that callers without one of their own share, by trial; more are made when all are taken.
@@ -50,6 +51,8 @@ pub(crate) struct Grace {
     slots: Mutex<Vec<Arc<Slot>>>,
     shared: [Arc<Slot>; SHARED_SLOTS],
     barrier: ReaderBarrier,
+    /// How often the kernel was asked.
+    pub(crate) membarriers: Counter,
 }
 
 /// On a cache line of its own, and on one the prefetcher does not pair with another's.
@@ -73,6 +76,7 @@ impl Grace {
             slots: Mutex::new(shared.to_vec()),
             shared,
             barrier,
+            membarriers: Counter::default(),
         }
     }
 
@@ -119,42 +123,44 @@ impl Grace {
         fence(Ordering::SeqCst);
         let slots = lock(&self.slots);
         // With the lock held, so that no other unmap takes a slot for fenced before it is.
-        if !fence_all(&slots) {
+        if self.barrier == ReaderBarrier::Membarrier && !self.fence_all(&slots) {
             return false;
         }
-        let running: Vec<(Arc<Slot>, u64)> = slots
-            .iter()
-            .map(|slot| (slot, slot.count.load(Ordering::Acquire)))
-            .filter(|(_, count)| count % 2 == 1)
-            .map(|(slot, count)| (slot.clone(), count))
-            .collect();
+        let mut running = Vec::new();
+        for slot in slots.iter() {
+            let count = slot.count.load(Ordering::Acquire);
+            if count % 2 == 1 {
+                running.push((slot.clone(), count));
+            }
+        }
         drop(slots);
         running
             .iter()
             .all(|(slot, count)| slot.wait_beyond(*count, deadline))
     }
-}
 
-/// Makes every slot fenced; `false` where the kernel does not help.
-fn fence_all(slots: &[Arc<Slot>]) -> bool {
-    let is_unfenced = |slot: &&Arc<Slot>| slot.fenced.load(Ordering::Relaxed) == 0;
-    let unfenced: Vec<_> = slots.iter().filter(is_unfenced).collect();
-    let set = |accesses| {
-        for slot in &unfenced {
-            slot.fenced.store(accesses, Ordering::Relaxed);
+    /// Makes every slot fenced; `false` where the kernel does not help.
+    fn fence_all(&self, slots: &[Arc<Slot>]) -> bool {
+        let is_unfenced = |slot: &&Arc<Slot>| slot.fenced.load(Ordering::Relaxed) == 0;
+        let unfenced: Vec<_> = slots.iter().filter(is_unfenced).collect();
+        let set = |accesses| {
+            for slot in &unfenced {
+                slot.fenced.store(accesses, Ordering::Relaxed);
+            }
+        };
+        if unfenced.is_empty() {
+            return true;
         }
-    };
-    if unfenced.is_empty() {
-        return true;
-    }
-    set(FENCED_ACCESSES);
-    match membarrier::everywhere() {
-        Ok(()) => true,
-        Err(error) => {
-            log::error!("no grace period, as membarrier is refused: {error}");
-            // Their users may not know of it yet.
-            set(0);
-            false
+        set(FENCED_ACCESSES);
+        self.membarriers.add(1);
+        match membarrier::everywhere() {
+            Ok(()) => true,
+            Err(error) => {
+                log::error!("no grace period, as membarrier is refused: {error}");
+                // Their users may not know of it yet.
+                set(0);
+                false
+            }
         }
     }
 }

@@ -217,23 +217,26 @@ impl Ledger {
         }
     }
 
-    /// Waits until nobody leases any of the mappings, or for the deadline.
+    /// Waits until nobody leases any of the mappings; `false` if somebody still does at the deadline.
     ///
     /// They are out of the table and a grace period has passed: no lease can be added.
-    pub(crate) fn wait_released(&self, mappings: &[Arc<Mapping>], deadline: &Deadline) {
+    pub(crate) fn wait_released(&self, mappings: &[Arc<Mapping>], deadline: &Deadline) -> bool {
         if !self.any_leased(mappings) {
-            return;
+            return true;
         }
         self.waiting.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         let mut gate = lock(&self.gate);
-        while self.any_leased(mappings) {
+        let mut released = !self.any_leased(mappings);
+        while !released {
             match wait_until(&self.returned, &self.gate, gate, deadline.instant()) {
                 Some(guard) => gate = guard,
                 None => break,
             }
+            released = !self.any_leased(mappings);
         }
         self.waiting.fetch_sub(1, Ordering::SeqCst);
+        released
     }
 
     /// Who leases the mapping.

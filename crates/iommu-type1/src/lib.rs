@@ -89,6 +89,7 @@ mod pin;
 mod range;
 mod sg;
 mod space;
+mod stats;
 mod stream;
 mod sync;
 mod table;
@@ -114,4 +115,5 @@ pub use sg::ScatterList;
 pub use space::{
     IoAddressSpace, IoAddressSpaceBuilder, DMA_ENTRY_LIMIT, TABLE_LIMIT, UNMAP_DEADLINE,
 };
+pub use stats::Stats;
 pub use unmap::{UnmapOptions, UnmapPolicy};

@@ -37,6 +37,7 @@ impl IoAddressSpace {
         check_entries(&writer, space, 1)?;
         check_table(&writer, space)?;
         writer.publish(&space.table, Arc::new(mapping));
+        space.counters.maps.add(1);
         Ok(())
     }
 
@@ -74,6 +75,7 @@ impl IoAddressSpace {
             }
             published.push((mapping.range.first, mapping.range.size()));
             writer.publish(&space.table, Arc::new(mapping));
+            space.counters.maps.add(1);
         }
         Ok(())
     }

@@ -58,6 +58,15 @@ impl IovaRange {
         (self.last - self.first).saturating_add(1)
     }
 
+    pub(crate) fn contains_all(&self, other: IovaRange) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+
+    pub(crate) fn overlaps(&self, other: IovaRange) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    #[inline]
     pub(crate) fn contains(&self, iova: u64) -> bool {
         self.first <= iova && iova <= self.last
     }

@@ -14,6 +14,7 @@ use crate::grace::Grace;
 use crate::lease::Ledger;
 use crate::membarrier;
 use crate::range::page_size;
+use crate::stats::Counters;
 use crate::sync::{lock, Mutex};
 use crate::table::Table;
 use crate::writer::Writer;
@@ -61,6 +62,7 @@ pub(crate) struct Space {
     pub(crate) writer: Mutex<Writer>,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
+    pub(crate) counters: Counters,
     pub(crate) entry_limit: usize,
     pub(crate) table_limit: usize,
     pub(crate) unmap: UnmapOptions,
@@ -232,6 +234,7 @@ impl IoAddressSpaceBuilder {
                     grace,
                     writer: Mutex::new(Writer::default()),
                     pins: PinTable::new(page_size()),
+                    counters: Counters::default(),
                     entry_limit: self.entry_limit,
                     table_limit: self.table_limit,
                     unmap: self.unmap,

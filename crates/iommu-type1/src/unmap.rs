@@ -8,6 +8,7 @@
 //!    are told, then leases and pins in the range are waited for.
 //! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::range::{check_aligned, IovaRange};
 use crate::space::Space;
 use crate::stream;
 use crate::sync::lock;
-use crate::table::Unlinked;
+use crate::table::{Table, Unlinked};
 use crate::writer::Writer;
 use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
@@ -196,13 +197,20 @@ impl<'a> Revocation<'a> {
             });
         }
         let mut writer = lock(&space.writer);
-        for range in ranges {
-            check(&writer, space, *range)?;
-        }
         let mut mappings = Vec::new();
-        let mut unlinked = Unlinked::default();
         for range in ranges {
-            writer.revoke(&space.table, *range, &mut mappings, &mut unlinked);
+            check_idle(&writer, *range)?;
+            inside(&writer, space, *range, &mut mappings)?;
+        }
+        if ranges.len() > 1 {
+            // Ranges may overlap.
+            mappings.sort_unstable_by_key(|mapping| mapping.range.first);
+            mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
+        }
+        let mut unlinked = Unlinked::default();
+        writer.revoke(&space.table, &mappings, &mut unlinked);
+        for range in ranges {
+            writer.retry(*range, &mut mappings);
         }
         if !mappings.is_empty() {
             // There will be a grace period; what is late can use it too.
@@ -231,14 +239,13 @@ impl<'a> Revocation<'a> {
     }
 
     fn finish(mut self) -> Result<u64> {
-        self.space
-            .leases
-            .wait_released(&self.mappings, &self.deadline);
+        let leases = &self.space.leases;
+        let leased = !leases.wait_released(&self.mappings, &self.deadline);
         let mut holders = Vec::new();
         let mut free = std::mem::take(&mut self.mappings);
         let mut held = Vec::new();
         free.retain(|mapping| {
-            let found = self.holders(mapping);
+            let found = self.holders(mapping, leased);
             if found.is_empty() {
                 return true;
             }
@@ -247,6 +254,12 @@ impl<'a> Revocation<'a> {
             false
         });
         self.mappings = held;
+        let counters = &self.space.counters;
+        counters.unmaps.add(free.len());
+        counters.stragglers.add(self.mappings.len());
+        counters
+            .unmap_waits
+            .add(usize::from(self.deadline.was_waited_for()));
         let unmapped = self.remove(free);
         if self.mappings.is_empty() {
             return Ok(unmapped);
@@ -264,9 +277,12 @@ impl<'a> Revocation<'a> {
     }
 
     /// Who still holds something of the mapping when the deadline has passed.
-    fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
+    fn holders(&self, mapping: &Mapping, leased: bool) -> Vec<Holder> {
         let range = mapping.range;
-        let mut holders = self.space.leases.holders(mapping);
+        let mut holders = Vec::new();
+        if leased {
+            holders = self.space.leases.holders(mapping);
+        }
         if !self.graced {
             holders.push(Holder {
                 kind: HolderKind::Access,
@@ -277,15 +293,16 @@ impl<'a> Revocation<'a> {
             });
         }
         let pins = &self.space.pins;
-        let page_size = pins.page_size();
-        let pins = pins.wait_released(range.first, range.size(), self.deadline.instant());
-        holders.extend(pins.err().into_iter().flatten().map(|pin| Holder {
-            kind: HolderKind::Pin,
-            name: pin.name,
-            iova: pin.iova,
-            size: pin.pages as u64 * page_size,
-            age: pin.age,
-        }));
+        if pins.is_pinned(range.first, range.size()) {
+            let pinned = pins.wait_released(range.first, range.size(), self.deadline.instant());
+            holders.extend(pinned.err().into_iter().flatten().map(|pin| Holder {
+                kind: HolderKind::Pin,
+                name: pin.name,
+                iova: pin.iova,
+                size: pin.pages as u64 * pins.page_size(),
+                age: pin.age,
+            }));
+        }
         holders
     }
 
@@ -293,9 +310,7 @@ impl<'a> Revocation<'a> {
     fn remove(&mut self, free: Vec<Arc<Mapping>>) -> u64 {
         let mut unlinked = std::mem::take(&mut self.unlinked);
         let mut writer = lock(&self.space.writer);
-        for mapping in &free {
-            writer.forget(mapping);
-        }
+        writer.forget(&free);
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));
@@ -305,9 +320,22 @@ impl<'a> Revocation<'a> {
     }
 }
 
-/// Refuses a range that has a part of a mapping.
-pub(crate) fn check_uncut(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
-    match writer.cut_by(&space.table, range) {
+/// The mappings of the table inside a range; refuses one that has a part of a mapping, of the table or
+/// leaving.
+pub(crate) fn inside(
+    writer: &Writer,
+    space: &Space,
+    range: IovaRange,
+    found: &mut Vec<Arc<Mapping>>,
+) -> Result<()> {
+    let live = space.table.visit(range, |mapping| {
+        if !range.contains_all(mapping.range) {
+            return ControlFlow::Break(mapping.range);
+        }
+        found.push(Table::share(mapping));
+        ControlFlow::Continue(())
+    });
+    match live.or_else(|| writer.leaving_cut_by(range)) {
         Some(mapped) => Err(Error::Bisect {
             iova: range.first,
             size: range.size(),
@@ -318,15 +346,10 @@ pub(crate) fn check_uncut(writer: &Writer, space: &Space, range: IovaRange) -> R
     }
 }
 
-/// The rules of type1 v2 for an unmap.
-fn check(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
-    check_uncut(writer, space, range)?;
-    if range == IovaRange::ALL {
-        // Everything means whatever there is to take.
-        return Ok(());
-    }
+/// Refuses a range of which another unmap is under way; everything means whatever there is to take.
+fn check_idle(writer: &Writer, range: IovaRange) -> Result<()> {
     match writer.revoking_in(range) {
-        Some(leaving) => {
+        Some(leaving) if range != IovaRange::ALL => {
             let mapped = leaving.mapping.range;
             Err(Error::Unmapping {
                 iova: range.first,
@@ -335,7 +358,7 @@ fn check(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
                 mapped_size: mapped.size(),
             })
         }
-        None => Ok(()),
+        _ => Ok(()),
     }
 }
 
@@ -353,12 +376,11 @@ impl Drop for Revocation<'_> {
         for mapping in &self.mappings {
             match self.policy {
                 UnmapPolicy::Revoked => writer.keep_revoked(mapping),
-                UnmapPolicy::Restore => {
-                    if let Some(leaving) = writer.forget(mapping) {
-                        writer.publish(&self.space.table, leaving.mapping);
-                    }
-                }
+                UnmapPolicy::Restore => writer.publish(&self.space.table, mapping.clone()),
             }
+        }
+        if self.policy == UnmapPolicy::Restore {
+            writer.forget(&self.mappings);
         }
     }
 }

@@ -3,8 +3,6 @@
 
 //! What only those who map and unmap look at: one at a time, under a lock that no access takes.
 
-use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::mapping::Mapping;
@@ -18,6 +16,8 @@ pub(crate) enum State {
     Revoking,
     /// An unmap has given up at its deadline; it can be tried again.
     Revoked,
+    /// It is about to be forgotten.
+    Gone,
 }
 
 /// A mapping that nobody can find, whose addresses are still taken.
@@ -34,7 +34,8 @@ pub(crate) struct Writer {
     pub(crate) live: usize,
     /// Memory of the table's nodes, those included that are not freed yet.
     pub(crate) table_bytes: usize,
-    leaving: BTreeMap<u64, Leaving>,
+    /// By address.
+    leaving: Vec<Leaving>,
     /// Whether mappings keep which of their pages are written.
     pub(crate) tracking: bool,
     /// What an unmap could not free because an access outlasted its deadline.
@@ -47,6 +48,11 @@ impl Writer {
         self.live + self.leaving.len()
     }
 
+    /// Of these, those that leave.
+    pub(crate) fn leaving(&self) -> usize {
+        self.leaving.len()
+    }
+
     pub(crate) fn publish(&mut self, table: &Table, mapping: Arc<Mapping>) {
         if self.tracking {
             mapping.dirty.start(mapping.pages());
@@ -55,49 +61,53 @@ impl Writer {
         self.table_bytes += table.insert(mapping);
     }
 
-    /// Takes the mappings inside `range` out of the table, and those that left before and may be
-    /// tried again; all of them are being revoked then, and added to `revoked`.
+    /// Takes mappings out of the table; they are being revoked then.
     pub(crate) fn revoke(
         &mut self,
         table: &Table,
-        range: IovaRange,
-        revoked: &mut Vec<Arc<Mapping>>,
+        mappings: &[Arc<Mapping>],
         unlinked: &mut Unlinked,
     ) {
-        for (_, leaving) in self.leaving.range_mut(range.first..=range.last) {
+        self.live -= mappings.len();
+        for mapping in mappings {
+            let leaving = Leaving {
+                mapping: table.remove(mapping, unlinked),
+                state: State::Revoking,
+            };
+            self.leaving
+                .insert(self.first_from(mapping.range.first), leaving);
+        }
+    }
+
+    /// Adds the mappings inside `range` that left before and may be tried again; they are being revoked
+    /// then.
+    pub(crate) fn retry(&mut self, range: IovaRange, revoked: &mut Vec<Arc<Mapping>>) {
+        let first = self.first_from(range.first);
+        for leaving in &mut self.leaving[first..] {
+            if leaving.mapping.range.first > range.last {
+                break;
+            }
             if leaving.state == State::Revoked {
                 leaving.state = State::Revoking;
                 revoked.push(leaving.mapping.clone());
             }
         }
-        let first = revoked.len();
-        table.visit(range, |mapping| {
-            revoked.push(Table::share(mapping));
-            ControlFlow::<()>::Continue(())
-        });
-        self.live -= revoked.len() - first;
-        for mapping in &revoked[first..] {
-            let leaving = Leaving {
-                mapping: table.remove(mapping, unlinked),
-                state: State::Revoking,
-            };
-            self.leaving.insert(mapping.range.first, leaving);
-        }
     }
 
     /// The first mapping that leaves and shares an address with `range`.
     pub(crate) fn leaving_in(&self, range: IovaRange) -> Option<&Leaving> {
-        let before = self.leaving.range(..=range.first).next_back();
-        before
-            .map(|(_, leaving)| leaving)
-            .filter(|leaving| leaving.mapping.range.contains(range.first))
-            .or_else(|| Some(self.leaving.range(range.first..=range.last).next()?.1))
+        // One may begin before the range and end in it.
+        let first = self.first_from(range.first).saturating_sub(1);
+        let near = self.leaving[first..].iter().take(2);
+        near.into_iter()
+            .find(|leaving| leaving.mapping.range.overlaps(range))
     }
 
     /// The mappings inside `range` that leave.
     pub(crate) fn leaving_inside(&self, range: IovaRange) -> impl Iterator<Item = &Leaving> {
-        let leaving = self.leaving.range(range.first..=range.last);
-        leaving.map(|(_, leaving)| leaving)
+        self.leaving[self.first_from(range.first)..]
+            .iter()
+            .take_while(move |leaving| leaving.mapping.range.first <= range.last)
     }
 
     /// Whether an unmap of something inside `range` is under way.
@@ -106,29 +116,47 @@ impl Writer {
             .find(|leaving| leaving.state == State::Revoking)
     }
 
-    /// A mapping with bytes both inside and outside of `range`.
-    pub(crate) fn cut_by(&self, table: &Table, range: IovaRange) -> Option<IovaRange> {
+    /// A mapping that leaves and has bytes both inside and outside of `range`.
+    pub(crate) fn leaving_cut_by(&self, range: IovaRange) -> Option<IovaRange> {
         let ends = [range.first, range.last].map(|iova| IovaRange {
             first: iova,
             last: iova,
         });
         ends.into_iter()
-            .filter_map(|end| {
-                let live = table.visit(end, |mapping| ControlFlow::Break(mapping.range));
-                live.or_else(|| Some(self.leaving_in(end)?.mapping.range))
-            })
-            .find(|mapped| mapped.first < range.first || range.last < mapped.last)
+            .filter_map(|end| Some(self.leaving_in(end)?.mapping.range))
+            .find(|mapped| !range.contains_all(*mapped))
     }
 
-    /// Ends a revocation: the mapping is gone.
-    pub(crate) fn forget(&mut self, mapping: &Mapping) -> Option<Leaving> {
-        self.leaving.remove(&mapping.range.first)
+    /// Ends the revocation of mappings, which leave no more.
+    pub(crate) fn forget(&mut self, mappings: &[Arc<Mapping>]) {
+        for mapping in mappings {
+            if let Some(leaving) = self.find_leaving(mapping) {
+                leaving.state = State::Gone;
+            }
+        }
+        self.leaving.retain(|leaving| leaving.state != State::Gone);
+        if self.leaving.is_empty() {
+            // Not for ever as large as it was when everything was unmapped at once.
+            self.leaving.shrink_to(64);
+        }
     }
 
     /// Ends a revocation in vain: the mapping may be tried again.
     pub(crate) fn keep_revoked(&mut self, mapping: &Mapping) {
-        if let Some(leaving) = self.leaving.get_mut(&mapping.range.first) {
+        if let Some(leaving) = self.find_leaving(mapping) {
             leaving.state = State::Revoked;
         }
+    }
+
+    fn find_leaving(&mut self, mapping: &Mapping) -> Option<&mut Leaving> {
+        let at = self.first_from(mapping.range.first);
+        let leaving = self.leaving.get_mut(at)?;
+        (leaving.mapping.range == mapping.range).then_some(leaving)
+    }
+
+    /// Index of the first mapping that leaves and begins at `iova` or behind it.
+    fn first_from(&self, iova: u64) -> usize {
+        self.leaving
+            .partition_point(|leaving| leaving.mapping.range.first < iova)
     }
 }

@@ -7,7 +7,6 @@ mod log;
 mod slice;
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use crate::deadline::Deadline;
 use crate::mapping::Mapping;
@@ -15,7 +14,7 @@ use crate::range::{page_shift, page_size, IovaRange};
 use crate::space::Space;
 use crate::sync::lock;
 use crate::table::Table;
-use crate::unmap::{check_uncut, whole_pages};
+use crate::unmap::{inside, whole_pages};
 use crate::writer::Writer;
 use crate::{Error, IoAddressSpace, Result};
 
@@ -57,9 +56,8 @@ impl IoAddressSpace {
             return Ok(());
         }
         writer.tracking = true;
-        each_mapping(&writer, space, IovaRange::ALL, |mapping| {
-            mapping.dirty.start(mapping.pages());
-            space.table.refresh(mapping);
+        each_mapping(&writer, space, |mapping| {
+            mapping.dirty.start(mapping.pages())
         });
         drop(writer);
         settle(space)
@@ -74,10 +72,7 @@ impl IoAddressSpace {
             return;
         }
         writer.tracking = false;
-        each_mapping(&writer, space, IovaRange::ALL, |mapping| {
-            mapping.dirty.stop();
-            space.table.refresh(mapping);
-        });
+        each_mapping(&writer, space, |mapping| mapping.dirty.stop());
     }
 
     /// The pages of `size` bytes from `iova` that were written since tracking began or since they were
@@ -100,8 +95,10 @@ impl IoAddressSpace {
         if !writer.tracking {
             return Err(Error::NotTracking { iova, size });
         }
-        check_uncut(&writer, space, range)?;
-        each_mapping(&writer, space, range, |mapping| {
+        let mut live = Vec::new();
+        inside(&writer, space, range, &mut live)?;
+        let leaving = writer.leaving_inside(range).map(|leaving| &leaving.mapping);
+        live.iter().chain(leaving).for_each(|mapping| {
             mapping.dirty.take(mapping.pages(), |index, marks| {
                 taken.push((mapping.clone(), index, marks));
             });
@@ -140,20 +137,20 @@ fn settle(space: &Space) -> Result<()> {
     })
 }
 
-/// Visits every mapping inside a range, those that leave included.
-fn each_mapping(
-    writer: &Writer,
-    space: &Space,
-    range: IovaRange,
-    mut visit: impl FnMut(&Arc<Mapping>),
-) {
+/// Changes what every mapping keeps, those that leave included, and has accesses see it.
+fn each_mapping(writer: &Writer, space: &Space, change: impl Fn(&Mapping)) {
     let mut live = Vec::new();
-    space.table.visit(range, |mapping| {
+    space.table.visit(IovaRange::ALL, |mapping| {
         live.push(Table::share(mapping));
         ControlFlow::<()>::Continue(())
     });
-    let leaving = writer.leaving_inside(range).map(|leaving| &leaving.mapping);
-    live.iter().chain(leaving).for_each(&mut visit);
+    for mapping in &live {
+        change(mapping);
+        space.table.refresh(mapping);
+    }
+    for leaving in writer.leaving_inside(IovaRange::ALL) {
+        change(&leaving.mapping);
+    }
 }
 
 /// Pages that were written; from [`IoAddressSpace::take_dirty`].
