@@ -35,7 +35,8 @@ impl GuestAddressSpace for IoAddressSpace {
 
 /// Guest memory behind an IO address space, for as long as one request lasts.
 ///
-/// It is owned, can be sent to another thread, and dereferences to a [`GuestMemory`]. It leases
+/// It is owned, can be sent to another thread (not shared with one: clone it), and dereferences to a
+/// [`GuestMemory`]. It leases
 /// every mapping of which it has lent a slice, and returns the leases when it is dropped: until
 /// then an unmap of those mappings waits. A clone begins without leases.
 ///

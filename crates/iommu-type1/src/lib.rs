@@ -54,6 +54,8 @@
 //!
 //! - The smallest unit is the host page, see [`page_size`]; it is not 4096 everywhere.
 //! - A write needs the mapping's read permission too, as in the kernel.
+//! - Dirty pages ([`take_dirty`](IoAddressSpace::take_dirty)) know what is written through the space,
+//!   not what hardware or a holder of host addresses writes.
 //! - A [`DmaGuard`] keeps a lease on every mapping it has touched until it is dropped: take one per
 //!   request, not one per device.
 //! - Never unmap from inside a [`ReadVolatile`](vm_memory::ReadVolatile) or
@@ -63,10 +65,11 @@
 //!
 //! # Implementation notes
 //!
-//! An access takes no lock and no reference count: it announces itself in a slot of its own (a
-//! handle has one, the shared path tries for one), looks the address up in a radix table, and copies.
-//! An unmap takes the mapping out of the table, then waits for the slots whose accesses were running.
-//! What it took out is freed after that.
+//! An access takes no lock and no reference count and makes no system call: it announces itself in a
+//! slot of its own (a handle has one, the shared path tries for one), looks the address up in a radix
+//! table, and copies. An unmap takes the mapping out of the table, then waits for the slots whose accesses
+//! were running. What it took out is freed after that. [`ReaderBarrier`] chooses who pays for the barrier
+//! between the two.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for Linux only");

@@ -25,7 +25,7 @@ use crate::{ReaderBarrier, UnmapOptions, UnmapPolicy};
 pub const DMA_ENTRY_LIMIT: usize = 65535;
 
 /// Memory the nodes of the table may take unless told otherwise. A guest that maps two pages in each
-/// of 30 000 places far from each other gets there; dense mappings take 8 bytes each.
+/// of 15 000 places far from each other gets there; dense mappings take 16 bytes each.
 pub const TABLE_LIMIT: usize = 128 << 20;
 
 /// How long an unmap waits for holders unless told otherwise: below the 5 s after which QEMU gives
