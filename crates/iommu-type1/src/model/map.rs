@@ -14,7 +14,7 @@ use crate::range::page_size;
 fn an_access_against_a_map() {
     for page in [0, 1] {
         exhaustively(move || {
-            let (space, _) = space();
+            let (space, _owner) = space();
             if page == 0 {
                 space.unmap(0, page_size()).unwrap();
             }
@@ -35,7 +35,7 @@ fn an_access_against_a_map() {
 #[test]
 fn a_lease_against_a_map() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let other = space.clone();
         let mapper = spawn(move || map(&other, 1, &Memory::new()).unwrap());
         drop(space.scatter(page_size(), 8, Permissions::Read));
