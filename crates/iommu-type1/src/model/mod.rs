@@ -48,7 +48,11 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new() -> Self {
-        Memory(Arc::new(UnsafeCell::new(false)))
+        let memory = UnsafeCell::new(false);
+        // Who maps it has filled it: an access must be ordered behind that.
+        // SAFETY: see `Sync`.
+        memory.with_mut(|gone| unsafe { *gone = false });
+        Memory(Arc::new(memory))
     }
 
     fn access(&self) {
