@@ -11,7 +11,9 @@ use page_pin::clock;
 use vm_memory::{Bytes, Permissions};
 
 use super::holder::use_up;
-use super::{bounded, exhaustively, join, map, refused, soon, space, time_passes, unmap, Memory};
+use super::{
+    bounded, exhaustively, join, map, refused, soon, space, time_passes, unmap, Memory, Owner,
+};
 use crate::range::page_size;
 use crate::{Error, HolderKind, Interest, IoAddressSpace, UnmapOptions, UnmapPolicy};
 
@@ -21,7 +23,7 @@ const POLICIES: [UnmapPolicy; 2] = [UnmapPolicy::Revoked, UnmapPolicy::Restore];
 /// unmap waits as long as it takes.
 fn unmap_in_time(
     space: &IoAddressSpace,
-    memory: &Memory,
+    owner: &Owner,
     options: UnmapOptions,
     policy: UnmapPolicy,
     kind: HolderKind,
@@ -30,7 +32,7 @@ fn unmap_in_time(
     match space.unmap_with(0, page_size(), options.policy(policy)) {
         Ok(bytes) => {
             assert_eq!(bytes, page_size());
-            memory.gone();
+            owner.gone();
         }
         Err(Error::Deadline { left, holders, .. }) => {
             assert_eq!(left, page_size());
@@ -41,7 +43,7 @@ fn unmap_in_time(
                 "before the deadline"
             );
             assert_eq!(space.write(0, &[2]).is_ok(), policy == UnmapPolicy::Restore);
-            unmap(space, memory);
+            unmap(space, owner);
         }
         Err(other) => panic!("{other}"),
     }
@@ -60,9 +62,9 @@ fn lessee(space: &IoAddressSpace) -> JoinHandle<()> {
 fn no_time_at_all_against_a_lease() {
     for policy in POLICIES {
         exhaustively(move || {
-            let (space, memory) = space();
+            let (space, owner) = space();
             let holder = lessee(&space);
-            unmap_in_time(&space, &memory, at_once(), policy, HolderKind::Lease);
+            unmap_in_time(&space, &owner, at_once(), policy, HolderKind::Lease);
             join([holder]);
         });
     }
@@ -72,9 +74,9 @@ fn no_time_at_all_against_a_lease() {
 fn time_passes_while_a_lease_is_waited_for() {
     for policy in POLICIES {
         bounded(move || {
-            let (space, memory) = space();
+            let (space, owner) = space();
             let threads = [lessee(&space), time_passes()];
-            unmap_in_time(&space, &memory, soon(), policy, HolderKind::Lease);
+            unmap_in_time(&space, &owner, soon(), policy, HolderKind::Lease);
             join(threads);
         });
     }
@@ -84,7 +86,7 @@ fn time_passes_while_a_lease_is_waited_for() {
 fn time_passes_while_a_pin_is_waited_for() {
     for policy in POLICIES {
         bounded(move || {
-            let (space, memory) = space();
+            let (space, owner) = space();
             let pinner = space.pinner("user", Interest::Holder, Arc::new(|_, _| ()));
             let pinned = pinner.pin_pages(0, 1, Permissions::ReadWrite).unwrap();
             let holder = spawn(move || {
@@ -92,7 +94,7 @@ fn time_passes_while_a_pin_is_waited_for() {
                 drop(pinned);
             });
             let timer = time_passes();
-            unmap_in_time(&space, &memory, soon(), policy, HolderKind::Pin);
+            unmap_in_time(&space, &owner, soon(), policy, HolderKind::Pin);
             join([holder, timer]);
         });
     }
@@ -103,13 +105,13 @@ fn time_passes_while_a_pin_is_waited_for() {
 fn time_passes_while_an_access_runs() {
     for policy in POLICIES {
         bounded(move || {
-            let (space, memory) = space();
+            let (space, owner) = space();
             // A node that goes with the page, and one that comes with it again.
             map(&space, 1, &Memory::new()).unwrap();
             let handle = space.handle();
             let reader = spawn(move || refused(handle.write(8, &[1])));
             let timer = time_passes();
-            unmap_in_time(&space, &memory, soon(), policy, HolderKind::Access);
+            unmap_in_time(&space, &owner, soon(), policy, HolderKind::Access);
             join([reader, timer]);
         });
     }
@@ -120,11 +122,11 @@ fn time_passes_while_an_access_runs() {
 fn an_access_outlasts_the_deadline_of_its_neighbour() {
     for policy in POLICIES {
         exhaustively(move || {
-            let (space, memory) = space();
+            let (space, owner) = space();
             map(&space, 1, &Memory::new()).unwrap();
             let handle = space.handle();
             let reader = spawn(move || handle.write(page_size(), &[1]).unwrap());
-            unmap_in_time(&space, &memory, at_once(), policy, HolderKind::Access);
+            unmap_in_time(&space, &owner, at_once(), policy, HolderKind::Access);
             join([reader]);
         });
     }
@@ -134,7 +136,7 @@ fn an_access_outlasts_the_deadline_of_its_neighbour() {
 #[test]
 fn an_unmap_of_nothing_frees_nothing() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         map(&space, 1, &Memory::new()).unwrap();
         let handle = space.handle();
         let reader = spawn(move || handle.write(page_size(), &[1]).unwrap());
@@ -166,7 +168,7 @@ fn give_up_because_of(kind: HolderKind, space: &IoAddressSpace) {
 #[test]
 fn a_lease_that_is_never_returned() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
         give_up_because_of(HolderKind::Lease, &space);
         use_up(list);
@@ -176,7 +178,7 @@ fn a_lease_that_is_never_returned() {
 #[test]
 fn a_pin_that_is_never_released() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let pinner = space.pinner("user", Interest::Holder, Arc::new(|_, _| ()));
         let _pinned = pinner.pin_pages(0, 1, Permissions::Read).unwrap();
         give_up_because_of(HolderKind::Pin, &space);
@@ -186,7 +188,7 @@ fn a_pin_that_is_never_released() {
 #[test]
 fn an_access_that_does_not_end() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let grace = &space.view.space.grace;
         grace.enter_shared(|_inside| give_up_because_of(HolderKind::Access, &space));
     });
@@ -197,7 +199,7 @@ fn an_access_that_does_not_end() {
 #[test]
 fn a_restored_mapping_against_a_map() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
         let other = space.clone();
         let unmapper = spawn(move || {
@@ -216,14 +218,14 @@ fn a_restored_mapping_against_a_map() {
 #[test]
 fn a_restored_mapping_against_an_access() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
         let handle = space.handle();
         let reader = spawn(move || refused(handle.write(8, &[1])));
         let options = at_once().policy(UnmapPolicy::Restore);
         space.unmap_with(0, page_size(), options).unwrap_err();
         drop(list);
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([reader]);
     });
 }

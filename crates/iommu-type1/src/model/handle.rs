@@ -10,13 +10,13 @@ use super::{bounded, exhaustively, join, refused, space, unmap};
 #[test]
 fn a_handle_is_made_used_and_dropped_during_an_unmap() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let other = space.clone();
         let user = spawn(move || {
             let handle = other.handle();
             refused(handle.write(8, &[1]));
         });
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([user]);
     });
 }
@@ -25,11 +25,11 @@ fn a_handle_is_made_used_and_dropped_during_an_unmap() {
 #[test]
 fn a_handle_is_dropped_while_another_accesses() {
     bounded(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let (idle, handle) = (space.handle(), space.handle());
         let dropper = spawn(move || drop(idle));
         let reader = spawn(move || refused(handle.write(8, &[1])));
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([dropper, reader]);
     });
 }
@@ -37,14 +37,14 @@ fn a_handle_is_dropped_while_another_accesses() {
 #[test]
 fn a_handle_outlives_its_older_and_its_newer_neighbour() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let [older, handle, newer] = [space.handle(), space.handle(), space.handle()];
         let user = spawn(move || {
             drop(older);
             drop(newer);
             refused(handle.write(8, &[1]));
         });
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([user]);
     });
 }
@@ -52,11 +52,11 @@ fn a_handle_outlives_its_older_and_its_newer_neighbour() {
 #[test]
 fn a_handle_is_made_while_another_accesses() {
     bounded(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let (handle, other) = (space.handle(), space.clone());
         let reader = spawn(move || refused(handle.write(8, &[1])));
         let user = spawn(move || refused(other.handle().write(8, &[1])));
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([reader, user]);
     });
 }

@@ -15,12 +15,12 @@ use crate::{Interest, PinnedPages, ScatterList};
 #[test]
 fn a_lease_against_an_unmap() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let guard = space.memory();
         let user = spawn(move || {
             let _refused = guard.write_slice(&[1], GuestAddress(8));
         });
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([user]);
     });
 }
@@ -35,10 +35,10 @@ pub(super) fn use_up(list: ScatterList) {
 #[test]
 fn a_lease_that_was_there_before_is_waited_for() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
         let user = spawn(move || use_up(list));
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([user]);
     });
 }
@@ -46,12 +46,12 @@ fn a_lease_that_was_there_before_is_waited_for() {
 #[test]
 fn two_leases_against_an_unmap() {
     bounded(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let users = [(); 2].map(|()| {
             let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
             spawn(move || use_up(list))
         });
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join(users);
     });
 }
@@ -59,7 +59,7 @@ fn two_leases_against_an_unmap() {
 #[test]
 fn a_pin_against_an_unmap() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let cache: Arc<Mutex<Option<PinnedPages>>> = Arc::new(Mutex::new(None));
         let notified = cache.clone();
         let notice = Arc::new(move |_, _| drop(notified.lock().unwrap().take()));
@@ -75,7 +75,7 @@ fn a_pin_against_an_unmap() {
                 Err(error) => assert!(is_refusal(&error)),
             }
         });
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([user]);
     });
 }
@@ -84,14 +84,14 @@ fn a_pin_against_an_unmap() {
 #[test]
 fn a_pin_that_was_there_before_is_waited_for() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let pinner = space.pinner("user", Interest::Holder, Arc::new(|_, _| ()));
         let pinned = pinner.pin_pages(0, 1, Permissions::ReadWrite).unwrap();
         let user = spawn(move || {
             pinned.page(0).unwrap().write_slice(&[1], 0).unwrap();
             drop(pinned);
         });
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([user]);
     });
 }

@@ -28,7 +28,9 @@ use page_pin::clock;
 use vm_memory::{MmapRegion, Permissions};
 
 use crate::backing::Region;
+use crate::mapping::Mapping;
 use crate::range::page_size;
+use crate::table::Table;
 use crate::{Backing, Error, IoAddressSpace, UnmapOptions};
 
 /// Three threads that unmap or access: every interleaving with so many preemptions.
@@ -46,7 +48,11 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new() -> Self {
-        Memory(Arc::new(UnsafeCell::new(false)))
+        let memory = UnsafeCell::new(false);
+        // Who maps it has filled it: an access must be ordered behind that.
+        // SAFETY: see `Sync`.
+        memory.with_mut(|gone| unsafe { *gone = false });
+        Memory(Arc::new(memory))
     }
 
     fn access(&self) {
@@ -101,14 +107,35 @@ fn watched(memory: &[Memory]) -> Backing {
     })
 }
 
+/// Who has given the page at 0 to the space, and wants it back.
+struct Owner {
+    memory: Memory,
+    /// What comes too late must find the memory, or the model crashes instead of saying so.
+    _mapping: Arc<Mapping>,
+}
+
+impl Owner {
+    fn gone(&self) {
+        self.memory.gone();
+    }
+}
+
 /// A space with a page at 0.
-fn space() -> (IoAddressSpace, Memory) {
+fn space() -> (IoAddressSpace, Owner) {
     // What is made lazily is made before there are threads, and so orders none of them.
     clock::now();
     let memory = Memory::new();
     let space = IoAddressSpace::new();
     map(&space, 0, &memory).unwrap();
-    (space, memory)
+    let inner = &space.view.space;
+    let mapping = inner
+        .grace
+        .enter_shared(|inside| inner.table.find(0, inside).map(Table::share));
+    let owner = Owner {
+        memory,
+        _mapping: mapping.unwrap(),
+    };
+    (space, owner)
 }
 
 fn map(space: &IoAddressSpace, page: u64, memory: &Memory) -> Result<(), Error> {
@@ -141,10 +168,10 @@ fn patient() -> UnmapOptions {
 }
 
 /// Unmaps the page at 0; nobody may touch it from then on.
-fn unmap(space: &IoAddressSpace, memory: &Memory) {
+fn unmap(space: &IoAddressSpace, owner: &Owner) {
     let bytes = space.unmap_with(0, page_size(), patient());
     assert_eq!(bytes.unwrap(), page_size());
-    memory.gone();
+    owner.gone();
 }
 
 /// A deadline that passes when the model's clock does.

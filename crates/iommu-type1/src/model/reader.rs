@@ -11,10 +11,10 @@ use crate::range::page_size;
 #[test]
 fn an_access_against_an_unmap() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let handle = space.handle();
         let reader = spawn(move || refused(handle.write(8, &[1])));
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([reader]);
     });
 }
@@ -22,10 +22,10 @@ fn an_access_against_an_unmap() {
 #[test]
 fn a_shared_access_against_an_unmap() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let other = space.clone();
         let reader = spawn(move || write(&other, 0));
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([reader]);
     });
 }
@@ -35,13 +35,13 @@ fn a_shared_access_against_an_unmap() {
 #[test]
 fn two_accesses_of_a_handle_against_an_unmap() {
     exhaustively(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let handle = space.handle();
         let reader = spawn(move || {
             refused(handle.write(8, &[1]));
             refused(handle.write(16, &[1]));
         });
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join([reader]);
     });
 }
@@ -49,10 +49,10 @@ fn two_accesses_of_a_handle_against_an_unmap() {
 #[test]
 fn two_handles_against_an_unmap() {
     bounded(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let readers = [space.handle(), space.handle()]
             .map(|handle| spawn(move || refused(handle.write(8, &[1]))));
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join(readers);
     });
 }
@@ -61,9 +61,9 @@ fn two_handles_against_an_unmap() {
 #[test]
 fn two_shared_accesses_against_an_unmap() {
     bounded(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let readers = [space.clone(), space.clone()].map(|space| spawn(move || write(&space, 0)));
-        unmap(&space, &memory);
+        unmap(&space, &owner);
         join(readers);
     });
 }
@@ -72,7 +72,7 @@ fn two_shared_accesses_against_an_unmap() {
 #[test]
 fn an_access_to_the_neighbour_of_an_unmap() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let leaving = Memory::new();
         map(&space, 1, &leaving).unwrap();
         let handle = space.handle();
@@ -89,7 +89,7 @@ fn an_access_to_the_neighbour_of_an_unmap() {
 #[test]
 fn an_access_over_both_pages_against_an_unmap() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let leaving = Memory::new();
         map(&space, 1, &leaving).unwrap();
         let handle = space.handle();

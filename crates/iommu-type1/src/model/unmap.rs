@@ -26,7 +26,7 @@ fn removed(space: &IoAddressSpace) -> Option<u64> {
 #[test]
 fn of_two_unmaps_one_removes() {
     exhaustively(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         let other = space.clone();
         let unmapper = spawn(move || removed(&other).unwrap_or(0));
         let here = removed(&space).unwrap_or(0);
@@ -39,7 +39,7 @@ fn of_two_unmaps_one_removes() {
 #[test]
 fn two_unmaps_against_an_access() {
     bounded(|| {
-        let (space, _) = space();
+        let (space, _owner) = space();
         space.unmap(0, page_size()).unwrap();
         let [here, there] = [Memory::new(), Memory::new()];
         let backing = watched(&[here.clone(), there.clone()]);
@@ -62,14 +62,14 @@ fn two_unmaps_against_an_access() {
 #[test]
 fn a_map_against_an_unmap_of_the_same_page() {
     bounded(|| {
-        let (space, memory) = space();
+        let (space, owner) = space();
         let (handle, other) = (space.handle(), space.clone());
         let reader = spawn(move || refused(handle.write(8, &[1])));
         let unmapper = spawn(move || {
             removed(&other).unwrap();
         });
         match map(&space, 0, &Memory::new()) {
-            Ok(()) => memory.gone(),
+            Ok(()) => owner.gone(),
             Err(error) => assert!(matches!(
                 error,
                 Error::Overlap { .. } | Error::Unmapping { .. }
