@@ -200,7 +200,9 @@ impl Slot {
         self.count
             .compare_exchange(count, count + 1, Ordering::SeqCst, Ordering::Relaxed)
             .ok()?;
-        fence(Ordering::SeqCst);
+        if !EXCHANGE_IS_BARRIER {
+            fence(Ordering::SeqCst);
+        }
         Some(Running {
             slot: self,
             count: count + 1,
@@ -223,11 +225,13 @@ impl Slot {
     }
 }
 
-/// The store and the full barrier behind it. An exchange is both on x86-64, and cheaper there than
-/// a store and a fence.
+/// Whether an exchange is a full barrier too, and cheaper than a store and a fence.
+const EXCHANGE_IS_BARRIER: bool = cfg!(all(target_arch = "x86_64", not(loom)));
+
+/// The store and the full barrier behind it.
 #[inline]
 fn announce(count: &AtomicU64, value: u64) {
-    if cfg!(all(target_arch = "x86_64", not(loom))) {
+    if EXCHANGE_IS_BARRIER {
         count.swap(value, Ordering::SeqCst);
     } else {
         // Release: who waits for the access before may see the end of it only in this count.
