@@ -10,7 +10,7 @@ use vm_memory::{Permissions, VolatileSlice};
 
 use crate::backing::Region;
 use crate::dirty::{DirtyLog, DirtySlice, InlineMarks};
-use crate::range::{page_shift, page_size, IovaRange};
+use crate::range::{page_shift, IovaRange};
 use crate::Backing;
 
 /// # Invariants
@@ -207,7 +207,7 @@ impl Mapping {
 
     /// Host pages of it.
     pub(crate) fn pages(&self) -> usize {
-        self.len() / page_size() as usize
+        self.len() >> page_shift()
     }
 
     /// What accesses need to know of one of its pages.

@@ -74,14 +74,10 @@ impl IovaRange {
 
 /// Refuses a value that is not a multiple of the page size.
 pub(crate) fn check_aligned(what: &'static str, value: u64) -> Result<()> {
-    let page_size = page_size();
-    if value % page_size == 0 {
+    let unit = 1 << page_shift();
+    if value % unit == 0 {
         Ok(())
     } else {
-        Err(Error::Misaligned {
-            what,
-            value,
-            unit: page_size,
-        })
+        Err(Error::Misaligned { what, value, unit })
     }
 }
