@@ -20,8 +20,8 @@ use crate::workload::Layout;
 /// Bytes of guest memory.
 pub const TOTAL: u64 = 256 << 20;
 
-/// The same guest memory from address 0 in two shapes, every page of it present: whose turn is after
-/// whose does not decide what is in the cache.
+/// The same guest memory from address 0 in two shapes. Of [`new`](Memory::new) memory every page is
+/// present: whose turn is after whose does not decide what is in the cache.
 #[derive(Clone, Debug)]
 pub struct Memory {
     /// In one region.
@@ -37,6 +37,22 @@ impl Memory {
     ///
     /// Panics where it cannot be had: a bench has no use for less.
     pub fn new() -> Self {
+        let memory = Memory::untouched();
+        for shape in [&memory.one_region, &memory.regions_16] {
+            for gpa in (0..TOTAL).step_by(4096) {
+                shape.write_obj(gpa + 1, GuestAddress(gpa)).expect("in it");
+            }
+        }
+        memory
+    }
+
+    /// As [`new`](Memory::new), but no page of it is present: for those who count instructions, which
+    /// the kernel's are not among.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Memory::new).
+    pub fn untouched() -> Self {
         let file = Arc::new(memfd(TOTAL).expect("a memfd"));
         let shaped = |regions: u64| {
             let len = TOTAL / regions;
@@ -44,11 +60,7 @@ impl Memory {
                 let part = FileOffset::from_arc(file.clone(), i * len);
                 (GuestAddress(i * len), len as usize, Some(part))
             });
-            let memory = GuestMemoryMmap::from_ranges_with_files(ranges).expect("guest memory");
-            for gpa in (0..TOTAL).step_by(4096) {
-                memory.write_obj(gpa + 1, GuestAddress(gpa)).expect("in it");
-            }
-            memory
+            GuestMemoryMmap::from_ranges_with_files(ranges).expect("guest memory")
         };
         Memory {
             one_region: shaped(1),
