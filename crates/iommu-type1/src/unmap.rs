@@ -199,8 +199,8 @@ impl<'a> Revocation<'a> {
         let mut writer = lock(&space.writer);
         let mut mappings = Vec::new();
         for range in ranges {
-            check_idle(&writer, *range)?;
             inside(&writer, space, *range, &mut mappings)?;
+            check_idle(&writer, *range)?;
         }
         if ranges.len() > 1 {
             // Ranges may overlap.
