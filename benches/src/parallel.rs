@@ -83,6 +83,19 @@ fn per_operation<'a>(make: &(impl Fn() -> Candidate<'a> + Sync), n: u64, threads
     1.0 / rate
 }
 
+/// Pairs a second of a writer that keeps pace. The bars speak of at least 200 000: this is as much
+/// more as a writer loses whose thread is away for a while.
+pub const PACE: u32 = 250_000;
+
+/// How fast a writer works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// [`PACE`], or as near as it gets: readers of different spaces are beside the same work.
+    Steady,
+    /// As fast as it can.
+    Unlimited,
+}
+
 /// A reader beside a writer.
 #[derive(Clone, Copy, Debug)]
 pub struct Beside {
@@ -97,14 +110,14 @@ pub struct Beside {
 /// # Panics
 ///
 /// Panics where `reader` has no mappings to change.
-pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader) -> Beside {
+pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader, pace: Pace) -> Beside {
     let writer = Writer::default();
     let mut churn = reader.churning(world).expect("one who maps");
     let mut candidate = reader.reading(world, work);
     let n = filling(&mut candidate);
     std::thread::scope(|scope| {
         let end = End(&writer);
-        let thread = scope.spawn(|| writer.run(&mut churn));
+        let thread = scope.spawn(|| writer.run(pace, &mut churn));
         let mut kept = Vec::with_capacity(ROUNDS);
         let mut writing = Duration::ZERO;
         for _ in 0..ROUNDS {
@@ -134,16 +147,29 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(&self, mut churn: impl FnMut()) {
+    fn run(&self, pace: Pace, mut churn: impl FnMut()) {
+        let interval = Duration::from_secs(1) / PACE;
+        let mut due = None;
         while !self.ended.load(Ordering::Acquire) {
             let wanted = self.wanted.load(Ordering::Acquire);
             self.working.store(wanted, Ordering::Release);
-            if wanted {
-                churn();
-                self.pairs.fetch_add(1, Ordering::Relaxed);
-            } else {
+            if !wanted {
+                due = None;
                 spin_loop();
+                continue;
             }
+            if pace == Pace::Steady {
+                let now = Instant::now();
+                // Who was away for a while catches up, within a turn of the reader.
+                let at = *due.get_or_insert(now);
+                if now < at {
+                    spin_loop();
+                    continue;
+                }
+                due = Some(at + interval);
+            }
+            churn();
+            self.pairs.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -175,7 +201,7 @@ mod tests {
         let writer = Writer::default();
         std::thread::scope(|scope| {
             let _end = End(&writer);
-            let thread = scope.spawn(|| writer.run(|| {}));
+            let thread = scope.spawn(|| writer.run(Pace::Unlimited, || {}));
             assert_eq!(writer.pairs.load(Ordering::Relaxed), 0);
             writer.go(true, &thread);
             while writer.pairs.load(Ordering::Relaxed) < 10 {
@@ -186,5 +212,22 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
             assert_eq!(writer.pairs.load(Ordering::Relaxed), pairs);
         });
+    }
+    #[test]
+    fn a_steady_writer_is_never_ahead_of_its_pace() {
+        let writer = Writer::default();
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            let _end = End(&writer);
+            let thread = scope.spawn(|| writer.run(Pace::Steady, || {}));
+            writer.go(true, &thread);
+            while writer.pairs.load(Ordering::Relaxed) < 1000 {
+                spin_loop();
+            }
+        });
+        let pairs = writer.pairs.load(Ordering::Relaxed);
+        // The first is due at once.
+        let due = start.elapsed().as_secs_f64() * f64::from(PACE) + 1.0;
+        assert!(pairs as f64 <= due, "{pairs} of {due}");
     }
 }
