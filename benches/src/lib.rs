@@ -16,7 +16,7 @@
 //! - [`compare`] has them take turns and relates them round by round, so that a change of the
 //!   machine's load hits all; where the rounds do not agree it says `noisy`.
 //! - [`parallel`], [`chain`], [`churn`], [`dirty`] and [`footprint`] measure what is no single read:
-//!   threads, virtqueues, changes of mappings, dirty pages, bytes.
+//!   threads (on [`cpus`] of their own), virtqueues, changes of mappings, dirty pages, bytes.
 //! - [`bars`] is the table of what has to be reached; `ci/bench-bars` measures it.
 //! - The groups (`cargo bench -p benches --bench peers`) go through the [`harness`], which keeps a
 //!   [`record`]; `ci/bench-report` makes `docs/benchmarks.md` of it, see [`report`].
@@ -37,6 +37,7 @@ pub mod candidates;
 pub mod chain;
 pub mod churn;
 pub mod compare;
+pub mod cpus;
 pub mod cycles;
 pub mod dirty;
 pub mod footprint;

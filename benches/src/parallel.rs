@@ -6,11 +6,12 @@
 use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Barrier;
-use std::thread::ScopedJoinHandle;
+use std::thread::{park, ScopedJoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crate::candidates::Reader;
 use crate::compare::{Candidate, Series};
+use crate::cpus::Cpus;
 use crate::cycles;
 use crate::stats::Measure;
 use crate::workload::Workload;
@@ -70,13 +71,18 @@ fn filling(candidate: &mut Candidate<'_>) -> u64 {
 
 fn per_operation<'a>(make: &(impl Fn() -> Candidate<'a> + Sync), n: u64, threads: usize) -> f64 {
     let start = Barrier::new(threads);
-    let run = || {
+    let cpus = Cpus::allowed();
+    let run = |cpu| {
+        let _stay = cpus.stay_on(cpu);
         let mut candidate = make();
         start.wait();
         n as f64 / cycles::of(|| candidate.run(n)) as f64
     };
     let rate: f64 = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        let run = &run;
+        let threads: Vec<_> = (0..threads)
+            .map(|cpu| scope.spawn(move || run(cpu)))
+            .collect();
         let rates = threads.into_iter().map(|thread| thread.join());
         rates.map(|rate| rate.expect("a reader that reads")).sum()
     });
@@ -115,9 +121,14 @@ pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader, pace: Pac
     let mut churn = reader.churning(world).expect("one who maps");
     let mut candidate = reader.reading(world, work);
     let n = filling(&mut candidate);
+    let cpus = Cpus::allowed();
     std::thread::scope(|scope| {
-        let end = End(&writer);
-        let thread = scope.spawn(|| writer.run(pace, &mut churn));
+        let thread = scope.spawn(|| {
+            let _stay = cpus.stay_on(1);
+            writer.run(pace, &mut churn);
+        });
+        let end = End(&writer, thread.thread().clone());
+        let _stay = cpus.stay_on(0);
         let mut kept = Vec::with_capacity(ROUNDS);
         let mut writing = Duration::ZERO;
         for _ in 0..ROUNDS {
@@ -155,7 +166,8 @@ impl Writer {
             self.working.store(wanted, Ordering::Release);
             if !wanted {
                 due = None;
-                spin_loop();
+                // A reader alone is alone: a processor that spins can slow the one beside it.
+                park();
                 continue;
             }
             if pace == Pace::Steady {
@@ -176,6 +188,7 @@ impl Writer {
     /// Starts or stops it, and waits until it has.
     fn go(&self, wanted: bool, thread: &ScopedJoinHandle<'_, ()>) {
         self.wanted.store(wanted, Ordering::Release);
+        thread.thread().unpark();
         while self.working.load(Ordering::Acquire) != wanted {
             assert!(!thread.is_finished(), "the writer has failed");
             spin_loop();
@@ -184,11 +197,12 @@ impl Writer {
 }
 
 /// Ends the writer, also where the reader fails.
-struct End<'a>(&'a Writer);
+struct End<'a>(&'a Writer, Thread);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
         self.0.ended.store(true, Ordering::Release);
+        self.1.unpark();
     }
 }
 
@@ -200,8 +214,8 @@ mod tests {
     fn a_writer_works_only_when_told_to() {
         let writer = Writer::default();
         std::thread::scope(|scope| {
-            let _end = End(&writer);
             let thread = scope.spawn(|| writer.run(Pace::Unlimited, || {}));
+            let _end = End(&writer, thread.thread().clone());
             assert_eq!(writer.pairs.load(Ordering::Relaxed), 0);
             writer.go(true, &thread);
             while writer.pairs.load(Ordering::Relaxed) < 10 {
@@ -218,8 +232,8 @@ mod tests {
         let writer = Writer::default();
         let start = Instant::now();
         std::thread::scope(|scope| {
-            let _end = End(&writer);
             let thread = scope.spawn(|| writer.run(Pace::Steady, || {}));
+            let _end = End(&writer, thread.thread().clone());
             writer.go(true, &thread);
             while writer.pairs.load(Ordering::Relaxed) < 1000 {
                 spin_loop();
