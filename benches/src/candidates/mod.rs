@@ -261,6 +261,9 @@ mod tests {
                 churn();
             }
         }
+        // Three of ours change the one space, the fourth the other.
+        let churned = |space: &IoAddressSpace| space.stats().maps - space.stats().mappings;
+        assert_eq!((churned(&world.space), churned(&world.membarrier)), (6, 2));
         assert_eq!(world.space.mappings(), 65_535);
     }
 }
