@@ -1,19 +1,25 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Changing mappings: pairs, latencies beside idle handles and leases, handles, pins, bytes.
+//! Changing mappings: pairs and batches, latencies beside handles, leases and readers, handles, pins,
+//! dirty pages, bytes.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use benches::churn::{beside_a_lease, page, pairs, space, unmap_latencies, PAGE};
+use benches::churn::{
+    beside_a_lease, beside_a_reader, page, pairs, space, space_with, unmap_latencies, PAGE,
+};
 use benches::compare::Candidate;
+use benches::cycles;
+use benches::dirty::{Shape, Spaces};
 use benches::footprint::{bytes_of_one, bytes_per_mapping, tebibyte, CountingAllocator};
 use benches::harness::Bench;
 use benches::record::Row;
 use benches::stats::percentile;
 use benches::workload::Random;
-use iommu_type1::{Interest, IoAddressSpace};
+use benches::world::Memory;
+use iommu_type1::{Interest, IoAddressSpace, ReaderBarrier};
 use vm_memory::Permissions;
 
 #[global_allocator]
@@ -23,8 +29,10 @@ fn main() {
     Bench::run("map_unmap", |bench| {
         steady_pairs(bench);
         handles_and_pins(bench);
+        dirty_pages(bench);
         if bench.compares() {
             latencies(bench);
+            latencies_beside_a_reader(bench);
             bytes(bench);
             one_tebibyte(bench);
         }
@@ -59,6 +67,26 @@ fn handles_and_pins(bench: &mut Bench) {
     }
 }
 
+fn dirty_pages(bench: &mut Bench) {
+    const PAGES: u64 = 1024;
+    let memory = Memory::new();
+    for shape in Shape::ALL {
+        let spaces = Spaces::new(shape, &memory);
+        let case = shape.name();
+        bench.compare(
+            "write of 64 B by whether dirty pages are kept, hot",
+            case,
+            spaces.writing(),
+        );
+        if bench.compares() {
+            for (name, measure) in spaces.taking(PAGES) {
+                let section = "take_dirty of 1 024 pages";
+                bench.row(Row::new(section, case, name, measure, cycles::UNIT));
+            }
+        }
+    }
+}
+
 fn latencies(bench: &mut Bench) {
     const TIME: Duration = Duration::from_millis(500);
     let space = space(1024, PAGE, &page());
@@ -75,6 +103,30 @@ fn latencies(bench: &mut Bench) {
     }
     let latencies = beside_a_lease(&space, || unmap_latencies(&space, TIME, Duration::ZERO));
     report("a lease elsewhere", &latencies);
+}
+
+fn latencies_beside_a_reader(bench: &mut Bench) {
+    // Between the latter a reader that can do without barriers goes back to that.
+    const PAUSES: [(&str, Duration); 2] = [
+        ("without pause", Duration::ZERO),
+        ("1 ms apart", Duration::from_millis(1)),
+    ];
+    const TIME: Duration = Duration::from_secs(1);
+    for (barrier, name) in [
+        (ReaderBarrier::Fence, "fence"),
+        (ReaderBarrier::Membarrier, "membarrier"),
+    ] {
+        let space = space_with(barrier, 1024, PAGE, &page());
+        for (apart, pause) in PAUSES {
+            let latencies = beside_a_reader(&space, || unmap_latencies(&space, TIME, pause));
+            let case = format!("{name}, {apart}");
+            for (name, percent) in [("p50", 50.0), ("p99", 99.0)] {
+                let value = percentile(&latencies, percent);
+                let section = "unmap of an unused page beside a reader elsewhere";
+                bench.row(Row::new(section, &case, name, value, "ns"));
+            }
+        }
+    }
 }
 
 fn bytes(bench: &mut Bench) {

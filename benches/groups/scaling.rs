@@ -6,7 +6,7 @@
 use benches::candidates::Reader;
 use benches::compare::Series;
 use benches::harness::Bench;
-use benches::parallel::{beside_a_writer, in_two_threads, Pair};
+use benches::parallel::{beside_a_writer, in_two_threads, Pace, Pair};
 use benches::record::Row;
 use benches::workload::{Pattern, Workload};
 use benches::world::{Memory, World};
@@ -33,6 +33,7 @@ fn two_readers(bench: &mut Bench, world: &World, work: &Workload, case: &str) {
     let readers = [
         Reader::Memcpy,
         Reader::Handle,
+        Reader::HandleMembarrier,
         Reader::Shared,
         Reader::Guard,
         Reader::Atomic,
@@ -48,18 +49,32 @@ fn two_readers(bench: &mut Bench, world: &World, work: &Workload, case: &str) {
 }
 
 fn beside_writers(bench: &mut Bench, world: &World, work: &Workload, case: &str) {
-    for reader in [Reader::Handle, Reader::Guard, Reader::Iommu, Reader::Tree] {
-        let beside = beside_a_writer(world, work, reader);
-        let kept = "part of its speed that a reader keeps beside a writer, hot";
-        let pairs = "map and unmap pairs a second of that writer";
-        let name = reader.name();
-        bench.row(Row::new(kept, case, name, beside.kept, "x"));
-        bench.row(Row::new(
-            pairs,
-            case,
-            name,
-            beside.pairs_per_second,
-            "pairs/s",
-        ));
+    let paces = [
+        (Pace::Steady, "250 000 pairs/s"),
+        (Pace::Unlimited, "as fast as it can"),
+    ];
+    let readers = [
+        Reader::Handle,
+        Reader::HandleMembarrier,
+        Reader::Guard,
+        Reader::Iommu,
+        Reader::Tree,
+    ];
+    for (pace, how) in paces {
+        let case = format!("{case}, {how}");
+        for reader in readers {
+            let beside = beside_a_writer(world, work, reader, pace);
+            let kept = "part of its speed that a reader keeps beside a writer, hot";
+            let pairs = "map and unmap pairs a second of that writer";
+            let name = reader.name();
+            bench.row(Row::new(kept, &case, name, beside.kept, "x"));
+            bench.row(Row::new(
+                pairs,
+                &case,
+                name,
+                beside.pairs_per_second,
+                "pairs/s",
+            ));
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 //! A chain of descriptors popped and read: ring accesses, translation of each buffer, the copy.
 
-use benches::chain::candidates;
+use benches::chain::Device;
 use benches::harness::Bench;
 use benches::world::{Memory, World};
 
@@ -15,7 +15,8 @@ fn main() {
             for len in [64, 512, 2048] {
                 let case = format!("8 x {len} B");
                 let section = format!("mappings: {mappings}");
-                bench.compare(&section, &case, candidates(&world, len));
+                let candidates = Device::ALL.map(|device| device.reading(&world, len));
+                bench.compare(&section, &case, candidates.into());
             }
         }
     });

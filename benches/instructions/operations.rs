@@ -17,10 +17,11 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use benches::candidates::{ours, Reader};
+use benches::chain::Device;
+use benches::churn;
 use benches::compare::Candidate;
 use benches::workload::{Pattern, Random, Workload};
 use benches::world::{Memory, World};
-use benches::{chain, churn};
 use gungraun::{
     library_benchmark, library_benchmark_group, main, Callgrind, LibraryBenchmarkConfig,
 };
@@ -55,7 +56,7 @@ const PAGE: usize = 4096;
 #[bench::user_dma_rw_64(user_dma_rw())]
 #[bench::guard(in_space(16, ours::guard_alone))]
 #[bench::guard_read_64(read(Reader::Guard, 16, 64))]
-#[bench::guard_chain_of_8(chain::candidates(world(1024), 512).swap_remove(0))]
+#[bench::guard_chain_of_8(Device::Guard.reading(world(1024), 512))]
 #[bench::lease_of_1(in_space(16, lease))]
 #[bench::pin_unpin_1(pin())]
 #[bench::handle_new_drop(in_space(16, handle))]

@@ -7,7 +7,7 @@ use std::io::Read;
 
 use vm_memory::{GuestAddressSpace, GuestMemory};
 
-use iommu_type1::IoAddressSpace;
+use iommu_type1::{IoAddressSpace, ReaderBarrier};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::mock::MockSplitQueue;
@@ -22,37 +22,91 @@ pub const DESCRIPTORS: u64 = 8;
 
 const NEXT: u16 = 1;
 
-/// The candidates: our guard first, then `GuestMemoryMmap` of one region and `IommuMemory`.
+/// Who reads a chain.
 ///
-/// Rings and every buffer of `len` bytes lie in mappings of their own, as far as there are that
-/// many.
-///
-/// # Panics
-///
-/// The candidates panic where a chain cannot be read.
-pub fn candidates(world: &World, len: u32) -> Vec<Candidate<'_>> {
-    let layout = &world.layout;
-    let by_iova = place(layout, |mapping| layout.iova(mapping));
-    let by_gpa = place(layout, |mapping| layout.gpa(mapping));
+/// Rings and every buffer lie in mappings of their own, as far as there are that many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// Ours, by a guard taken for each chain.
+    Guard,
+    /// Ours, by a guard of a space with `ReaderBarrier::Membarrier`.
+    GuardMembarrier,
+    /// `GuestMemoryMmap` of one region: no translation.
+    OneRegion,
+    /// `IommuMemory` over a `RwLock<Iotlb>`.
+    Iommu,
+}
 
-    // It is the same memory for all: each has its rings a few pages from the others'.
-    let mut queue = build(&*world.space.memory(), &by_iova, 0x4000, len);
-    let mut mmap_queue = build(&world.memory.one_region, &by_gpa, 0x6000, len);
-    let mut iommu_queue = build(&world.iommu, &by_iova, 0x8000, len);
-    let mut buf = vec![0; len as usize * DESCRIPTORS as usize];
-    let mut mmap_buf = buf.clone();
-    let mut iommu_buf = buf.clone();
-    vec![
-        Candidate::of("guard", move || {
-            through_guard(&mut queue, &world.space, &mut buf);
-        }),
-        Candidate::of("GuestMemoryMmap, 1 region", move || {
-            read_chain(&mut mmap_queue, &world.memory.one_region, &mut mmap_buf);
-        }),
-        Candidate::of("IommuMemory", move || {
-            read_chain(&mut iommu_queue, &world.iommu, &mut iommu_buf);
-        }),
-    ]
+impl Device {
+    /// Everybody.
+    pub const ALL: [Device; 4] = [
+        Device::Guard,
+        Device::GuardMembarrier,
+        Device::OneRegion,
+        Device::Iommu,
+    ];
+
+    /// Ours, by a guard of the space with this barrier.
+    pub fn guard(barrier: ReaderBarrier) -> Self {
+        match barrier {
+            ReaderBarrier::Membarrier => Device::GuardMembarrier,
+            _ => Device::Guard,
+        }
+    }
+
+    /// Name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Device::Guard => "guard",
+            Device::GuardMembarrier => "guard, membarrier",
+            Device::OneRegion => "GuestMemoryMmap, 1 region",
+            Device::Iommu => "IommuMemory",
+        }
+    }
+
+    /// The candidate that reads a chain of buffers of `len` bytes.
+    ///
+    /// # Panics
+    ///
+    /// The candidate panics where the chain cannot be read.
+    pub fn reading(self, world: &World, len: u32) -> Candidate<'_> {
+        let layout = &world.layout;
+        let by_iova = || place(layout, |mapping| layout.iova(mapping));
+        let by_gpa = || place(layout, |mapping| layout.gpa(mapping));
+        let mut buf = vec![0; len as usize * DESCRIPTORS as usize];
+        match self {
+            Device::Guard | Device::GuardMembarrier => {
+                let space = match self {
+                    Device::GuardMembarrier => &world.membarrier,
+                    _ => &world.space,
+                };
+                let mut queue = build(&*space.memory(), &by_iova(), self.rings(), len);
+                Candidate::of(self.name(), move || {
+                    through_guard(&mut queue, space, &mut buf);
+                })
+            }
+            Device::OneRegion => {
+                let memory = &world.memory.one_region;
+                let mut queue = build(memory, &by_gpa(), self.rings(), len);
+                Candidate::of(self.name(), move || {
+                    read_chain(&mut queue, memory, &mut buf);
+                })
+            }
+            Device::Iommu => {
+                let memory = &world.iommu;
+                let mut queue = build(memory, &by_iova(), self.rings(), len);
+                Candidate::of(self.name(), move || {
+                    read_chain(&mut queue, memory, &mut buf);
+                })
+            }
+        }
+    }
+
+    /// Offset of the rings. It is the same memory for all: each has its own a few pages from the
+    /// others'.
+    fn rings(self) -> u64 {
+        0x4000 + 0x2000 * self as u64
+    }
 }
 
 /// Offset of the buffers, behind all rings.
@@ -106,8 +160,8 @@ mod tests {
         let memory = Memory::new();
         for mappings in [1, 16, 1024] {
             let world = World::new(mappings, &memory);
-            for mut candidate in candidates(&world, 512) {
-                candidate.run(3);
+            for device in Device::ALL {
+                device.reading(&world, 512).run(3);
             }
         }
     }

@@ -3,13 +3,14 @@
 
 //! Changing mappings: steady pairs of unmap and map, and how long single unmaps take.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use iommu_type1::{Backing, IoAddressSpace};
+use iommu_type1::{Backing, IoAddressSpace, ReaderBarrier};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
-use crate::candidates::{LockedIotlb, LockedTree};
+use crate::candidates::{ours, LockedIotlb, LockedTree};
 use crate::compare::Candidate;
 
 /// Bytes of each mapping.
@@ -26,9 +27,24 @@ const ELSEWHERE: u64 = 1 << 40;
 ///
 /// Panics where they cannot be mapped.
 pub fn space(mappings: u64, stride: u64, page: &Backing) -> IoAddressSpace {
+    space_with(ReaderBarrier::default(), mappings, stride, page)
+}
+
+/// As [`space`], with a barrier of choice.
+///
+/// # Panics
+///
+/// As [`space`].
+pub fn space_with(
+    barrier: ReaderBarrier,
+    mappings: u64,
+    stride: u64,
+    page: &Backing,
+) -> IoAddressSpace {
     // One more, for what is mapped elsewhere.
     let space = IoAddressSpace::builder()
         .entry_limit(mappings as usize + 1)
+        .reader_barrier(barrier)
         .build();
     for i in 0..mappings {
         map(&space, i * stride, page);
@@ -45,7 +61,12 @@ pub fn page() -> Backing {
     Backing::anonymous(PAGE as usize).expect("a page")
 }
 
-/// Candidates that unmap a mapping and map it again, of as many as `order` has, in its order.
+/// Mappings of the batches that are compared with single ones.
+pub const BATCHES: [(&str, u64); 2] = [("ours, batches of 16", 16), ("ours, batches of 256", 256)];
+
+/// Candidates that unmap a mapping and map it again, of as many as `order` has, in its order. Those
+/// who do it in batches take neighbours together, and the batches in that order; what they show is
+/// of one mapping too.
 pub fn pairs(order: &[u64]) -> Vec<Candidate<'_>> {
     let page = page();
     let space = space(order.len() as u64, PAGE, &page);
@@ -56,8 +77,11 @@ pub fn pairs(order: &[u64]) -> Vec<Candidate<'_>> {
         tree.map(i * PAGE, host, PAGE);
         iotlb.map(i * PAGE, GuestAddress(0), PAGE);
     }
-    vec![
-        through("ours", order, move |iova| remap(&space, iova, &page)),
+    let mut candidates = vec![
+        through("ours", order, {
+            let (space, page) = (space.clone(), page.clone());
+            move |iova| remap(&space, iova, &page)
+        }),
         through("RwLock<BTreeMap>", order, move |iova| {
             tree.unmap(iova);
             tree.map(iova, host, PAGE);
@@ -66,7 +90,37 @@ pub fn pairs(order: &[u64]) -> Vec<Candidate<'_>> {
             iotlb.unmap(iova, PAGE);
             iotlb.map(iova, GuestAddress(0), PAGE);
         }),
-    ]
+    ];
+    for (name, mappings) in BATCHES {
+        candidates.push(in_batches(name, order, mappings, &space, &page));
+    }
+    candidates
+}
+
+fn in_batches<'a>(
+    name: &'static str,
+    order: &[u64],
+    mappings: u64,
+    space: &IoAddressSpace,
+    page: &Backing,
+) -> Candidate<'a> {
+    let (space, page) = (space.clone(), page.clone());
+    let starts = order.iter().copied();
+    let starts = starts.filter(|at| at % mappings == 0 && at + mappings <= order.len() as u64);
+    let starts: Vec<u64> = starts.collect();
+    let (mut next, mut owed) = (0, 0);
+    Candidate::new(name, move |n| {
+        owed += n;
+        while owed >= mappings {
+            owed -= mappings;
+            let first = starts[next % starts.len()];
+            next += 1;
+            let ranges: Vec<_> = (first..first + mappings)
+                .map(|at| (at * PAGE, PAGE))
+                .collect();
+            remap_batch(&space, &ranges, &page);
+        }
+    })
 }
 
 fn through<'a>(
@@ -86,6 +140,15 @@ fn through<'a>(
 fn remap(space: &IoAddressSpace, iova: u64, page: &Backing) {
     space.unmap(iova, PAGE).expect("nobody holds it");
     map(space, iova, page);
+}
+
+#[inline(never)]
+fn remap_batch(space: &IoAddressSpace, ranges: &[(u64, u64)], page: &Backing) {
+    space.unmap_batch(ranges).expect("nobody holds them");
+    let again = ranges
+        .iter()
+        .map(|(iova, _)| (*iova, page.clone(), Permissions::ReadWrite));
+    space.map_batch(again).expect("free pages");
 }
 
 fn map(space: &IoAddressSpace, iova: u64, page: &Backing) {
@@ -139,6 +202,39 @@ pub fn beside_a_lease<T>(space: &IoAddressSpace, op: impl FnOnce() -> T) -> T {
     })
 }
 
+/// Does `op` while another thread reads the page at address 0 by a handle, without pause.
+///
+/// # Panics
+///
+/// Panics where nothing is mapped there.
+pub fn beside_a_reader<T>(space: &IoAddressSpace, op: impl FnOnce() -> T) -> T {
+    struct End<'a>(&'a AtomicBool);
+    impl Drop for End<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    let ended = AtomicBool::new(false);
+    let (reads, is_reading) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let _end = End(&ended);
+        scope.spawn(|| {
+            // Moved in, so that nobody waits for a reader that has failed.
+            let reads = reads;
+            let handle = space.handle();
+            let mut buf = [0; 64];
+            ours::handle(&handle, 0, &mut buf);
+            let _ = reads.send(());
+            while !ended.load(Ordering::Relaxed) {
+                ours::handle(&handle, 0, &mut buf);
+            }
+        });
+        is_reading.recv().expect("a page that can be read");
+        op()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,9 +242,33 @@ mod tests {
 
     #[test]
     fn pairs_leave_what_they_found() {
-        let order = Random::order(100);
+        let order = Random::order(600);
         for mut candidate in pairs(&order) {
-            candidate.run(250);
+            candidate.run(1500);
+        }
+    }
+
+    #[test]
+    fn a_batch_is_counted_by_its_mappings() {
+        let page = page();
+        let space = space(32, PAGE, &page);
+        let order: Vec<u64> = (0..32).collect();
+        let mut batches = in_batches("batches", &order, 16, &space, &page);
+        let before = space.stats().unmaps;
+        for unmapped in [0, 16, 16, 32] {
+            batches.run(9);
+            assert_eq!(space.stats().unmaps - before, unmapped);
+        }
+        assert_eq!(space.mappings(), 32);
+    }
+
+    #[test]
+    fn unmaps_beside_a_reader_are_measured_with_either_barrier() {
+        for barrier in [ReaderBarrier::Fence, ReaderBarrier::Membarrier] {
+            let space = space_with(barrier, 1, PAGE, &page());
+            let time = Duration::from_millis(1);
+            let unmaps = || unmap_latencies(&space, time, Duration::ZERO);
+            assert!(!beside_a_reader(&space, unmaps).is_empty());
         }
     }
 

@@ -6,11 +6,12 @@
 use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Barrier;
-use std::thread::ScopedJoinHandle;
+use std::thread::{park, ScopedJoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crate::candidates::Reader;
 use crate::compare::{Candidate, Series};
+use crate::cpus::Cpus;
 use crate::cycles;
 use crate::stats::Measure;
 use crate::workload::Workload;
@@ -70,17 +71,35 @@ fn filling(candidate: &mut Candidate<'_>) -> u64 {
 
 fn per_operation<'a>(make: &(impl Fn() -> Candidate<'a> + Sync), n: u64, threads: usize) -> f64 {
     let start = Barrier::new(threads);
-    let run = || {
+    let cpus = Cpus::allowed();
+    let run = |cpu| {
+        let _stay = cpus.stay_on(cpu);
         let mut candidate = make();
         start.wait();
         n as f64 / cycles::of(|| candidate.run(n)) as f64
     };
     let rate: f64 = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        let run = &run;
+        let threads: Vec<_> = (0..threads)
+            .map(|cpu| scope.spawn(move || run(cpu)))
+            .collect();
         let rates = threads.into_iter().map(|thread| thread.join());
         rates.map(|rate| rate.expect("a reader that reads")).sum()
     });
     1.0 / rate
+}
+
+/// Pairs a second of a writer that keeps pace. The bars speak of at least 200 000: this is as much
+/// more as a writer loses whose thread is away for a while.
+pub const PACE: u32 = 250_000;
+
+/// How fast a writer works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// [`PACE`], or as near as it gets: readers of different spaces are beside the same work.
+    Steady,
+    /// As fast as it can.
+    Unlimited,
 }
 
 /// A reader beside a writer.
@@ -97,14 +116,19 @@ pub struct Beside {
 /// # Panics
 ///
 /// Panics where `reader` has no mappings to change.
-pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader) -> Beside {
+pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader, pace: Pace) -> Beside {
     let writer = Writer::default();
     let mut churn = reader.churning(world).expect("one who maps");
     let mut candidate = reader.reading(world, work);
     let n = filling(&mut candidate);
+    let cpus = Cpus::allowed();
     std::thread::scope(|scope| {
-        let end = End(&writer);
-        let thread = scope.spawn(|| writer.run(&mut churn));
+        let thread = scope.spawn(|| {
+            let _stay = cpus.stay_on(1);
+            writer.run(pace, &mut churn);
+        });
+        let end = End(&writer, thread.thread().clone());
+        let _stay = cpus.stay_on(0);
         let mut kept = Vec::with_capacity(ROUNDS);
         let mut writing = Duration::ZERO;
         for _ in 0..ROUNDS {
@@ -134,22 +158,37 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(&self, mut churn: impl FnMut()) {
+    fn run(&self, pace: Pace, mut churn: impl FnMut()) {
+        let interval = Duration::from_secs(1) / PACE;
+        let mut due = None;
         while !self.ended.load(Ordering::Acquire) {
             let wanted = self.wanted.load(Ordering::Acquire);
             self.working.store(wanted, Ordering::Release);
-            if wanted {
-                churn();
-                self.pairs.fetch_add(1, Ordering::Relaxed);
-            } else {
-                spin_loop();
+            if !wanted {
+                due = None;
+                // A reader alone is alone: a processor that spins can slow the one beside it.
+                park();
+                continue;
             }
+            if pace == Pace::Steady {
+                let now = Instant::now();
+                // Who was away for a while catches up, within a turn of the reader.
+                let at = *due.get_or_insert(now);
+                if now < at {
+                    spin_loop();
+                    continue;
+                }
+                due = Some(at + interval);
+            }
+            churn();
+            self.pairs.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Starts or stops it, and waits until it has.
     fn go(&self, wanted: bool, thread: &ScopedJoinHandle<'_, ()>) {
         self.wanted.store(wanted, Ordering::Release);
+        thread.thread().unpark();
         while self.working.load(Ordering::Acquire) != wanted {
             assert!(!thread.is_finished(), "the writer has failed");
             spin_loop();
@@ -158,11 +197,12 @@ impl Writer {
 }
 
 /// Ends the writer, also where the reader fails.
-struct End<'a>(&'a Writer);
+struct End<'a>(&'a Writer, Thread);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
         self.0.ended.store(true, Ordering::Release);
+        self.1.unpark();
     }
 }
 
@@ -174,8 +214,8 @@ mod tests {
     fn a_writer_works_only_when_told_to() {
         let writer = Writer::default();
         std::thread::scope(|scope| {
-            let _end = End(&writer);
-            let thread = scope.spawn(|| writer.run(|| {}));
+            let thread = scope.spawn(|| writer.run(Pace::Unlimited, || {}));
+            let _end = End(&writer, thread.thread().clone());
             assert_eq!(writer.pairs.load(Ordering::Relaxed), 0);
             writer.go(true, &thread);
             while writer.pairs.load(Ordering::Relaxed) < 10 {
@@ -186,5 +226,22 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
             assert_eq!(writer.pairs.load(Ordering::Relaxed), pairs);
         });
+    }
+    #[test]
+    fn a_steady_writer_is_never_ahead_of_its_pace() {
+        let writer = Writer::default();
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| writer.run(Pace::Steady, || {}));
+            let _end = End(&writer, thread.thread().clone());
+            writer.go(true, &thread);
+            while writer.pairs.load(Ordering::Relaxed) < 1000 {
+                spin_loop();
+            }
+        });
+        let pairs = writer.pairs.load(Ordering::Relaxed);
+        // The first is due at once.
+        let due = start.elapsed().as_secs_f64() * f64::from(PACE) + 1.0;
+        assert!(pairs as f64 <= due, "{pairs} of {due}");
     }
 }

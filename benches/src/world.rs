@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
-use iommu_type1::{Backing, IoAddressSpace};
+use iommu_type1::{Backing, IoAddressSpace, ReaderBarrier};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
     IommuMemory, Permissions,
@@ -102,8 +102,10 @@ pub struct World {
     pub memory: Memory,
     /// That shape, replaceable.
     pub atomic: GuestMemoryAtomic<GuestMemoryMmap>,
-    /// Our mappings.
+    /// Our mappings, in a space as it is by default.
     pub space: IoAddressSpace,
+    /// The same in a space whose accesses go without a barrier of their own, if the kernel lets them.
+    pub membarrier: IoAddressSpace,
     /// The mappings in vm-memory's own IOMMU.
     pub iommu: IommuMemory<GuestMemoryMmap, LockedIotlb>,
     /// The mappings in a tree behind a lock.
@@ -119,23 +121,10 @@ impl World {
     pub fn new(mappings: u64, memory: &Memory) -> Self {
         let one_region = &memory.one_region;
         let layout = Layout::new(mappings);
-        // One more, for what is mapped elsewhere meanwhile.
-        let space = IoAddressSpace::builder()
-            .entry_limit(mappings as usize + 1)
-            .reader_barrier(if std::env::var_os("MB").is_some() {
-                iommu_type1::ReaderBarrier::Membarrier
-            } else {
-                Default::default()
-            })
-            .build();
         let iotlb = LockedIotlb::default();
         let tree = LockedTree::default();
         for i in 0..mappings {
             let (iova, gpa) = (layout.iova(i), GuestAddress(layout.gpa(i)));
-            let backing = Backing::from_guest_memory(one_region, gpa, layout.len as usize);
-            space
-                .map(iova, backing.expect("inside"), Permissions::ReadWrite)
-                .expect("a free range");
             iotlb.map(iova, gpa, layout.len);
             let host = one_region.get_host_address(gpa).expect("inside");
             tree.map(iova, host, layout.len);
@@ -144,9 +133,35 @@ impl World {
             layout,
             memory: memory.clone(),
             atomic: GuestMemoryAtomic::new(one_region.clone()),
-            space,
+            space: mapped(layout, memory, ReaderBarrier::default()),
+            membarrier: mapped(layout, memory, ReaderBarrier::Membarrier),
             iommu: IommuMemory::new(one_region.clone(), iotlb, true, ()),
             tree,
         }
     }
+}
+
+/// A space with the mappings of `layout`.
+///
+/// # Panics
+///
+/// Panics where the memory cannot be mapped.
+pub fn mapped(layout: Layout, memory: &Memory, barrier: ReaderBarrier) -> IoAddressSpace {
+    // One more, for what is mapped elsewhere meanwhile.
+    let space = IoAddressSpace::builder()
+        .entry_limit(layout.mappings as usize + 1)
+        .reader_barrier(barrier)
+        .build();
+    for i in 0..layout.mappings {
+        let gpa = GuestAddress(layout.gpa(i));
+        let backing = Backing::from_guest_memory(&memory.one_region, gpa, layout.len as usize);
+        space
+            .map(
+                layout.iova(i),
+                backing.expect("inside"),
+                Permissions::ReadWrite,
+            )
+            .expect("a free range");
+    }
+    space
 }

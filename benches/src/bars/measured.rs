@@ -8,15 +8,18 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use iommu_type1::IoAddressSpace;
+use iommu_type1::{IoAddressSpace, ReaderBarrier};
 use vm_memory::Permissions;
 
 use crate::candidates::{ours, Reader};
+use crate::chain::Device;
 use crate::compare::{interleave, Candidate, Series, ROUNDS};
+use crate::dirty::{Shape, Spaces};
+use crate::parallel::Pace;
 use crate::stats::{percentile, Measure};
 use crate::workload::{Pattern, Random, Workload};
 use crate::world::{Memory, World};
-use crate::{chain, churn, footprint, parallel};
+use crate::{churn, footprint, parallel};
 
 /// What a line showed.
 #[derive(Clone, Debug)]
@@ -59,18 +62,23 @@ pub struct Rig {
 impl Rig {
     /// The world of so many mappings.
     pub fn world(&self, mappings: u64) -> Rc<World> {
-        let memory = self.memory.get_or_init(Memory::new);
+        let memory = self.memory();
         let mut worlds = self.worlds.borrow_mut();
         let world = worlds
             .entry(mappings)
             .or_insert_with(|| Rc::new(World::new(mappings, memory)));
         world.clone()
     }
+
+    fn memory(&self) -> &Memory {
+        self.memory.get_or_init(Memory::new)
+    }
 }
 
-/// The handle, and a peer in turns with it.
+/// The handle of the space with this barrier, and a peer in turns with it.
 fn handle_and(
     rig: &Rig,
+    barrier: ReaderBarrier,
     mappings: u64,
     pattern: Pattern,
     size: usize,
@@ -78,24 +86,25 @@ fn handle_and(
 ) -> (Series, Series) {
     let world = rig.world(mappings);
     let work = Workload::new(&world.layout, pattern, size);
-    let mut candidates = [Reader::Handle, peer].map(|reader| reader.reading(&world, &work));
+    let mut candidates =
+        [Reader::handle(barrier), peer].map(|reader| reader.reading(&world, &work));
     let all = interleave(&mut candidates);
     (all[0].clone(), all[1].clone())
 }
 
-pub(super) fn minus_memcpy(rig: &Rig, mappings: u64) -> Measured {
-    let (ours, memcpy) = handle_and(rig, mappings, Pattern::Hot, 64, Reader::Memcpy);
+pub(super) fn minus_memcpy(rig: &Rig, barrier: ReaderBarrier, mappings: u64) -> Measured {
+    let (ours, memcpy) = handle_and(rig, barrier, mappings, Pattern::Hot, 64, Reader::Memcpy);
     ours.minus(&memcpy).into()
 }
 
 pub(super) fn ratio(
     rig: &Rig,
+    barrier: ReaderBarrier,
     mappings: u64,
-    pattern: Pattern,
     size: usize,
     peer: Reader,
 ) -> Measured {
-    let (ours, peer) = handle_and(rig, mappings, pattern, size, peer);
+    let (ours, peer) = handle_and(rig, barrier, mappings, Pattern::Hot, size, peer);
     let note = format!("{:+.0} cycles", ours.minus(&peer).value);
     Measured {
         note,
@@ -103,18 +112,23 @@ pub(super) fn ratio(
     }
 }
 
-pub(super) fn against_memcpy(rig: &Rig, mappings: u64, size: usize) -> Measured {
-    ratio(rig, mappings, Pattern::Hot, size, Reader::Memcpy)
+pub(super) fn against_memcpy(
+    rig: &Rig,
+    barrier: ReaderBarrier,
+    mappings: u64,
+    size: usize,
+) -> Measured {
+    ratio(rig, barrier, mappings, size, Reader::Memcpy)
 }
 
 pub(super) fn speed_up(
     rig: &Rig,
+    barrier: ReaderBarrier,
     mappings: u64,
     pattern: Pattern,
     size: usize,
-    peer: Reader,
 ) -> Measured {
-    let (ours, peer) = handle_and(rig, mappings, pattern, size, peer);
+    let (ours, peer) = handle_and(rig, barrier, mappings, pattern, size, Reader::Iommu);
     peer.over(&ours).measure().into()
 }
 
@@ -126,13 +140,12 @@ pub(super) fn guard_cycles(rig: &Rig) -> Measured {
 
 pub(super) fn chain_against(
     rig: &Rig,
-    peer: usize,
+    barrier: ReaderBarrier,
+    peer: Device,
     relate: impl Fn(&Series, &Series) -> Series,
 ) -> Measured {
     let world = rig.world(1024);
-    let mut candidates = chain::candidates(&world, 512);
-    candidates.swap(1, peer);
-    candidates.truncate(2);
+    let mut candidates = [Device::guard(barrier), peer].map(|device| device.reading(&world, 512));
     let all = interleave(&mut candidates);
     relate(&all[0], &all[1]).measure().into()
 }
@@ -149,11 +162,11 @@ pub(super) fn two_readers(rig: &Rig) -> Measured {
     }
 }
 
-pub(super) fn beside_writer(rig: &Rig, size: usize) -> Measured {
+pub(super) fn beside_writer(rig: &Rig, barrier: ReaderBarrier, size: usize) -> Measured {
     const LEAST_PAIRS: f64 = 200_000.0;
     let world = rig.world(16);
     let work = Workload::new(&world.layout, Pattern::Hot, size);
-    let beside = parallel::beside_a_writer(&world, &work, Reader::Handle);
+    let beside = parallel::beside_a_writer(&world, &work, Reader::handle(barrier), Pace::Steady);
     Measured {
         is_valid: beside.pairs_per_second >= LEAST_PAIRS,
         note: format!("{:.0} pairs/s", beside.pairs_per_second),
@@ -179,6 +192,12 @@ pub(super) fn held_elsewhere(_: &Rig) -> Measured {
         note: format!("{} unmaps, p50 {p50:.2} us", latencies.len()),
         ..Measured::count(percentile(&latencies, 99.0) / 1000.0)
     }
+}
+
+pub(super) fn more_when_tracked(rig: &Rig, shape: Shape) -> Measured {
+    let spaces = Spaces::new(shape, rig.memory());
+    let all = interleave(&mut spaces.writing());
+    all[1].minus(&all[0]).into()
 }
 
 pub(super) fn dense_bytes(_: &Rig) -> Measured {

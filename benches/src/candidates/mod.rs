@@ -8,7 +8,7 @@ pub mod peers;
 
 use std::hint::black_box;
 
-use iommu_type1::Backing;
+use iommu_type1::{Backing, IoAddressSpace, ReaderBarrier};
 use vm_memory::{GuestAddress, GuestMemoryBackend, Permissions};
 
 pub use peers::{LockedIotlb, LockedTree};
@@ -22,6 +22,8 @@ use crate::world::World;
 pub enum Reader {
     /// Ours, by a handle.
     Handle,
+    /// Ours, by a handle of a space with `ReaderBarrier::Membarrier`.
+    HandleMembarrier,
     /// Ours, directly on the space.
     Shared,
     /// Ours, by a guard taken for each access.
@@ -46,8 +48,9 @@ pub enum Reader {
 
 impl Reader {
     /// Everybody.
-    pub const ALL: [Reader; 11] = [
+    pub const ALL: [Reader; 12] = [
         Reader::Handle,
+        Reader::HandleMembarrier,
         Reader::Shared,
         Reader::Guard,
         Reader::OneRegion,
@@ -60,10 +63,19 @@ impl Reader {
         Reader::Memcpy,
     ];
 
+    /// Ours, by a handle of the space with this barrier.
+    pub fn handle(barrier: ReaderBarrier) -> Self {
+        match barrier {
+            ReaderBarrier::Membarrier => Reader::HandleMembarrier,
+            _ => Reader::Handle,
+        }
+    }
+
     /// Name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Reader::Handle => "handle",
+            Reader::HandleMembarrier => "handle, membarrier",
             Reader::Shared => "shared path",
             Reader::Guard => "guard",
             Reader::OneRegion => "GuestMemoryMmap, 1 region",
@@ -86,8 +98,8 @@ impl Reader {
         let by_iova = &work.iovas;
         let by_gpa = &work.gpas;
         match self {
-            Reader::Handle => {
-                let handle = world.space.handle();
+            Reader::Handle | Reader::HandleMembarrier => {
+                let handle = self.space(world).handle();
                 self.over(by_iova, work, move |at, buf| ours::handle(&handle, at, buf))
             }
             Reader::Shared => self.over(by_iova, work, |at, buf| {
@@ -129,6 +141,14 @@ impl Reader {
         }
     }
 
+    /// The space of ours that it reads.
+    fn space(self, world: &World) -> &IoAddressSpace {
+        match self {
+            Reader::HandleMembarrier => &world.membarrier,
+            _ => &world.space,
+        }
+    }
+
     fn over<'a>(
         self,
         addresses: &'a [u64],
@@ -157,8 +177,14 @@ impl Reader {
         let host = backing.host_address() as usize;
         let churns = matches!(
             self,
-            Reader::Handle | Reader::Shared | Reader::Guard | Reader::Iommu | Reader::Tree
+            Reader::Handle
+                | Reader::HandleMembarrier
+                | Reader::Shared
+                | Reader::Guard
+                | Reader::Iommu
+                | Reader::Tree
         );
+        let space = self.space(world);
         churns.then_some(move || match self {
             Reader::Iommu => {
                 let iotlb = world.iommu.iommu();
@@ -170,11 +196,10 @@ impl Reader {
                 world.tree.unmap(at);
             }
             _ => {
-                world
-                    .space
+                space
                     .map(at, backing.clone(), Permissions::ReadWrite)
                     .expect("a free page");
-                world.space.unmap(at, 4096).expect("nobody holds it");
+                space.unmap(at, 4096).expect("nobody holds it");
             }
         })
     }
@@ -236,6 +261,9 @@ mod tests {
                 churn();
             }
         }
+        // Three of ours change the one space, the fourth the other.
+        let churned = |space: &IoAddressSpace| space.stats().maps - space.stats().mappings;
+        assert_eq!((churned(&world.space), churned(&world.membarrier)), (6, 2));
         assert_eq!(world.space.mappings(), 65_535);
     }
 }

@@ -12,6 +12,12 @@ pub fn handle(handle: &DmaHandle, iova: u64, buf: &mut [u8]) {
     handle.read(iova, buf).expect("mapped");
 }
 
+/// A write by a handle.
+#[inline(never)]
+pub fn handle_write(handle: &DmaHandle, iova: u64, buf: &[u8]) {
+    handle.write(iova, buf).expect("mapped");
+}
+
 /// A read on the shared path.
 #[inline(never)]
 pub fn shared(space: &IoAddressSpace, iova: u64, buf: &mut [u8]) {

@@ -12,7 +12,8 @@ use vm_memory::{
     Iotlb, Permissions,
 };
 
-/// `read_slice` of a `GuestMemoryMmap`.
+/// `read_slice` of a `GuestMemoryMmap`, which is generic: it is compiled here, with everything inlined
+/// that the optimizer wants.
 #[inline(never)]
 pub fn mmap(memory: &GuestMemoryMmap, gpa: u64, buf: &mut [u8]) {
     memory.read_slice(buf, GuestAddress(gpa)).expect("memory");

@@ -267,16 +267,21 @@ impl Space {
     ) -> Result<&'a Mapping> {
         match self.table.find(iova, inside) {
             Some(mapping) if mapping.allows(need) => Ok(mapping),
-            Some(mapping) => {
-                self.counters.misses.add(1);
-                Err(Error::Permission {
-                    iova,
-                    needed: need.permissions(),
-                    allowed: mapping.prot,
-                    completed,
-                })
-            }
+            Some(mapping) => Err(self.forbidden(mapping, iova, need, completed)),
             None => Err(self.unusable(iova, completed)),
+        }
+    }
+
+    /// What a mapping does not permit.
+    #[cold]
+    #[inline(never)]
+    fn forbidden(&self, mapping: &Mapping, iova: u64, need: Need, completed: usize) -> Error {
+        self.counters.misses.add(1);
+        Error::Permission {
+            iova,
+            needed: need.permissions(),
+            allowed: mapping.prot,
+            completed,
         }
     }
 
