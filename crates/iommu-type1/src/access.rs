@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::{AtomicAccess, ByteValued, Bytes};
 
 use crate::atomics::CompareExchange;
+use crate::copy;
 use crate::grace::Inside;
 use crate::mapping::{InlineSlice, Mapping, Need};
 use crate::range::IovaRange;
@@ -79,7 +80,7 @@ impl Space {
     pub(crate) fn read(&self, inside: Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
         match self.lookup(inside, iova, buf.len(), Need::READ) {
             Some(slice) => {
-                slice.copy_to(buf);
+                copy::read(&slice, buf);
                 Ok(())
             }
             None => self.read_chunks(inside, iova, buf),
@@ -90,7 +91,7 @@ impl Space {
     pub(crate) fn write(&self, inside: Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
         match self.lookup(inside, iova, buf.len(), Need::WRITE) {
             Some(slice) => {
-                slice.copy_from(buf);
+                copy::write(&slice, buf);
                 Ok(())
             }
             None => self.write_chunks(inside, iova, buf),
@@ -127,7 +128,7 @@ impl Space {
         let need = Need::READ;
         self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
             let slice = mapping.inline_slice(at, n);
-            slice.copy_to(&mut buf[done..]);
+            copy::read(&slice, &mut buf[done..]);
         })
     }
 
@@ -136,7 +137,7 @@ impl Space {
         let need = Need::WRITE;
         self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
             let slice = mapping.inline_slice(at, n);
-            slice.copy_from(&buf[done..]);
+            copy::write(&slice, &buf[done..]);
         })
     }
 

@@ -77,6 +77,7 @@ compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for L
 mod access;
 mod atomics;
 mod backing;
+mod copy;
 mod deadline;
 mod dirty;
 mod error;
