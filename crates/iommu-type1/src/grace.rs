@@ -226,7 +226,7 @@ impl Slot {
 }
 
 /// Whether an exchange is a full barrier too, and cheaper than a store and a fence.
-const EXCHANGE_IS_BARRIER: bool = cfg!(all(target_arch = "x86_64", not(loom)));
+pub(crate) const EXCHANGE_IS_BARRIER: bool = cfg!(all(target_arch = "x86_64", not(loom)));
 
 /// The store and the full barrier behind it.
 #[inline]

@@ -123,16 +123,19 @@ impl GuestMemory for DmaMemory {
         access: Permissions,
     ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, DirtySlice<'a>>> {
         let iova = addr.0;
-        if count > 0 && iova.checked_add(count as u64 - 1).is_none() {
-            let size = count as u64;
-            return Err(Error::Overflow { iova, size }.into());
-        }
+        let fits = count == 0 || iova.checked_add(count as u64 - 1).is_some();
+        // No error here: where there cannot be one, callers need not carry the iterator about in a result.
+        let need = if fits {
+            Need::of(access)
+        } else {
+            Need::IMPOSSIBLE
+        };
         Ok(DmaSlices {
             memory: self,
             iova,
             left: count,
             completed: 0,
-            need: Need::of(access),
+            need,
         })
     }
 }
@@ -173,7 +176,14 @@ impl<'a> DmaSlices<'a> {
     #[cold]
     #[inline(never)]
     fn fail(&mut self, error: Error) -> GuestMemoryError {
-        self.left = 0;
+        let size = std::mem::take(&mut self.left) as u64;
+        let error = match self.need {
+            Need::IMPOSSIBLE => Error::Overflow {
+                iova: self.iova,
+                size,
+            },
+            _ => error,
+        };
         error.after(self.completed).into()
     }
 }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::deadline::Deadline;
-use crate::grace::{thread_number, Grace, Inside, Slot};
+use crate::grace::{thread_number, Grace, Inside, Slot, EXCHANGE_IS_BARRIER};
 use crate::holder::HolderKind;
 use crate::mapping::{Mapping, Need};
 use crate::space::{Space, View};
@@ -268,7 +268,9 @@ impl Ledger {
 
     fn tell_those_who_wait(&self) {
         // Between the return of the leases and the look at who waits.
-        fence(Ordering::SeqCst);
+        if !EXCHANGE_IS_BARRIER {
+            fence(Ordering::SeqCst);
+        }
         if self.waiting.load(Ordering::SeqCst) > 0 {
             // Whoever has looked at the leases but does not sleep yet has the gate.
             drop(lock(&self.gate));

@@ -44,7 +44,7 @@ pub(crate) type InlineSlice<'a> = VolatileSlice<'a, InlineMarks<'a>>;
 /// What an access needs, as bits of [`PageWord`]s.
 ///
 /// The policy of type1: a write needs the read permission too. (Pins need just what they ask for.)
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Need(usize);
 
 const READ: usize = 1;
@@ -55,6 +55,9 @@ const PLAIN: usize = 4;
 impl Need {
     pub(crate) const READ: Need = Need(READ);
     pub(crate) const WRITE: Need = Need(READ | WRITE);
+
+    /// What no mapping permits: of an access that is wrong in itself.
+    pub(crate) const IMPOSSIBLE: Need = Need(usize::MAX);
 
     /// What an access for these permissions needs.
     #[inline]

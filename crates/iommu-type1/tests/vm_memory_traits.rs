@@ -155,7 +155,13 @@ fn slices_are_one_a_mapping_and_end_with_the_first_error() {
     );
     assert_eq!(lens(2 * p as u64, 2 * p, Write), [Ok(p), Err(p)]);
     assert_eq!(lens(0, 0, Read), []);
-    assert!(guard.get_slices(GuestAddress(u64::MAX), 2, Read).is_err());
+    let mut overflowing = guard.get_slices(GuestAddress(u64::MAX), 2, Read).unwrap();
+    let error = overflowing.next().unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("0x2 bytes at 0xffffffffffffffff end beyond"),
+        "{error}"
+    );
+    assert!(overflowing.next().is_none());
 }
 
 #[test]
