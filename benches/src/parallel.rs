@@ -130,12 +130,14 @@ pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader, pace: Pac
         let end = End(&writer, thread.thread().clone());
         let _stay = cpus.stay_on(0);
         let mut kept = Vec::with_capacity(ROUNDS);
-        let mut writing = Duration::ZERO;
+        let (mut pairs, mut writing) = (0, Duration::ZERO);
         for _ in 0..ROUNDS {
             let alone = cycles::of(|| candidate.run(n));
             writer.go(true, &thread);
-            let start = Instant::now();
+            // Not what it does before and after: this thread may be away for a while there.
+            let (start, before) = (Instant::now(), writer.pairs.load(Ordering::Relaxed));
             let beside = cycles::of(|| candidate.run(n));
+            pairs += writer.pairs.load(Ordering::Relaxed) - before;
             writing += start.elapsed();
             writer.go(false, &thread);
             kept.push(alone as f64 / beside as f64);
@@ -143,7 +145,7 @@ pub fn beside_a_writer(world: &World, work: &Workload, reader: Reader, pace: Pac
         drop(end);
         Beside {
             kept: Measure::of(&kept),
-            pairs_per_second: writer.pairs.load(Ordering::Relaxed) as f64 / writing.as_secs_f64(),
+            pairs_per_second: pairs as f64 / writing.as_secs_f64(),
         }
     })
 }
