@@ -6,7 +6,8 @@
 //!
 //! Inline users, holders of leases and a pinner use pages that two threads unmap, take away, fill
 //! anew and map again. Whatever is read is checked: the right page, one generation of it, and none
-//! that was gone before. It is counted which unmaps met somebody on their range.
+//! that was gone before. It is counted which unmaps met somebody on their range. All of it happens
+//! once with accesses that pass barriers of their own, and once with such that often do not.
 //!
 //! The long form:
 //!
@@ -26,7 +27,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use iommu_type1::IoAddressSpace;
+use iommu_type1::{IoAddressSpace, ReaderBarrier};
 use vm_memory::Permissions;
 
 use memory::{iova_of, Memory, PAGES};
@@ -40,7 +41,23 @@ const WATCHDOG: Duration = Duration::from_secs(120);
 
 #[test]
 fn no_access_reaches_memory_after_its_unmap() {
-    let stress = Stress::new();
+    let space = run(ReaderBarrier::Fence, 20_000, 1_000_000);
+    assert_eq!(space.stats().membarriers, 0);
+}
+
+#[test]
+fn nor_does_one_without_a_barrier_of_its_own() {
+    let space = run(ReaderBarrier::Membarrier, 5_000, 250_000);
+    if space.reader_barrier() == ReaderBarrier::Membarrier {
+        let membarriers = space.stats().membarriers;
+        println!("the kernel was asked for {membarriers} barriers");
+        assert_ne!(membarriers, 0);
+    }
+}
+
+/// At least so many unmaps beside so many inline reads, unless the environment says otherwise.
+fn run(barrier: ReaderBarrier, unmaps: u64, reads: u64) -> IoAddressSpace {
+    let stress = Stress::new(barrier, ordered("UNMAPS", unmaps), ordered("READS", reads));
     let begun = Instant::now();
     thread::scope(|scope| {
         for (at, seat) in stress.board.inline.iter().enumerate() {
@@ -63,8 +80,13 @@ fn no_access_reaches_memory_after_its_unmap() {
             .collect();
         stress.watch(|| unmappers.iter().all(|unmapper| unmapper.is_finished()));
     });
-    println!("{:.1?}", begun.elapsed());
+    println!(
+        "{:?}: {:.1?}",
+        stress.space.reader_barrier(),
+        begun.elapsed()
+    );
     stress.board.report();
+    stress.space
 }
 
 /// A number from the environment.
@@ -84,11 +106,11 @@ struct Stress {
 }
 
 impl Stress {
-    fn new() -> Self {
+    fn new(barrier: ReaderBarrier, unmaps: u64, reads: u64) -> Self {
         let stress = Stress {
-            unmaps: ordered("UNMAPS", 20_000),
-            reads: ordered("READS", 1_000_000),
-            space: IoAddressSpace::new(),
+            unmaps,
+            reads,
+            space: IoAddressSpace::builder().reader_barrier(barrier).build(),
             memory: Memory::new(),
             board: Arc::default(),
             met: Arc::default(),

@@ -9,14 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use iommu_type1::{DmaHandle, Error, Interest, IoAddressSpace, PinnedPages, Pinner, Result};
+use iommu_type1::{
+    DmaHandle, Error, Interest, IoAddressSpace, PinnedPages, Pinner, ReaderBarrier, Result,
+};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, Permissions, VolatileSlice,
 };
 
 use super::memory::{block_bytes, page_at, page_bytes, Look, Span, BLOCKS, PAGES};
-use super::overlap::{add, Met, Seat};
+use super::overlap::{add, Met, Seat, HANDLES};
 use super::random::Random;
 use super::{Stress, UNMAPPERS};
 use Permissions::{Read, ReadWrite};
@@ -25,6 +27,8 @@ use Permissions::{Read, ReadWrite};
 const KEPT: usize = 3;
 /// How often memory that is held is read before it is let go.
 const LOOKS: usize = 4;
+/// Accesses after which a handle that has met no unmap goes without barriers, and one more.
+const ENOUGH: usize = (1 << 16) + 1;
 
 /// Inline accesses, the same through a handle and without one.
 pub trait Inline {
@@ -61,6 +65,12 @@ impl Stress {
             // interrupted anywhere, also in the middle of a look-up.
             if number > 0 && random.below(64) == 0 {
                 thread::yield_now();
+            }
+            if self.space.reader_barrier() == ReaderBarrier::Membarrier
+                && number < HANDLES
+                && random.below(256) == 0
+            {
+                (0..ENOUGH).for_each(|_| through.read(0, &mut []).unwrap());
             }
             if random.below(4) == 0 {
                 let span = Span::to_write(&mut random);
