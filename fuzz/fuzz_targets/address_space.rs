@@ -1,33 +1,49 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Maps, unmaps, accesses, leases and pins from a list of actions, against a model of mapped pages.
+//! Maps, unmaps, accesses, leases, pins and dirty pages from a list of actions, against a model of
+//! mapped pages.
 
 #![no_main]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use iommu_type1::{
-    page_size, Backing, Error, Interest, IoAddressSpace, PinnedPages, ScatterList, UnmapOptions,
-    UnmapPolicy,
+    page_size, Backing, DmaHandle, Error, Interest, IoAddressSpace, PinnedPages, ScatterList,
+    UnmapOptions, UnmapPolicy,
 };
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, Permissions};
 
+#[derive(Arbitrary, Clone, Copy, Debug)]
+struct NewMapping {
+    page: u8,
+    pages: u8,
+    prot: u8,
+}
+
 #[derive(Arbitrary, Debug)]
 enum Action {
-    Map { page: u8, pages: u8, prot: u8 },
+    Map(NewMapping),
+    MapBatch(Vec<NewMapping>),
     Unmap { page: u8, pages: u8, restore: bool },
+    UnmapBatch { ranges: Vec<(u8, u8)>, restore: bool },
     UnmapAnywhere { iova: u64, size: u64 },
     Read { page: u8, offset: u16, len: u16 },
     Write { page: u8, offset: u16, len: u16, value: u8 },
     ReadAnywhere { iova: u64, len: u16 },
-    Lease { page: u8, len: u16 },
+    CompareExchange { page: u8, offset: u16, hit: bool, new: u32 },
+    Lease { page: u8, len: u16, write: bool },
+    WriteLeased { index: u8, value: u8 },
     Pin { page: u8, pages: u8 },
     Release { index: u8 },
+    StartDirty,
+    StopDirty,
+    TakeDirty { page: u8, pages: u8 },
 }
 
 struct Mapped {
@@ -35,19 +51,33 @@ struct Mapped {
     prot: Permissions,
     bytes: Vec<u8>,
     revoked: bool,
+    /// Page numbers inside the mapping.
+    dirty: BTreeSet<u64>,
 }
 
-enum Held {
-    Lease(#[allow(dead_code)] ScatterList, u64, u64),
-    Pin(#[allow(dead_code)] PinnedPages, u64, u64),
+impl Mapped {
+    fn last(&self, start: u64) -> u64 {
+        start + (self.pages * page_size() - 1)
+    }
 }
+
+enum Memory {
+    /// Of bytes from here on, which may be written or not.
+    Lease(ScatterList, u64, bool),
+    Pin(#[allow(dead_code)] PinnedPages),
+}
+
+/// Memory that somebody has, and the addresses that cannot be unmapped meanwhile.
+struct Held(Memory, u64, u64);
 
 impl Held {
     fn touches(&self, iova: u64, last: u64) -> bool {
-        let (Held::Lease(_, from, to) | Held::Pin(_, from, to)) = self;
+        let Held(_, from, to) = self;
         *from <= last && iova <= *to
     }
 }
+
+const LIMIT: usize = 16;
 
 /// The first 128 page numbers lie low, the others end at the top of the 64-bit space.
 fn iova(page: u8) -> u64 {
@@ -62,16 +92,133 @@ fn prot(bits: u8) -> Permissions {
 }
 
 #[derive(Default)]
-struct Model(BTreeMap<u64, Mapped>);
+struct Model {
+    mappings: BTreeMap<u64, Mapped>,
+    tracking: bool,
+}
 
 impl Model {
     fn find(&mut self, at: u64) -> Option<(u64, &mut Mapped)> {
-        let (start, mapped) = self.0.range_mut(..=at).next_back()?;
-        (at - start < mapped.pages * page_size()).then_some((*start, mapped))
+        let (start, mapped) = self.mappings.range_mut(..=at).next_back()?;
+        (at <= mapped.last(*start)).then_some((*start, mapped))
+    }
+
+    /// Writes a byte, whoever does.
+    fn write(&mut self, at: u64, value: u8) {
+        let tracking = self.tracking;
+        let (start, mapped) = self.find(at).unwrap();
+        mapped.bytes[(at - start) as usize] = value;
+        if tracking {
+            mapped.dirty.insert((at - start) / page_size());
+        }
+    }
+
+    /// All of them or none: the errno, or 0.
+    fn map(&mut self, new: &[NewMapping]) -> i32 {
+        let p = page_size();
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for mapping in new {
+            let Some(last) = mapping.iova().checked_add(mapping.size() - 1) else {
+                return libc::EOVERFLOW;
+            };
+            if prot(mapping.prot) == Permissions::No {
+                return libc::EINVAL;
+            }
+            ranges.push((mapping.iova(), last));
+        }
+        for (i, (first, last)) in ranges.iter().enumerate() {
+            if ranges[..i].iter().any(|(f, l)| f <= last && first <= l) {
+                return libc::EEXIST;
+            }
+        }
+        for mapping in new {
+            let pages = (0..mapping.size() / p).map(|i| mapping.iova() + i * p);
+            let met: Vec<_> = pages.filter_map(|at| Some(self.find(at)?.1.revoked)).collect();
+            if met.contains(&true) {
+                return libc::EBUSY;
+            }
+            if !met.is_empty() {
+                return libc::EEXIST;
+            }
+        }
+        if self.mappings.len() + new.len() > LIMIT {
+            return libc::ENOSPC;
+        }
+        for mapping in new {
+            let mapped = Mapped {
+                pages: mapping.size() / p,
+                prot: prot(mapping.prot),
+                bytes: vec![0; mapping.size() as usize],
+                revoked: false,
+                dirty: BTreeSet::new(),
+            };
+            self.mappings.insert(mapping.iova(), mapped);
+        }
+        0
+    }
+
+    /// Starts of the mappings inside a range, unless it wraps or cuts one.
+    fn inside(&self, (first, size): (u64, u64)) -> Result<Vec<u64>, i32> {
+        let last = first.checked_add(size - 1).ok_or(libc::EOVERFLOW)?;
+        let mut inside = Vec::new();
+        for (start, mapped) in &self.mappings {
+            let end = mapped.last(*start);
+            if *start >= first && end <= last {
+                inside.push(*start);
+            } else if *start <= last && first <= end {
+                return Err(libc::EINVAL);
+            }
+        }
+        Ok(inside)
+    }
+
+    /// Bytes that were unmapped, and bytes that are left.
+    fn unmap(&mut self, ranges: &[(u64, u64)], held: &[Held], restore: bool) -> Result<(u64, u64), i32> {
+        for (first, size) in ranges {
+            first.checked_add(size - 1).ok_or(libc::EOVERFLOW)?;
+        }
+        let mut inside = BTreeSet::new();
+        for range in ranges {
+            inside.extend(self.inside(*range)?);
+        }
+        let (mut unmapped, mut left) = (0, 0);
+        for start in inside {
+            let mapped = self.mappings.get_mut(&start).unwrap();
+            let size = mapped.pages * page_size();
+            if held.iter().any(|held| held.touches(start, mapped.last(start))) {
+                mapped.revoked = !restore;
+                left += size;
+            } else {
+                self.mappings.remove(&start);
+                unmapped += size;
+            }
+        }
+        Ok((unmapped, left))
+    }
+
+    fn set_tracking(&mut self, tracking: bool) {
+        if self.tracking != tracking {
+            self.mappings.values_mut().for_each(|mapped| mapped.dirty.clear());
+        }
+        self.tracking = tracking;
+    }
+
+    fn take(&mut self, range: (u64, u64)) -> Result<Vec<u64>, i32> {
+        range.0.checked_add(range.1 - 1).ok_or(libc::EOVERFLOW)?;
+        if !self.tracking {
+            return Err(libc::EINVAL);
+        }
+        let mut taken = Vec::new();
+        for start in self.inside(range)? {
+            let mapped = self.mappings.get_mut(&start).unwrap();
+            let dirty = std::mem::take(&mut mapped.dirty);
+            taken.extend(dirty.iter().map(|page| start + page * page_size()));
+        }
+        Ok(taken)
     }
 
     /// How many bytes of an access succeed, and the errno it ends with if not all do.
-    fn access(&mut self, iova: u64, len: usize, write: bool, mut each: impl FnMut(usize, &mut u8)) -> (usize, i32) {
+    fn access(&mut self, iova: u64, len: usize, write: bool, mut each: impl FnMut(usize, u8)) -> (usize, i32) {
         if len > 0 && iova.checked_add(len as u64 - 1).is_none() {
             return (0, libc::EOVERFLOW);
         }
@@ -87,10 +234,30 @@ impl Model {
             if !mapped.prot.allow(needed) {
                 return (i, libc::EPERM);
             }
-            each(i, &mut mapped.bytes[(at - start) as usize]);
+            each(i, mapped.bytes[(at - start) as usize]);
         }
         (len, 0)
     }
+}
+
+impl NewMapping {
+    fn iova(&self) -> u64 {
+        iova(self.page)
+    }
+
+    fn size(&self) -> u64 {
+        (u64::from(self.pages % 8) + 1) * page_size()
+    }
+
+    fn made(&self) -> (u64, Backing, Permissions) {
+        let backing = Backing::anonymous(self.size() as usize).unwrap();
+        (self.iova(), backing, prot(self.prot))
+    }
+}
+
+/// So many pages and one more, as address and size.
+fn range(page: u8, pages: u8) -> (u64, u64) {
+    (iova(page), (u64::from(pages) + 1) * page_size())
 }
 
 fn outcome(result: Result<(), Error>, len: usize) -> (usize, i32) {
@@ -100,67 +267,48 @@ fn outcome(result: Result<(), Error>, len: usize) -> (usize, i32) {
     }
 }
 
+fn unmapped(result: Result<u64, Error>) -> Result<(u64, u64), i32> {
+    match result {
+        Ok(bytes) => Ok((bytes, 0)),
+        Err(Error::Deadline { unmapped, left, .. }) => Ok((unmapped, left)),
+        Err(error) => Err(error.errno()),
+    }
+}
+
+fn options(restore: bool) -> UnmapOptions {
+    let policy = if restore { UnmapPolicy::Restore } else { UnmapPolicy::Revoked };
+    UnmapOptions::new().deadline(Duration::ZERO).policy(policy)
+}
+
 fuzz_target!(|actions: Vec<Action>| {
     let p = page_size();
-    let space = IoAddressSpace::builder().entry_limit(16).build();
+    let space = IoAddressSpace::builder().entry_limit(LIMIT).build();
+    let handle = space.handle();
     let pinner = space.pinner("fuzz", Interest::All, Arc::new(|_, _| ()));
     let mut model = Model::default();
     let mut held: Vec<Held> = Vec::new();
     for action in actions.into_iter().take(200) {
         match action {
-            Action::Map { page, pages, prot: bits } => {
-                let (at, pages, prot) = (iova(page), u64::from(pages % 8) + 1, prot(bits));
-                let backing = Backing::anonymous((pages * p) as usize).unwrap();
+            Action::Map(new) => {
+                let (at, backing, prot) = new.made();
                 let errno = space.map(at, backing, prot).map_or_else(|e| e.errno(), |()| 0);
-                let expected = if at.checked_add(pages * p - 1).is_none() {
-                    libc::EOVERFLOW
-                } else if prot == Permissions::No {
-                    libc::EINVAL
-                } else if let Some(revoked) = (0..pages).find_map(|i| model.find(at + i * p).map(|(_, m)| m.revoked)) {
-                    if revoked { libc::EBUSY } else { libc::EEXIST }
-                } else if model.0.len() == 16 {
-                    libc::ENOSPC
-                } else {
-                    let bytes = vec![0; (pages * p) as usize];
-                    model.0.insert(at, Mapped { pages, prot, bytes, revoked: false });
-                    0
-                };
-                assert_eq!(errno, expected);
+                assert_eq!(errno, model.map(&[new]));
+            }
+            Action::MapBatch(new) => {
+                let new = &new[..new.len().min(2 * LIMIT)];
+                let batch = new.iter().map(NewMapping::made);
+                let errno = space.map_batch(batch).map_or_else(|e| e.errno(), |()| 0);
+                assert_eq!(errno, model.map(new));
             }
             Action::Unmap { page, pages, restore } => {
-                let (at, size) = (iova(page), (u64::from(pages) + 1) * p);
-                let policy = if restore { UnmapPolicy::Restore } else { UnmapPolicy::Revoked };
-                let options = UnmapOptions::new().deadline(Duration::ZERO).policy(policy);
-                let result = space.unmap_with(at, size, options);
-                let Some(last) = at.checked_add(size - 1) else {
-                    assert_eq!(result.unwrap_err().errno(), libc::EOVERFLOW);
-                    continue;
-                };
-                let cut = model.0.iter().any(|(start, m)| {
-                    let end = start + (m.pages * p - 1);
-                    let overlaps = *start <= last && at <= end;
-                    overlaps && (*start < at || end > last)
-                });
-                if cut {
-                    assert_eq!(result.unwrap_err().errno(), libc::EINVAL);
-                    continue;
-                }
-                let (mut unmapped, mut left) = (0, 0);
-                model.0.retain(|start, m| {
-                    let (size, end) = (m.pages * p, start + (m.pages * p - 1));
-                    if *start < at || *start > last {
-                        return true;
-                    }
-                    let is_held = held.iter().any(|held| held.touches(*start, end));
-                    m.revoked = is_held && !restore;
-                    *(if is_held { &mut left } else { &mut unmapped }) += size;
-                    is_held
-                });
-                match result {
-                    Ok(bytes) => assert_eq!((bytes, 0), (unmapped, left)),
-                    Err(Error::Deadline { unmapped: u, left: l, .. }) => assert_eq!((u, l), (unmapped, left)),
-                    Err(other) => panic!("{other}"),
-                }
+                let (at, size) = range(page, pages);
+                let result = unmapped(space.unmap_with(at, size, options(restore)));
+                assert_eq!(result, model.unmap(&[(at, size)], &held, restore));
+            }
+            Action::UnmapBatch { ranges, restore } => {
+                let ranges: Vec<_> = ranges.iter().map(|(page, pages)| range(*page, *pages)).collect();
+                let result = unmapped(space.unmap_batch_with(&ranges, options(restore)));
+                assert_eq!(result, model.unmap(&ranges, &held, restore));
             }
             Action::UnmapAnywhere { iova, size } if iova % p != 0 || size % p != 0 || size == 0 => {
                 assert_eq!(space.unmap(iova, size).unwrap_err().errno(), libc::EINVAL);
@@ -175,12 +323,18 @@ fuzz_target!(|actions: Vec<Action>| {
                 let (at, len) = (iova(page).wrapping_add(offset.into()), usize::from(len));
                 let data: Vec<u8> = (0..len).map(|i| value ^ i as u8).collect();
                 let found = outcome(space.write(at, &data), len);
-                assert_eq!(found, model.access(at, len, true, |i, byte| *byte = data[i]));
+                let wanted = model.access(at, len, true, |_, _| ());
+                assert_eq!(found, wanted);
+                (0..wanted.0).for_each(|i| model.write(at + i as u64, data[i]));
             }
-            Action::Lease { page, len } => {
+            Action::CompareExchange { page, offset, hit, new } => {
+                compare_exchange(&handle, &mut model, iova(page).wrapping_add(offset.into()), hit, new);
+            }
+            Action::Lease { page, len, write } => {
                 let (at, len) = (iova(page), usize::from(len));
-                let expected = model.access(at, len, false, |_, _| ());
-                match space.scatter(at, len, Permissions::Read) {
+                let expected = model.access(at, len, write, |_, _| ());
+                let access = if write { Permissions::ReadWrite } else { Permissions::Read };
+                match space.scatter(at, len, access) {
                     Ok(list) => {
                         assert_eq!(expected, (len, 0));
                         let bytes: usize = list.iter().map(|slice| slice.len()).sum();
@@ -189,14 +343,27 @@ fuzz_target!(|actions: Vec<Action>| {
                             // Whole mappings are leased.
                             let last = at + (len as u64 - 1);
                             let first = model.find(at).unwrap().0;
-                            let (end, mapped) = model.find(last).unwrap();
-                            let last = end + (mapped.pages * p - 1);
-                            held.push(Held::Lease(list, first, last));
+                            let (start, mapped) = model.find(last).unwrap();
+                            let last = mapped.last(start);
+                            held.push(Held(Memory::Lease(list, at, write), first, last));
                         }
                     }
                     Err(error) => assert_eq!(expected, (error.completed(), error.errno())),
                 }
             }
+            Action::WriteLeased { index, value } if !held.is_empty() => {
+                let index = usize::from(index) % held.len();
+                if let Memory::Lease(list, mut at, true) = &held[index].0 {
+                    for slice in list.iter() {
+                        slice.copy_from(&vec![value; slice.len()]);
+                        for _ in 0..slice.len() {
+                            model.write(at, value);
+                            at = at.wrapping_add(1);
+                        }
+                    }
+                }
+            }
+            Action::WriteLeased { .. } => {}
             Action::Pin { page, pages } => {
                 let (at, pages) = (iova(page), usize::from(pages));
                 match pinner.pin_pages(at, pages, Permissions::Read) {
@@ -205,7 +372,7 @@ fuzz_target!(|actions: Vec<Action>| {
                         pinned.page(pages - 1).unwrap().read_slice(&mut byte, 0).unwrap();
                         let last = at + (pages as u64 * p - 1);
                         assert_eq!(model.find(last).map(|(start, m)| m.bytes[(last + 1 - p - start) as usize]), Some(byte[0]));
-                        held.push(Held::Pin(pinned, at, last));
+                        held.push(Held(Memory::Pin(pinned), at, last));
                     }
                     Err(error) if pages == 0 => assert_eq!(error.errno(), libc::EINVAL),
                     Err(error) => {
@@ -218,14 +385,56 @@ fuzz_target!(|actions: Vec<Action>| {
                 held.swap_remove(usize::from(index) % held.len());
             }
             Action::Release { .. } => {}
+            Action::StartDirty => {
+                space.start_dirty_tracking().unwrap();
+                model.set_tracking(true);
+            }
+            Action::StopDirty => {
+                space.stop_dirty_tracking();
+                model.set_tracking(false);
+            }
+            Action::TakeDirty { page, pages } => {
+                let (at, size) = range(page, pages);
+                let taken = space.take_dirty(at, size).map_err(|error| error.errno()).map(|dirty| {
+                    let mut pages: Vec<_> = dirty.iter().collect();
+                    assert_eq!((dirty.len(), dirty.is_empty()), (pages.len(), pages.is_empty()));
+                    pages.sort_unstable();
+                    pages
+                });
+                assert_eq!(taken, model.take((at, size)));
+            }
         }
-        assert_eq!(space.mappings(), model.0.len());
+        assert_eq!(space.mappings(), model.mappings.len());
     }
 });
 
 fn read(space: &IoAddressSpace, model: &mut Model, at: u64, len: usize) {
     let (mut bytes, mut wanted) = (vec![0; len], vec![0; len]);
     let found = outcome(space.read(at, &mut bytes), len);
-    assert_eq!(found, model.access(at, len, false, |i, byte| wanted[i] = *byte));
+    assert_eq!(found, model.access(at, len, false, |i, byte| wanted[i] = byte));
     assert_eq!(bytes, wanted);
+}
+
+/// With what is there, or with anything else.
+fn compare_exchange(handle: &DmaHandle, model: &mut Model, at: u64, hit: bool, new: u32) {
+    let mut there = [0; 4];
+    let wanted = match at % 4 {
+        0 => model.access(at, 4, true, |i, byte| there[i] = byte),
+        _ => (0, libc::EINVAL),
+    };
+    let before = u32::from_ne_bytes(there);
+    let current = if hit { before } else { !before };
+    let result = handle.compare_exchange(at, current, new, Ordering::AcqRel, Ordering::Acquire);
+    match result {
+        Ok(found) => {
+            assert_eq!(wanted, (4, 0));
+            assert_eq!(found, if hit { Ok(before) } else { Err(before) });
+            // What is found to be different counts as written too.
+            let after = if hit { new } else { before };
+            for (i, byte) in after.to_ne_bytes().into_iter().enumerate() {
+                model.write(at + i as u64, byte);
+            }
+        }
+        Err(error) => assert_eq!(wanted, (error.completed(), error.errno())),
+    }
 }
