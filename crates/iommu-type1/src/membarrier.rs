@@ -3,8 +3,6 @@
 
 //! Who passes the barriers between accesses and unmaps, and the system call that does it for others.
 
-use std::io;
-
 /// How inline accesses are kept apart from unmaps; see
 /// [`IoAddressSpaceBuilder::reader_barrier`](crate::IoAddressSpaceBuilder::reader_barrier).
 ///
@@ -44,7 +42,7 @@ pub(crate) fn granted(wanted: ReaderBarrier) -> ReaderBarrier {
 
 #[cfg(not(loom))]
 mod call {
-    use super::io;
+    use std::io;
 
     fn membarrier(command: i32) -> io::Result<()> {
         // SAFETY: the call takes three integers and touches no memory of ours.
@@ -72,11 +70,12 @@ mod call {
     }
 }
 
-/// Loom knows nothing of the kernel: here every access passes the barrier that it stands in for.
-#[cfg(loom)]
+/// Loom knows nothing of the kernel: here every access passes the barrier that it stands in for. The
+/// models of this crate have something nearer to it.
+#[cfg(all(loom, not(test)))]
 mod call {
-    use super::io;
     use crate::sync::{fence, Ordering};
+    use std::io;
 
     pub(crate) fn register() -> io::Result<()> {
         Ok(())
@@ -91,5 +90,8 @@ mod call {
         fence(Ordering::SeqCst);
     }
 }
+
+#[cfg(all(loom, test))]
+use crate::model::kernel as call;
 
 pub(crate) use call::{everywhere, here};

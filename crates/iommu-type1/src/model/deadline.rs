@@ -49,7 +49,7 @@ fn unmap_in_time(
     }
 }
 
-fn at_once() -> UnmapOptions {
+pub(super) fn at_once() -> UnmapOptions {
     UnmapOptions::new().deadline(Duration::ZERO)
 }
 

@@ -9,7 +9,10 @@ use loom::sync::Mutex;
 use loom::thread::spawn;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, Permissions};
 
-use super::{bounded, exhaustively, is_refusal, join, space, unmap};
+use super::{
+    bounded, bounded_by, exhaustively, is_refusal, join, map, patient, space, unmap, Memory,
+};
+use crate::range::page_size;
 use crate::{Interest, PinnedPages, ScatterList};
 
 #[test]
@@ -53,6 +56,62 @@ fn two_leases_against_an_unmap() {
         });
         unmap(&space, &owner);
         join(users);
+    });
+}
+
+/// A model has room for one lease that is written without a lock, and for one holder that makes no place
+/// of its own.
+#[test]
+fn more_leases_than_have_room_in_a_place() {
+    exhaustively(|| {
+        let (space, owner) = space();
+        map(&space, 1, &Memory::new()).unwrap();
+        // The page at 0 is the second.
+        let guard = space.memory();
+        guard.write_slice(&[1], GuestAddress(page_size())).unwrap();
+        guard.write_slice(&[1], GuestAddress(0)).unwrap();
+        let user = spawn(move || {
+            guard.write_slice(&[1], GuestAddress(8)).unwrap();
+            drop(guard);
+        });
+        unmap(&space, &owner);
+        join([user]);
+    });
+}
+
+#[test]
+fn a_list_with_more_leases_than_have_room() {
+    exhaustively(|| {
+        let (space, _owner) = space();
+        let second = Memory::new();
+        map(&space, 1, &second).unwrap();
+        let list = space.scatter(page_size() - 8, 16, Permissions::ReadWrite);
+        let user = spawn(move || {
+            for slice in list.unwrap().iter() {
+                slice.write_slice(&[1; 8], 0).unwrap();
+            }
+        });
+        let bytes = space.unmap_with(page_size(), page_size(), patient());
+        assert_eq!(bytes.unwrap(), page_size());
+        second.gone();
+        join([user]);
+    });
+}
+
+/// The second holder may come into the place that the first is leaving.
+#[test]
+fn a_place_changes_hands_during_an_unmap() {
+    bounded_by(3, || {
+        let (space, owner) = space();
+        let list = space.scatter(0, 8, Permissions::ReadWrite).unwrap();
+        let other = space.clone();
+        let first = spawn(move || use_up(list));
+        let second = spawn(move || match other.scatter(0, 8, Permissions::ReadWrite) {
+            Ok(list) => use_up(list),
+            Err(error) => assert!(is_refusal(&error)),
+        });
+        unmap(&space, &owner);
+        join([first, second]);
     });
 }
 

@@ -12,10 +12,15 @@
 //!
 //! `ci/loom-mutations` breaks the production code in many ways and expects a model to fail for each.
 
+mod batch;
 mod deadline;
+mod dirty;
 mod handle;
 mod holder;
+pub(crate) mod kernel;
 mod map;
+mod membarrier;
+mod page_word;
 mod reader;
 mod unmap;
 
@@ -25,13 +30,13 @@ use std::time::Duration;
 use loom::cell::UnsafeCell;
 use loom::thread::{spawn, JoinHandle};
 use page_pin::clock;
-use vm_memory::{MmapRegion, Permissions};
+use vm_memory::{Bytes, MmapRegion, Permissions, VolatileMemory};
 
 use crate::backing::Region;
 use crate::mapping::Mapping;
 use crate::range::page_size;
 use crate::table::Table;
-use crate::{Backing, Error, IoAddressSpace, UnmapOptions};
+use crate::{Backing, Error, IoAddressSpace, IoAddressSpaceBuilder, UnmapOptions};
 
 /// Three threads that unmap or access: every interleaving with so many preemptions.
 const PREEMPTIONS: usize = 4;
@@ -92,6 +97,8 @@ unsafe impl Region for Watched {
     }
 
     fn mark_dirty(&self, _offset: usize, _len: usize) {
+        // In the middle of the access: it has found the memory.
+        kernel::look_out();
         self.memory.iter().for_each(Memory::access);
     }
 
@@ -105,6 +112,60 @@ fn watched(memory: &[Memory]) -> Backing {
         page: MmapRegion::new(page_size() as usize).unwrap(),
         memory: memory.to_vec(),
     })
+}
+
+/// A page of memory that nobody tracks, so that accesses need not look at its mapping. Who is told of
+/// nothing looks at the bytes.
+#[derive(Clone)]
+struct Plain(Arc<MmapRegion<()>>);
+
+/// What the owner of [`Plain`] memory fills it with after the unmap.
+const OTHERS: u8 = 0xee;
+
+// SAFETY: everything is the wrapped region's, which upholds the same contract.
+unsafe impl Region for Plain {
+    fn host_address(&self) -> *mut u8 {
+        self.0.as_ptr()
+    }
+
+    fn size(&self) -> usize {
+        self.0.size()
+    }
+
+    fn access(&self) -> Permissions {
+        Permissions::ReadWrite
+    }
+
+    fn tracks(&self) -> bool {
+        false
+    }
+
+    fn mark_dirty(&self, _offset: usize, _len: usize) {}
+
+    fn dirty_at(&self, _offset: usize) -> bool {
+        false
+    }
+}
+
+impl Plain {
+    fn new() -> Self {
+        Plain(Arc::new(MmapRegion::new(page_size() as usize).unwrap()))
+    }
+
+    fn map(&self, space: &IoAddressSpace, page: u64) {
+        let backing = Backing::for_model(self.clone());
+        let mapped = space.map(page * page_size(), backing, Permissions::ReadWrite);
+        mapped.unwrap();
+    }
+
+    /// The byte that models of such memory access.
+    fn byte(&self) -> u8 {
+        self.0.as_volatile_slice().read_obj(8).unwrap()
+    }
+
+    fn gone(&self) {
+        self.0.as_volatile_slice().write_obj(OTHERS, 8).unwrap();
+    }
 }
 
 /// Who has given the page at 0 to the space, and wants it back.
@@ -122,10 +183,14 @@ impl Owner {
 
 /// A space with a page at 0.
 fn space() -> (IoAddressSpace, Owner) {
+    space_with(IoAddressSpace::builder())
+}
+
+fn space_with(builder: IoAddressSpaceBuilder) -> (IoAddressSpace, Owner) {
     // What is made lazily is made before there are threads, and so orders none of them.
     clock::now();
     let memory = Memory::new();
-    let space = IoAddressSpace::new();
+    let space = builder.build();
     map(&space, 0, &memory).unwrap();
     let inner = &space.view.space;
     let mapping = inner
@@ -190,13 +255,18 @@ fn exhaustively(model: impl Fn() + Send + Sync + 'static) {
 
 /// For models of three threads and more.
 fn bounded(model: impl Fn() + Send + Sync + 'static) {
+    bounded_by(PREEMPTIONS, model);
+}
+
+/// For those that take too long with [`PREEMPTIONS`].
+fn bounded_by(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(PREEMPTIONS);
+    builder.preemption_bound = Some(preemptions);
     builder.check(model);
 }
 
-fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
+fn join<T>(threads: impl IntoIterator<Item = JoinHandle<T>>) {
     threads
         .into_iter()
-        .for_each(|thread| thread.join().unwrap());
+        .for_each(|thread| drop(thread.join().unwrap()));
 }
