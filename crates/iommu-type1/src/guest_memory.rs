@@ -9,13 +9,13 @@ use std::ops::Deref;
 
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryResult, Permissions, VolatileSlice,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryMmap, GuestMemoryResult, Permissions,
+    VolatileSlice,
 };
 
 use crate::dirty::{Dirty, DirtySlice};
 use crate::lease::LeaseSet;
-use crate::mapping::Need;
+use crate::mapping::{Mapping, Need};
 use crate::{Error, IoAddressSpace};
 
 impl GuestAddressSpace for IoAddressSpace {
@@ -155,9 +155,9 @@ impl<'a> DmaSlices<'a> {
     // Always, because a slice that is returned through memory costs more than all the rest.
     #[inline(always)]
     fn lend(&mut self) -> GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>> {
-        let mapping = match self.memory.leases.lease(self.iova, self.need) {
-            Ok(mapping) => mapping,
-            Err(error) => return Err(self.fail(error)),
+        let mapping = match self.memory.leases.known(self.iova, self.need) {
+            Some(mapping) => mapping,
+            None => self.look_up()?,
         };
         let slice = mapping.slice(self.iova, self.left);
         self.left -= slice.len();
@@ -173,18 +173,17 @@ impl<'a> DmaSlices<'a> {
         self.next()?.ok()
     }
 
-    #[cold]
     #[inline(never)]
-    fn fail(&mut self, error: Error) -> GuestMemoryError {
-        let size = std::mem::take(&mut self.left) as u64;
-        let error = match self.need {
-            Need::IMPOSSIBLE => Error::Overflow {
-                iova: self.iova,
-                size,
-            },
-            _ => error,
+    fn look_up(&mut self) -> GuestMemoryResult<&'a Mapping> {
+        let (iova, size) = (self.iova, self.left as u64);
+        let found = match self.need {
+            Need::IMPOSSIBLE => Err(Error::Overflow { iova, size }),
+            need => self.memory.leases.lease(iova, need),
         };
-        error.after(self.completed).into()
+        found.map_err(|error| {
+            self.left = 0;
+            error.after(self.completed).into()
+        })
     }
 }
 

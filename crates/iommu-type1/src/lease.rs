@@ -414,18 +414,27 @@ impl LeaseSet {
     ///
     /// A mapping that is leased already is not looked up again, also while it is being unmapped:
     /// the unmap waits for this holder anyway, and a request that has begun can end.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn lease(&self, iova: u64, need: Need) -> Result<&Mapping> {
+        match self.known(iova, need) {
+            Some(mapping) => Ok(mapping),
+            None => self.look_up(iova, need),
+        }
+    }
+
+    /// As [`lease`](LeaseSet::lease), of the mappings that are remembered only.
+    #[inline(always)]
+    pub(crate) fn known(&self, iova: u64, need: Need) -> Option<&Mapping> {
         for leased in [&self.newest, &self.first] {
             if let Some(leased) = leased.get() {
                 // SAFETY: by the invariant leased as long as `self`.
                 let mapping = unsafe { leased.get() };
                 if mapping.range.contains(iova) && mapping.allows(need) {
-                    return Ok(mapping);
+                    return Some(mapping);
                 }
             }
         }
-        self.look_up(iova, need)
+        None
     }
 
     #[inline(never)]
