@@ -14,7 +14,7 @@
 #![allow(missing_docs)]
 
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use benches::candidates::{ours, Reader};
 use benches::chain::Device;
@@ -50,6 +50,10 @@ const PAGE: usize = 4096;
 #[bench::handle_write_64_of_16(by_handle(16, write_64))]
 #[bench::handle_write_64_of_1024(by_handle(1024, write_64))]
 #[bench::handle_write_64_of_65535(by_handle(65_535, write_64))]
+#[bench::handle_write_64_dirty_of_16(by_handle(16, tracked(write_64)))]
+#[bench::handle_write_64_dirty_of_65535(by_handle(65_535, tracked(write_64)))]
+#[bench::handle_read_64_unfenced(unfenced(read(Reader::HandleMembarrier, 16, 64)))]
+#[bench::handle_compare_exchange_u32(by_handle(16, compare_exchange_u32))]
 #[bench::handle_load_u32(by_handle(16, load_u32))]
 #[bench::handle_store_u32(by_handle(16, store_u32))]
 #[bench::shared_read_64(read(Reader::Shared, 16, 64))]
@@ -60,6 +64,7 @@ const PAGE: usize = 4096;
 #[bench::lease_of_1(in_space(16, lease))]
 #[bench::pin_unpin_1(pin())]
 #[bench::handle_new_drop(in_space(16, handle))]
+#[bench::unmap_map_batch_of_16(in_space(1000, batch))]
 #[bench::unmap_map_of_1000(churn::pairs(order(1000)).swap_remove(0))]
 #[bench::unmap_map_of_65000(churn::pairs(order(65_000)).swap_remove(0))]
 fn operation(mut candidate: Candidate<'static>) -> Candidate<'static> {
@@ -116,6 +121,39 @@ fn by_handle(mappings: u64, op: impl Fn(&DmaHandle, u64) + 'static) -> Candidate
 #[inline(never)]
 fn write_64(handle: &DmaHandle, iova: u64) {
     handle.write(iova, &[7; 64]).expect("mapped");
+}
+
+/// The operation in a space that keeps which pages are written.
+fn tracked(op: impl Fn(&DmaHandle, u64) + 'static) -> impl Fn(&DmaHandle, u64) + 'static {
+    let once = Once::new();
+    move |handle, iova| {
+        once.call_once(|| handle.space().start_dirty_tracking().expect("nobody else"));
+        op(handle, iova);
+    }
+}
+
+/// A reader that has met no unmap for long.
+fn unfenced(mut reader: Candidate<'static>) -> Candidate<'static> {
+    reader.run(1 << 17);
+    reader
+}
+
+#[inline(never)]
+fn compare_exchange_u32(handle: &DmaHandle, iova: u64) {
+    let before = handle.compare_exchange(iova, 0_u32, 0, Ordering::AcqRel, Ordering::Acquire);
+    let _ = std::hint::black_box(before.expect("mapped"));
+}
+
+#[inline(never)]
+fn batch(space: &IoAddressSpace) {
+    let page = |i| (i * churn::PAGE, churn::PAGE);
+    let pages: Vec<_> = (100..116).map(page).collect();
+    space.unmap_batch(&pages).expect("nobody holds them");
+    let backing = Backing::anonymous(churn::PAGE as usize).expect("a page");
+    let mappings = pages
+        .iter()
+        .map(|(iova, _)| (*iova, backing.clone(), Permissions::ReadWrite));
+    space.map_batch(mappings).expect("free");
 }
 
 #[inline(never)]
