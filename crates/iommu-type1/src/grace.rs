@@ -21,8 +21,9 @@
 //! The barrier is most of what a short access costs. With [`ReaderBarrier::Membarrier`] a slot that
 //! sees no unmap goes without: it is *unfenced*. An unmap that finds such a slot makes it fenced, and
 //! has the kernel put a barrier into every running thread: what a thread announced before is seen
-//! after, what it announces later is fenced and finds the table without what was unlinked. A slot
-//! becomes unfenced again by its own user, after many accesses, and passes a barrier then: an unmap
+//! after. An access that found its slot unfenced looks once more when it has announced itself: if the
+//! slot is fenced now, the barrier may lie behind it, and it passes one of its own. So after the kernel's
+//! barrier every announcement is followed by one, as if the slot had been fenced all along. A slot becomes unfenced again by its own user, after many accesses, and passes a barrier then: an unmap
 //! that still sees it fenced has unlinked before anything that goes without.
 
 use std::marker::PhantomData;
@@ -111,8 +112,10 @@ impl Grace {
             }
         }
         let slot = self.register();
-        let result = access(slot.enter().inside());
-        self.unregister(&slot);
+        let listed = Listed(self, slot);
+        let running = listed.1.enter();
+        let result = access(running.inside());
+        drop(running);
         result
     }
 
@@ -173,15 +176,24 @@ impl Slot {
         })
     }
 
-    /// Announces an access. The slot has one user, which runs one access at a time.
+    /// Announces an access. The slot has one user.
     #[inline]
     pub(crate) fn enter(&self) -> Running<'_> {
-        let count = self.count.load(Ordering::Relaxed) + 1;
+        let before = self.count.load(Ordering::Relaxed);
+        // A bitmap of the user's may access again from inside an access: that one ends with the outer.
+        let count = before | 1;
+        let after = count + 1 - (before & 1);
         let fenced = self.fenced.load(Ordering::Relaxed);
         if fenced == 0 {
+            membarrier::here();
             // Release as in `announce`.
             self.count.store(count, Ordering::Release);
             membarrier::here();
+            if self.fenced.load(Ordering::Relaxed) != 0 {
+                // An unmap has come since the first look. Its barrier may have been passed before the
+                // announcement, which a later unmap then takes for fenced.
+                fence(Ordering::SeqCst);
+            }
         } else {
             if fenced != ALWAYS_FENCED {
                 // Before the barrier: who sees the slot fenced has unlinked before it.
@@ -189,7 +201,7 @@ impl Slot {
             }
             announce(&self.count, count);
         }
-        Running { slot: self, count }
+        Running { slot: self, after }
     }
 
     fn try_enter(&self) -> Option<Running<'_>> {
@@ -205,7 +217,7 @@ impl Slot {
         }
         Some(Running {
             slot: self,
-            count: count + 1,
+            after: count + 2,
         })
     }
 
@@ -240,11 +252,21 @@ fn announce(count: &AtomicU64, value: u64) {
     }
 }
 
+/// A slot that is listed until this is dropped.
+struct Listed<'a>(&'a Grace, Arc<Slot>);
+
+impl Drop for Listed<'_> {
+    fn drop(&mut self) {
+        self.0.unregister(&self.1);
+    }
+}
+
 /// A running access, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Running<'a> {
     slot: &'a Slot,
-    count: u64,
+    /// The count when it ends.
+    after: u64,
 }
 
 impl Running<'_> {
@@ -258,7 +280,7 @@ impl Drop for Running<'_> {
     #[inline]
     fn drop(&mut self) {
         // Everything the access did comes before whoever waited goes on.
-        self.slot.count.store(self.count + 1, Ordering::Release);
+        self.slot.count.store(self.after, Ordering::Release);
     }
 }
 

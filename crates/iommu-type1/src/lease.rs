@@ -135,7 +135,7 @@ impl Place {
         if !few.any(|leased| ptr::eq(leased.load(Ordering::Relaxed), raw)) {
             match self.few.get(len) {
                 Some(free) => {
-                    free.store(raw, Ordering::Relaxed);
+                    free.store(raw, Ordering::Release);
                     self.len.store(len + 1, Ordering::Release);
                 }
                 None => {
@@ -150,8 +150,20 @@ impl Place {
         let raw = ptr::from_ref(mapping);
         let len = self.len.load(Ordering::Acquire);
         let mut few = self.few[..len].iter();
-        few.any(|leased| ptr::eq(leased.load(Ordering::Relaxed), raw))
+        // Acquire, as another holder may have the place since `len` was read: the one before is done then.
+        few.any(|leased| ptr::eq(leased.load(Ordering::Acquire), raw))
             || len == FEW && lock(&self.more).contains(&raw.addr())
+    }
+
+    /// Visits the address of every mapping leased here.
+    fn each(&self, mut visit: impl FnMut(usize)) {
+        let len = self.len.load(Ordering::Acquire);
+        for leased in &self.few[..len] {
+            visit(leased.load(Ordering::Acquire).addr());
+        }
+        if len == FEW {
+            lock(&self.more).iter().copied().for_each(visit);
+        }
     }
 
     fn count(&self) -> usize {
@@ -217,26 +229,32 @@ impl Ledger {
         }
     }
 
-    /// Waits until nobody leases any of the mappings; `false` if somebody still does at the deadline.
+    /// Waits until nobody leases any of the mappings; those that are still leased at the deadline.
     ///
     /// They are out of the table and a grace period has passed: no lease can be added.
-    pub(crate) fn wait_released(&self, mappings: &[Arc<Mapping>], deadline: &Deadline) -> bool {
-        if !self.any_leased(mappings) {
-            return true;
+    pub(crate) fn wait_released(
+        &self,
+        mappings: &[Arc<Mapping>],
+        deadline: &Deadline,
+    ) -> Vec<Arc<Mapping>> {
+        let mut left = self.leased_of(mappings);
+        if left.is_empty() {
+            return left;
         }
         self.waiting.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         let mut gate = lock(&self.gate);
-        let mut released = !self.any_leased(mappings);
-        while !released {
+        // What was seen free stays free: only the rest is looked for again.
+        left = self.leased_of(&left);
+        while !left.is_empty() {
             match wait_until(&self.returned, &self.gate, gate, deadline.instant()) {
                 Some(guard) => gate = guard,
                 None => break,
             }
-            released = !self.any_leased(mappings);
+            left = self.leased_of(&left);
         }
         self.waiting.fetch_sub(1, Ordering::SeqCst);
-        released
+        left
     }
 
     /// Who leases the mapping.
@@ -248,18 +266,37 @@ impl Ledger {
             .collect()
     }
 
+    /// Which of the mappings are leased. However many there are, each lease is looked for once.
+    fn leased_of(&self, mappings: &[Arc<Mapping>]) -> Vec<Arc<Mapping>> {
+        let further = lock(&self.further);
+        let mut used = self
+            .places(&further)
+            .filter(|place| place.len.load(Ordering::Acquire) > 0)
+            .peekable();
+        if used.peek().is_none() {
+            return Vec::new();
+        }
+        let mut sorted: Vec<_> = mappings
+            .iter()
+            .map(|mapping| Arc::as_ptr(mapping).addr())
+            .collect();
+        sorted.sort_unstable();
+        let mut leased = BTreeSet::new();
+        for place in used {
+            place.each(|addr| {
+                if sorted.binary_search(&addr).is_ok() {
+                    leased.insert(addr);
+                }
+            });
+        }
+        let is_leased = |mapping: &&Arc<Mapping>| leased.contains(&Arc::as_ptr(mapping).addr());
+        mappings.iter().filter(is_leased).cloned().collect()
+    }
+
     /// Leases there are.
     pub(crate) fn count(&self) -> usize {
         let further = lock(&self.further);
         self.places(&further).map(Place::count).sum()
-    }
-
-    fn any_leased(&self, mappings: &[Arc<Mapping>]) -> bool {
-        let further = lock(&self.further);
-        let mut used = self
-            .places(&further)
-            .filter(|place| place.len.load(Ordering::Acquire) > 0);
-        used.any(|place| mappings.iter().any(|mapping| place.has(mapping)))
     }
 
     fn places<'a>(&'a self, further: &'a [Arc<Place>]) -> impl Iterator<Item = &'a Place> {

@@ -63,7 +63,7 @@ impl UnmapOptions {
         }
     }
 
-    /// How long to wait for holders from the start of the unmap.
+    /// How long to wait for holders, from when somebody first has to be waited for.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
@@ -240,12 +240,17 @@ impl<'a> Revocation<'a> {
 
     fn finish(mut self) -> Result<u64> {
         let leases = &self.space.leases;
-        let leased = !leases.wait_released(&self.mappings, &self.deadline);
+        let leased = leases.wait_released(&self.mappings, &self.deadline);
+        let mut leased = leased.iter().peekable();
         let mut holders = Vec::new();
         let mut free = std::mem::take(&mut self.mappings);
         let mut held = Vec::new();
         free.retain(|mapping| {
-            let found = self.holders(mapping, leased);
+            // Both in the same order.
+            let is_leased = leased
+                .next_if(|leased| Arc::ptr_eq(leased, mapping))
+                .is_some();
+            let found = self.holders(mapping, is_leased);
             if found.is_empty() {
                 return true;
             }
@@ -363,7 +368,9 @@ fn check_idle(writer: &Writer, range: IovaRange) -> Result<()> {
 }
 
 fn total(mappings: &[Arc<Mapping>]) -> u64 {
-    mappings.iter().map(|mapping| mapping.range.size()).sum()
+    let sizes = mappings.iter().map(|mapping| mapping.range.size());
+    // Only with the whole 64-bit space there is one more byte than this can say.
+    sizes.fold(0, u64::saturating_add)
 }
 
 impl Drop for Revocation<'_> {

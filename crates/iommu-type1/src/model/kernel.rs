@@ -6,8 +6,8 @@
 //! Loom has no such thing, so those threads help: each looks out in several places of an access whether a
 //! barrier is asked for, and passes it there. The look is a relaxed load, which orders nothing and may miss
 //! what was asked, so that the barrier falls into one place or another: before the access, between its
-//! announcement and its look-up, before it uses what it has found, behind its end. It never falls between
-//! two loads of one look-up, nor between an access's look at whether it is fenced and its announcement.
+//! look at whether it is fenced and its announcement, between that and its look-up, before it uses what it
+//! has found, behind its end. It never falls between two loads of one look-up.
 
 use std::cell::Cell;
 use std::io;
