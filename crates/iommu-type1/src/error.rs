@@ -110,6 +110,14 @@ pub enum Error {
         /// Most bytes they may take.
         limit: usize,
     },
+    /// The marks of dirty pages would take more memory than they may.
+    #[error("the marks of dirty pages would take {bytes:#x} bytes, the limit is {limit:#x}")]
+    DirtyLimit {
+        /// Bytes they would take.
+        bytes: usize,
+        /// Most bytes they may take.
+        limit: usize,
+    },
     /// An unmap that would leave a part of a mapping, or dirty pages of a part of one.
     #[error("{size:#x} bytes at {iova:#x} would cut the mapping of {mapped_size:#x} bytes at {mapped:#x}")]
     Bisect {
@@ -238,7 +246,9 @@ impl Error {
                 _ => libc::EINVAL,
             },
             Error::Overlap { .. } => libc::EEXIST,
-            Error::EntryLimit { .. } | Error::TableLimit { .. } => libc::ENOSPC,
+            Error::EntryLimit { .. } | Error::TableLimit { .. } | Error::DirtyLimit { .. } => {
+                libc::ENOSPC
+            }
             Error::Unmapping { .. } | Error::Revoked { .. } | Error::AccessRuns { .. } => {
                 libc::EBUSY
             }

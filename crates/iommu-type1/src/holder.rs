@@ -31,7 +31,7 @@ pub struct Holder {
     pub iova: u64,
     /// Bytes held: of the pinned pages, or of the whole mapping for a lease.
     pub size: u64,
-    /// For how long.
+    /// For how long: of a lease, since its holder took the first of its leases.
     pub age: Duration,
 }
 

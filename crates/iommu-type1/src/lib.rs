@@ -65,7 +65,7 @@
 //!
 //! # Implementation notes
 //!
-//! An access takes no lock and no reference count and makes no system call: it announces itself in a
+//! An access that succeeds takes no lock and no reference count and makes no system call: it announces itself in a
 //! slot of its own (a handle has one, the shared path tries for one), looks the address up in a radix
 //! table, and copies. An unmap takes the mapping out of the table, then waits for the slots whose accesses
 //! were running. What it took out is freed after that. [`ReaderBarrier`] chooses who pays for the barrier
@@ -117,7 +117,8 @@ pub use pin::{PinnedPages, Pinner};
 pub use range::page_size;
 pub use sg::ScatterList;
 pub use space::{
-    IoAddressSpace, IoAddressSpaceBuilder, DMA_ENTRY_LIMIT, TABLE_LIMIT, UNMAP_DEADLINE,
+    IoAddressSpace, IoAddressSpaceBuilder, DIRTY_LIMIT, DMA_ENTRY_LIMIT, TABLE_LIMIT,
+    UNMAP_DEADLINE,
 };
 pub use stats::Stats;
 pub use unmap::{UnmapOptions, UnmapPolicy};

@@ -12,6 +12,7 @@ use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
 use crate::space::Space;
 use crate::sync::lock;
+use crate::unmap::take_back;
 use crate::writer::Writer;
 use crate::{Backing, Error, IoAddressSpace, Result};
 
@@ -27,8 +28,8 @@ impl IoAddressSpace {
     /// [`Error::Empty`] (EINVAL), [`Error::Overflow`] (EOVERFLOW), [`Error::NoPermissions`]
     /// (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
     /// [`Error::BackingProtection`] (EFAULT), [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`]
-    /// (EBUSY) where the mapping in the way is being unmapped, [`Error::EntryLimit`] or
-    /// [`Error::TableLimit`] (ENOSPC).
+    /// (EBUSY) where the mapping in the way is being unmapped, [`Error::EntryLimit`],
+    /// [`Error::TableLimit`] or, while dirty pages are tracked, [`Error::DirtyLimit`] (ENOSPC).
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
         let mapping = checked(iova, backing, prot)?;
         let space = &*self.view.space;
@@ -36,6 +37,7 @@ impl IoAddressSpace {
         check_free(&writer, space, mapping.range)?;
         check_entries(&writer, space, 1)?;
         check_table(&writer, space)?;
+        check_log(&writer, space, &mapping)?;
         writer.publish(&space.table, Arc::new(mapping));
         space.counters.maps.add(1);
         Ok(())
@@ -47,9 +49,11 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
-    /// As [`map`](IoAddressSpace::map), of the first that has one; [`Error::Overlap`] also where they
-    /// overlap each other. Nothing is mapped then. (Where the limit of the table is met on the way, what
-    /// was mapped before is unmapped again, and accesses may have seen it.)
+    /// As [`map`](IoAddressSpace::map), first what is wrong with any of them alone, then
+    /// [`Error::Overlap`] where they overlap each other, then the rest. Nothing is mapped then. (Where a
+    /// limit of memory is met on the way, what was mapped before is unmapped again: accesses may have seen
+    /// it, and where somebody has leased or pinned it and does not let go in time, its addresses stay
+    /// revoked.)
     pub fn map_batch(
         &self,
         mappings: impl IntoIterator<Item = (u64, Backing, Permissions)>,
@@ -66,15 +70,17 @@ impl IoAddressSpace {
         check_entries(&writer, space, mappings.len())?;
         let mut published = Vec::with_capacity(mappings.len());
         for mapping in mappings {
-            if let Err(full) = check_table(&writer, space) {
-                drop(writer);
-                if let Err(error) = self.unmap_batch(&published) {
-                    log::warn!("a batch is mapped in part: {error}");
+            let room =
+                check_table(&writer, space).and_then(|()| check_log(&writer, space, &mapping));
+            if let Err(full) = room {
+                if let Err(error) = take_back(space, writer, published) {
+                    log::warn!("what a batch has mapped before it failed: {error}");
                 }
                 return Err(full);
             }
-            published.push((mapping.range.first, mapping.range.size()));
-            writer.publish(&space.table, Arc::new(mapping));
+            let mapping = Arc::new(mapping);
+            published.push(mapping.clone());
+            writer.publish(&space.table, mapping);
             space.counters.maps.add(1);
         }
         Ok(())
@@ -150,4 +156,19 @@ fn checked(iova: u64, backing: Backing, prot: Permissions) -> Result<Mapping> {
         });
     }
     Ok(Mapping::new(range, prot, backing))
+}
+
+/// Refuses a mapping whose dirty pages there is no room for, while they are tracked.
+fn check_log(writer: &Writer, space: &Space, mapping: &Mapping) -> Result<()> {
+    if writer.tracking {
+        check_log_bytes(writer.log_bytes + mapping.log_bytes(), space.log_limit)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn check_log_bytes(bytes: usize, limit: usize) -> Result<()> {
+    if bytes > limit {
+        return Err(Error::DirtyLimit { bytes, limit });
+    }
+    Ok(())
 }

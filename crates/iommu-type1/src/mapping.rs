@@ -213,6 +213,11 @@ impl Mapping {
         self.len() >> page_shift()
     }
 
+    /// Memory of the marks of its pages.
+    pub(crate) fn log_bytes(&self) -> usize {
+        DirtyLog::bytes(self.pages())
+    }
+
     /// What accesses need to know of one of its pages.
     pub(crate) fn page_word(&self, page: u64) -> PageWord {
         let offset = (page - (self.range.first >> page_shift())) << page_shift();

@@ -130,10 +130,11 @@ impl fmt::Debug for Pinner {
 /// Each page is host memory of its own: pages next to each other in IOVAs need not be so here.
 #[must_use = "dropping it unpins the pages"]
 pub struct PinnedPages {
-    // Dropped first: the pins go while the space is certainly there.
-    guard: PinGuard,
-    /// The mappings that the pages lie in, in order.
+    /// The mappings that the pages lie in, in order. Dropped before the pins: an unmap that these have
+    /// kept waiting has the last reference.
     mappings: Vec<Arc<Mapping>>,
+    // Dropped before the view: the pins go while the space is certainly there.
+    guard: PinGuard,
     view: Arc<View>,
 }
 

@@ -28,6 +28,10 @@ pub const DMA_ENTRY_LIMIT: usize = 65535;
 /// of 15 000 places far from each other gets there; dense mappings take 16 bytes each.
 pub const TABLE_LIMIT: usize = 128 << 20;
 
+/// Memory the marks of dirty pages may take unless told otherwise: enough for 4 TiB of mapped pages. A
+/// guest that maps the same memory again and again would have no bound else.
+pub const DIRTY_LIMIT: usize = 128 << 20;
+
 /// How long an unmap waits for holders unless told otherwise: below the 5 s after which QEMU gives
 /// up on a vfio-user server.
 pub const UNMAP_DEADLINE: Duration = Duration::from_secs(1);
@@ -65,6 +69,7 @@ pub(crate) struct Space {
     pub(crate) counters: Counters,
     pub(crate) entry_limit: usize,
     pub(crate) table_limit: usize,
+    pub(crate) log_limit: usize,
     pub(crate) unmap: UnmapOptions,
 }
 
@@ -79,6 +84,7 @@ impl IoAddressSpace {
         IoAddressSpaceBuilder {
             entry_limit: DMA_ENTRY_LIMIT,
             table_limit: TABLE_LIMIT,
+            log_limit: DIRTY_LIMIT,
             unmap: UnmapOptions::new(),
             barrier: ReaderBarrier::default(),
         }
@@ -176,6 +182,7 @@ impl fmt::Debug for View {
 pub struct IoAddressSpaceBuilder {
     entry_limit: usize,
     table_limit: usize,
+    log_limit: usize,
     unmap: UnmapOptions,
     barrier: ReaderBarrier,
 }
@@ -190,6 +197,12 @@ impl IoAddressSpaceBuilder {
     /// Most bytes that the nodes of the table take; [`TABLE_LIMIT`] by default.
     pub fn table_limit(mut self, bytes: usize) -> Self {
         self.table_limit = bytes;
+        self
+    }
+
+    /// Most bytes that the marks of dirty pages take, a bit a mapped page; [`DIRTY_LIMIT`] by default.
+    pub fn dirty_limit(mut self, bytes: usize) -> Self {
+        self.log_limit = bytes;
         self
     }
 
@@ -237,6 +250,7 @@ impl IoAddressSpaceBuilder {
                     counters: Counters::default(),
                     entry_limit: self.entry_limit,
                     table_limit: self.table_limit,
+                    log_limit: self.log_limit,
                     unmap: self.unmap,
                 }),
                 name: String::from("unnamed"),

@@ -28,6 +28,8 @@ pub struct Stats {
     pub leaving: u64,
     /// Bytes of the table's nodes, without the mappings.
     pub table_bytes: u64,
+    /// Bytes of the marks of dirty pages, while they are tracked.
+    pub dirty_bytes: u64,
     /// Leases now, one a mapping and holder.
     pub leases: u64,
     /// Mappings made so far.
@@ -87,6 +89,11 @@ impl IoAddressSpace {
             mappings: writer.len() as u64,
             leaving: writer.leaving() as u64,
             table_bytes: writer.table_bytes as u64,
+            dirty_bytes: if writer.tracking {
+                writer.log_bytes as u64
+            } else {
+                0
+            },
             leases: space.leases.count() as u64,
             maps: counters.maps.get(),
             unmaps: counters.unmaps.get(),

@@ -18,7 +18,7 @@ use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
 use crate::space::Space;
 use crate::stream;
-use crate::sync::lock;
+use crate::sync::{lock, MutexGuard};
 use crate::table::{Table, Unlinked};
 use crate::writer::Writer;
 use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
@@ -130,8 +130,8 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
-    /// As [`unmap`](IoAddressSpace::unmap), of the first range that has one; nothing is removed where
-    /// `unmap` would not have removed anything.
+    /// As [`unmap`](IoAddressSpace::unmap), first what is wrong with any range alone, then the rest;
+    /// nothing is removed where `unmap` would not have removed anything.
     pub fn unmap_batch(&self, ranges: &[(u64, u64)]) -> Result<u64> {
         self.unmap_batch_with(ranges, self.view.space.unmap)
     }
@@ -166,6 +166,21 @@ impl IoAddressSpace {
         revocation.tell();
         revocation.finish()
     }
+}
+
+/// Unmaps what the caller has mapped during its turn as the writer.
+pub(crate) fn take_back(
+    space: &Space,
+    mut writer: MutexGuard<'_, Writer>,
+    mappings: Vec<Arc<Mapping>>,
+) -> Result<u64> {
+    let mut unlinked = Unlinked::default();
+    writer.revoke(&space.table, &mappings, &mut unlinked);
+    drop(writer);
+    let mut revocation = Revocation::of(space, mappings, unlinked, space.unmap);
+    revocation.grace_period();
+    revocation.tell();
+    revocation.finish()
 }
 
 /// A range as the kernel takes it.
@@ -216,14 +231,24 @@ impl<'a> Revocation<'a> {
             // There will be a grace period; what is late can use it too.
             unlinked.append(std::mem::take(&mut writer.late));
         }
-        Ok(Revocation {
+        Ok(Revocation::of(space, mappings, unlinked, options))
+    }
+
+    /// Of mappings that are being revoked already.
+    fn of(
+        space: &'a Space,
+        mappings: Vec<Arc<Mapping>>,
+        unlinked: Unlinked,
+        options: UnmapOptions,
+    ) -> Self {
+        Revocation {
             space,
             mappings,
             policy: options.policy,
             unlinked,
             graced: false,
             deadline: Deadline::after(options.deadline),
-        })
+        }
     }
 
     /// Waits for the accesses that run.
@@ -316,6 +341,10 @@ impl<'a> Revocation<'a> {
         let mut unlinked = std::mem::take(&mut self.unlinked);
         let mut writer = lock(&self.space.writer);
         writer.forget(&free);
+        if writer.tracking {
+            let logs = free.iter().map(|mapping| mapping.log_bytes());
+            writer.log_bytes -= logs.sum::<usize>();
+        }
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));

@@ -38,6 +38,8 @@ pub(crate) struct Writer {
     leaving: Vec<Leaving>,
     /// Whether mappings keep which of their pages are written.
     pub(crate) tracking: bool,
+    /// Memory of what they keep.
+    pub(crate) log_bytes: usize,
     /// What an unmap could not free because an access outlasted its deadline.
     pub(crate) late: Unlinked,
 }
@@ -54,7 +56,8 @@ impl Writer {
     }
 
     pub(crate) fn publish(&mut self, table: &Table, mapping: Arc<Mapping>) {
-        if self.tracking {
+        if self.tracking && !mapping.dirty.is_on() {
+            self.log_bytes += mapping.log_bytes();
             mapping.dirty.start(mapping.pages());
         }
         self.live += 1;

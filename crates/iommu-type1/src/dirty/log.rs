@@ -35,6 +35,11 @@ impl DirtyLog {
         DirtyLog(AtomicPtr::new(ptr::null_mut()))
     }
 
+    /// Memory of the bits of so many pages.
+    pub(crate) fn bytes(pages: usize) -> usize {
+        pages.div_ceil(WORD) * size_of::<AtomicU64>()
+    }
+
     #[inline]
     pub(crate) fn is_on(&self) -> bool {
         self.0.load(Ordering::Acquire).addr() & ON != 0

@@ -9,6 +9,7 @@ mod slice;
 use std::ops::ControlFlow;
 
 use crate::deadline::Deadline;
+use crate::map::check_log_bytes;
 use crate::mapping::Mapping;
 use crate::range::{page_shift, page_size, IovaRange};
 use crate::space::Space;
@@ -26,8 +27,9 @@ impl IoAddressSpace {
     /// Begins to keep which pages are written through the space, none of them yet; nothing is done where
     /// that is kept already.
     ///
-    /// Every write that begins after this has returned is marked, and every one that was running: its
-    /// bytes are in memory by then, or it marks them.
+    /// Every write that begins after this has returned is marked. Of those that were running, inline ones
+    /// mark their bytes or have them in memory by then. Whoever writes through a slice that was lent
+    /// before, at this very moment, may do neither: take slices again, or look at what is leased twice.
     ///
     /// ```
     /// use iommu_type1::{Backing, IoAddressSpace};
@@ -46,20 +48,29 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
+    /// [`Error::DirtyLimit`] (ENOSPC): there are more pages than may be kept; nothing is tracked.
     /// [`Error::AccessRuns`] (EBUSY): an access that began before did not end within the space's
-    /// deadline for unmaps; what it writes may not be marked. Tracking has begun; stop and start it
-    /// again to be sure.
+    /// deadline for unmaps, or the kernel refuses a barrier
+    /// ([`ReaderBarrier::Membarrier`](crate::ReaderBarrier::Membarrier)); what is written by it may not be
+    /// marked. Tracking has begun; starting it again waits again.
     pub fn start_dirty_tracking(&self) -> Result<()> {
         let space = &*self.view.space;
         let mut writer = lock(&space.writer);
-        if writer.tracking {
-            return Ok(());
+        if !writer.tracking {
+            let mut bytes = 0;
+            for_each(&writer, space, |mapping, _| bytes += mapping.log_bytes());
+            check_log_bytes(bytes, space.log_limit)?;
+            writer.log_bytes = bytes;
+            writer.tracking = true;
+            for_each(&writer, space, |mapping, is_live| {
+                mapping.dirty.start(mapping.pages());
+                if is_live {
+                    space.table.refresh(mapping);
+                }
+            });
         }
-        writer.tracking = true;
-        each_mapping(&writer, space, |mapping| {
-            mapping.dirty.start(mapping.pages())
-        });
         drop(writer);
+        // Also for whoever finds that it is tracked: somebody else may not have come so far yet.
         settle(space)
     }
 
@@ -72,7 +83,12 @@ impl IoAddressSpace {
             return;
         }
         writer.tracking = false;
-        each_mapping(&writer, space, |mapping| mapping.dirty.stop());
+        for_each(&writer, space, |mapping, is_live| {
+            mapping.dirty.stop();
+            if is_live {
+                space.table.refresh(mapping);
+            }
+        });
     }
 
     /// The pages of `size` bytes from `iova` that were written since tracking began or since they were
@@ -137,19 +153,18 @@ fn settle(space: &Space) -> Result<()> {
     })
 }
 
-/// Changes what every mapping keeps, those that leave included, and has accesses see it.
-fn each_mapping(writer: &Writer, space: &Space, change: impl Fn(&Mapping)) {
+/// Visits every mapping, with whether it is in the table or leaves.
+fn for_each(writer: &Writer, space: &Space, mut visit: impl FnMut(&Mapping, bool)) {
     let mut live = Vec::new();
     space.table.visit(IovaRange::ALL, |mapping| {
         live.push(Table::share(mapping));
         ControlFlow::<()>::Continue(())
     });
     for mapping in &live {
-        change(mapping);
-        space.table.refresh(mapping);
+        visit(mapping, true);
     }
     for leaving in writer.leaving_inside(IovaRange::ALL) {
-        change(&leaving.mapping);
+        visit(&leaving.mapping, false);
     }
 }
 

@@ -396,3 +396,34 @@ fn marks_are_not_given_away_while_an_access_that_may_rely_on_them_runs() {
         });
     }
 }
+
+/// A mapping of up to 64 pages takes 8 bytes of marks.
+#[test]
+fn marks_have_a_limit_of_memory() {
+    let space = IoAddressSpace::builder().dirty_limit(16).build();
+    map(&space, 0, 64);
+    map(&space, 100, 1);
+    map(&space, 200, 1);
+    let error = space.start_dirty_tracking().unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(
+        error.to_string().contains("0x18 bytes, the limit is 0x10"),
+        "{error}"
+    );
+    let error = space.take_dirty(0, page_size() * 64).unwrap_err();
+    assert!(matches!(error, Error::NotTracking { .. }), "{error}");
+
+    space.unmap(200 * page_size(), page_size()).unwrap();
+    space.start_dirty_tracking().unwrap();
+    assert_eq!(space.stats().dirty_bytes, 16);
+    let page = || Backing::anonymous(page_size() as usize).unwrap();
+    let error = space.map(300 * page_size(), page(), ReadWrite).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    let batch = [(300, page()), (400, page())];
+    let batch = batch.map(|(at, page)| (at * page_size(), page, ReadWrite));
+    space.unmap(100 * page_size(), page_size()).unwrap();
+    assert_eq!(space.map_batch(batch).unwrap_err().errno(), libc::ENOSPC);
+    assert_eq!((space.mappings(), space.stats().dirty_bytes), (1, 8));
+    map(&space, 100, 1);
+    assert_eq!(space.stats().dirty_bytes, 16);
+}
