@@ -192,7 +192,7 @@ impl Slot {
             if self.fenced.load(Ordering::Relaxed) != 0 {
                 // An unmap has come since the first look. Its barrier may have been passed before the
                 // announcement, which a later unmap then takes for fenced.
-                barrier();
+                fence(Ordering::SeqCst);
             }
         } else {
             if fenced != ALWAYS_FENCED {
@@ -250,13 +250,6 @@ fn announce(count: &AtomicU64, value: u64) {
         count.store(value, Ordering::Release);
         fence(Ordering::SeqCst);
     }
-}
-
-/// A barrier for those who rarely need one.
-#[cold]
-#[inline(never)]
-fn barrier() {
-    fence(Ordering::SeqCst);
 }
 
 /// A slot that is listed until this is dropped.
