@@ -23,7 +23,8 @@
 //! has the kernel put a barrier into every running thread: what a thread announced before is seen
 //! after. An access that found its slot unfenced looks once more when it has announced itself: if the
 //! slot is fenced now, the barrier may lie behind it, and it passes one of its own. So after the kernel's
-//! barrier every announcement is followed by one, as if the slot had been fenced all along. A slot becomes unfenced again by its own user, after many accesses, and passes a barrier then: an unmap
+//! barrier every announcement is followed by one, as if the slot had been fenced all along. A slot
+//! becomes unfenced again by its own user, after many accesses, and passes a barrier then: an unmap
 //! that still sees it fenced has unlinked before anything that goes without.
 
 use std::marker::PhantomData;

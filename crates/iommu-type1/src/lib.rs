@@ -19,6 +19,8 @@
 //!   and [`Error::errno`] says how.
 //! - An access crosses any number of mappings, in chunks as large as the mappings allow. An error
 //!   says how many bytes were done ([`Error::completed`]).
+//! - Maps and unmaps also come in batches, written pages are kept by I/O virtual address where
+//!   somebody tracks them, and [`stats`](IoAddressSpace::stats) counts what happens.
 //! - Two tiers of protection. *Inline* accesses (through a [`DmaHandle`], or directly on the space)
 //!   are short and finish before an unmap proceeds. Memory that *leaves the call* (slices of a
 //!   [`DmaGuard`], a [`ScatterList`]) holds a lease on the mappings it touches, and pinned pages
@@ -65,7 +67,8 @@
 //!
 //! # Implementation notes
 //!
-//! An access that succeeds takes no lock and no reference count and makes no system call: it announces itself in a
+//! A read or write by a handle that succeeds takes no lock and no reference count and makes no system
+//! call: it announces itself in a
 //! slot of its own (a handle has one, the shared path tries for one), looks the address up in a radix
 //! table, and copies. An unmap takes the mapping out of the table, then waits for the slots whose accesses
 //! were running. What it took out is freed after that. [`ReaderBarrier`] chooses who pays for the barrier

@@ -18,9 +18,12 @@ pub enum ReaderBarrier {
     /// an unmap that meets such a one asks the kernel for a barrier in every running thread
     /// (`membarrier(2)`, `MEMBARRIER_CMD_PRIVATE_EXPEDITED`), which interrupts them.
     ///
-    /// For short accesses beside rare unmaps. The process must be allowed to make that call at any
-    /// time later: where a seccomp filter refuses it, unmaps that need it fail with
-    /// [`Error::Deadline`](crate::Error::Deadline); where the filter kills, it kills.
+    /// For short accesses beside rare unmaps. The call must stay allowed for the life of the space, in
+    /// every thread that unmaps, starts dirty tracking or takes dirty pages. Where a seccomp filter
+    /// refuses it, an unmap that needs it fails at once with [`Error::Deadline`](crate::Error::Deadline),
+    /// which names "a running access", and dirty tracking with
+    /// [`Error::AccessRuns`](crate::Error::AccessRuns), until the handle or guard concerned is dropped; the
+    /// log has the reason. Where the filter kills, it kills.
     Membarrier,
 }
 

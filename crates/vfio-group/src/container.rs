@@ -118,7 +118,7 @@ impl Container {
         Ok(self.shared.iommu()?.space.unmap_all()?)
     }
 
-    /// The address space, for whoever manages it.
+    /// The address space, for whoever manages it: batches, dirty pages, counters.
     ///
     /// It keeps no group attached: when the IOMMU is released it is emptied, and what is mapped
     /// into it later is seen by no device. Whoever does DMA takes an
