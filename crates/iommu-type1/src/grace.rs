@@ -181,9 +181,15 @@ impl Slot {
     #[inline]
     pub(crate) fn enter(&self) -> Running<'_> {
         let before = self.count.load(Ordering::Relaxed);
-        // A bitmap of the user's may access again from inside an access: that one ends with the outer.
-        let count = before | 1;
-        let after = count + 1 - (before & 1);
+        // A bitmap of the user's may access again from inside an access: it is announced already, and
+        // ends with the outer.
+        if before % 2 == 1 {
+            return Running {
+                slot: self,
+                after: before,
+            };
+        }
+        let (count, after) = (before + 1, before + 2);
         let fenced = self.fenced.load(Ordering::Relaxed);
         if fenced == 0 {
             membarrier::here();
