@@ -281,7 +281,7 @@ impl Space {
         Error::Permission {
             iova,
             needed: need.permissions(),
-            allowed: mapping.prot,
+            allowed: mapping.permissions(),
             completed,
         }
     }

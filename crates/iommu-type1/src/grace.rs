@@ -192,6 +192,7 @@ impl Slot {
         let (count, after) = (before + 1, before + 2);
         let fenced = self.fenced.load(Ordering::Relaxed);
         if fenced == 0 {
+            // The kernel's barrier may come here as well as behind the announcement.
             membarrier::here();
             // Release as in `announce`.
             self.count.store(count, Ordering::Release);

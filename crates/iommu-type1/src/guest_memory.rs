@@ -178,7 +178,7 @@ impl<'a> DmaSlices<'a> {
         let (iova, size) = (self.iova, self.left as u64);
         let found = match self.need {
             Need::IMPOSSIBLE => Err(Error::Overflow { iova, size }),
-            need => self.memory.leases.lease(iova, need),
+            need => self.memory.leases.look_up(iova, need),
         };
         found.map_err(|error| {
             self.left = 0;

@@ -474,8 +474,9 @@ impl LeaseSet {
         None
     }
 
+    /// As [`lease`](LeaseSet::lease), where it is not one of those that are remembered.
     #[inline(never)]
-    fn look_up(&self, iova: u64, need: Need) -> Result<&Mapping> {
+    pub(crate) fn look_up(&self, iova: u64, need: Need) -> Result<&Mapping> {
         let space = &self.view.space;
         let mut claim = self.claim.borrow_mut();
         let claim = claim.get_or_insert_with(|| Claim::new(&self.view));

@@ -15,7 +15,7 @@ use crate::Backing;
 
 /// # Invariants
 ///
-/// As many bytes as `range` has lie at `host` inside the region, and allow what `prot` allows.
+/// As many bytes as `range` has lie at `host` inside the region, and allow what `allows` says.
 ///
 /// What an access looks at stands first, to be on one cache line or two.
 #[repr(C)]
@@ -28,7 +28,6 @@ pub(crate) struct Mapping {
     allows: u8,
     /// Whether the region wants to know what was written.
     tracks: bool,
-    pub(crate) prot: Permissions,
     region: Arc<dyn Region>,
 }
 
@@ -99,7 +98,6 @@ impl Mapping {
             dirty: DirtyLog::new(),
             allows: bits(prot) as u8,
             tracks,
-            prot,
             region,
         }
     }
@@ -132,6 +130,11 @@ impl Mapping {
         // Compared without the one byte more that might not fit.
         let len = if len > behind { behind + 1 } else { len };
         (self.host.wrapping_add(offset), len)
+    }
+
+    /// What accesses may do.
+    pub(crate) fn permissions(&self) -> Permissions {
+        Need(usize::from(self.allows)).permissions()
     }
 
     /// Whether `need` is permitted.
