@@ -41,6 +41,14 @@ pub enum Error {
         /// Its size in bytes.
         size: u64,
     },
+    /// Memory that does not fit the address space of this process.
+    #[error("{size:#x} bytes at host address {host:#x} end beyond the 64-bit address space")]
+    HostOverflow {
+        /// Start of the memory.
+        host: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
     /// A mapping that nobody could use.
     #[error("the mapping at {iova:#x} would allow neither reads nor writes")]
     NoPermissions {
@@ -237,7 +245,7 @@ impl Error {
             | Error::Bisect { .. }
             | Error::NotTracking { .. }
             | Error::NotMapped { .. } => libc::EINVAL,
-            Error::Overflow { .. } => libc::EOVERFLOW,
+            Error::Overflow { .. } | Error::HostOverflow { .. } => libc::EOVERFLOW,
             Error::BackingProtection { .. } | Error::BackingRange { .. } | Error::NoRegion(_) => {
                 libc::EFAULT
             }
