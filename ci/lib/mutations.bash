@@ -20,11 +20,11 @@ die() {
     exit 1
 }
 
-# A copy of what git knows, as it is in the working tree.
+# A copy of the tree as it is, without what git ignores.
 copy_tree() {
     rm -rf "$work/tree"
     mkdir -p "$work/tree"
-    git ls-files -z | tar --null --files-from=- --create --file=- | tar --extract --directory="$work/tree"
+    git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --create --file=- | tar --extract --directory="$work/tree"
     if [[ -f Cargo.lock ]]; then
         cp Cargo.lock "$work/tree/"
     fi
