@@ -29,10 +29,11 @@ impl IoAddressSpace {
     /// [`Error::NoPermissions`] (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
     /// [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`] (EBUSY) where the mapping in the way is being
     /// unmapped, [`Error::EntryLimit`], [`Error::TableLimit`] or, while dirty pages are tracked,
-    /// [`Error::DirtyLimit`] (ENOSPC), [`Error::BackingProtection`] (EFAULT).
+    /// [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL), [`Error::BackingProtection`]
+    /// (EFAULT).
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
         let request = Request::of(iova, &backing, prot);
-        let range = request.check()?;
+        let range = request.check(self.view.space.unit())?;
         self.map_checked(range, backing, prot)
     }
 
@@ -41,7 +42,7 @@ impl IoAddressSpace {
     ///
     /// It runs without a lock, as it may be the caller's code and slow. So what was checked before is
     /// checked again after it: if somebody has mapped there meanwhile, that mapping came first.
-    #[allow(dead_code)] // Used by the layer that takes addresses of the process.
+    #[cfg(feature = "uapi")]
     pub(crate) fn map_resolved(
         &self,
         iova: u64,
@@ -56,7 +57,7 @@ impl IoAddressSpace {
             host,
             prot,
         };
-        let range = request.check()?;
+        let range = request.check(self.view.space.unit())?;
         check_room(&lock(&self.view.space.writer), &self.view.space, range)?;
         let backing = resolve()?;
         if backing.len() as u64 != size {
@@ -96,8 +97,9 @@ impl IoAddressSpace {
         &self,
         mappings: impl IntoIterator<Item = (u64, Backing, Permissions)>,
     ) -> Result<()> {
+        let unit = self.view.space.unit();
         let checked = mappings.into_iter().map(|(iova, backing, prot)| {
-            let range = Request::of(iova, &backing, prot).check()?;
+            let range = Request::of(iova, &backing, prot).check(unit)?;
             Ok((range, backing, prot))
         });
         let mappings = checked.collect::<Result<Vec<_>>>()?;
@@ -109,7 +111,7 @@ impl IoAddressSpace {
         }
         check_entries(&writer, space, mappings.len())?;
         for (range, backing, prot) in &mappings {
-            check_ranges(space, *range)?;
+            writer.ranges.check(*range)?;
             check_protection(*range, backing, *prot)?;
         }
         let mut published = Vec::with_capacity(mappings.len());
@@ -148,7 +150,7 @@ impl Request {
     }
 
     /// Refuses what is wrong whatever else is mapped.
-    fn check(&self) -> Result<IovaRange> {
+    fn check(&self, unit: u64) -> Result<IovaRange> {
         let range = IovaRange::new(self.iova, self.size)?;
         if self.host.checked_add(self.size - 1).is_none() {
             return Err(Error::HostOverflow {
@@ -159,9 +161,9 @@ impl Request {
         if self.prot == Permissions::No {
             return Err(Error::NoPermissions { iova: self.iova });
         }
-        check_aligned("address", self.iova)?;
-        check_aligned("size", self.size)?;
-        check_aligned("host address", self.host)?;
+        check_aligned("address", self.iova, unit)?;
+        check_aligned("size", self.size, unit)?;
+        check_aligned("host address", self.host, unit)?;
         Ok(range)
     }
 }
@@ -171,12 +173,7 @@ fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
     check_free(writer, space, range)?;
     check_entries(writer, space, 1)?;
     check_memory(writer, space, range)?;
-    check_ranges(space, range)
-}
-
-/// Refuses a range outside of those that may be mapped.
-fn check_ranges(_space: &Space, _range: IovaRange) -> Result<()> {
-    Ok(())
+    writer.ranges.check(range)
 }
 
 /// Refuses a range of which something is mapped, or leaves.
