@@ -15,11 +15,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use vm_memory::Permissions;
 
-use crate::map::{check_entries, check_memory, check_protection};
 use crate::check::Request;
+use crate::map::{check_entries, check_memory, check_protection};
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
@@ -52,14 +53,16 @@ impl IoAddressSpace {
     /// As [`map`](IoAddressSpace::map), and [`Error::NoRoom`] (ENOSPC) where no gap is large enough.
     pub fn map_anywhere(&self, backing: Backing, prot: Permissions) -> Result<u64> {
         let space = &*self.view.space;
-        let anywhere = Request::to_map(0, &backing, prot).check(space)?;
+        let anywhere = Request::to_map(0, &backing, prot).check(space, space.rules.map)?;
         let alignment = alignment(space, &backing);
         let mut writer = lock(&space.writer);
         check_entries(&writer, space, 1)?;
         check_memory(&writer, space, [anywhere])?;
         let range = find(&mut writer, space, anywhere.last, alignment)?;
         check_protection(range, &backing, prot)?;
-        writer.map(space, range, backing, prot);
+        let mapping = Arc::new(space.mapping(range, prot, backing));
+        writer.publish(&space.table, mapping);
+        space.counters.maps.add(1);
         Ok(range.first)
     }
 }
@@ -191,7 +194,7 @@ impl Gaps {
     fn fitting(&self, length: u64, alignment: u64) -> Option<IovaRange> {
         let fit = |(size, first): &(u64, u64)| {
             let last = first + size;
-            let first = first.checked_next_multiple_of(alignment)?;
+            let first: u64 = first.checked_next_multiple_of(alignment)?;
             let is_enough = first <= last && last - first >= length;
             is_enough.then(|| IovaRange {
                 first,
