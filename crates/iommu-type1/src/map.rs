@@ -9,6 +9,7 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use crate::check::Request;
+use crate::dirty::check_pages;
 use crate::mapping::log_bytes;
 use crate::profile::Overlapping;
 use crate::range::IovaRange;
@@ -32,8 +33,8 @@ impl IoAddressSpace {
     /// [`Error::NoPermissions`] (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
     /// [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`] (EBUSY) where the mapping in the way is being
     /// unmapped, [`Error::EntryLimit`], [`Error::TableLimit`] or, while dirty pages are tracked,
-    /// [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL), [`Error::BackingProtection`]
-    /// (EFAULT).
+    /// [`Error::DirtyMapping`] (EINVAL) and [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL),
+    /// [`Error::BackingProtection`] (EFAULT).
     ///
     /// Other [profiles](crate::Profile) check in other orders. With [`Profile::Iotlb`](crate::Profile::Iotlb)
     /// what is in the way is no error but replaced, as [`replace`](IoAddressSpace::replace) does it, and
@@ -224,7 +225,11 @@ pub(crate) fn check_memory(
         return Err(Error::TableLimit { bytes, limit });
     }
     if writer.tracking {
-        let more: usize = ranges.into_iter().map(log_bytes).sum();
+        let mut more = 0;
+        for range in ranges {
+            check_pages(range)?;
+            more += log_bytes(range);
+        }
         check_log_bytes(writer.log_bytes + more, space.log_limit)?;
     }
     Ok(())
