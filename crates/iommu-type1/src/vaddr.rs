@@ -56,7 +56,7 @@ impl IoAddressSpace {
     pub fn invalidate_vaddr(&self, iova: u64, size: u64) -> Result<u64> {
         let rules = self.view.space.rules;
         check_profile(&self.view.space)?;
-        self.invalidate(Request::to_unmap(iova, size).check(rules.unmap)?)
+        self.invalidate(Request::to_unmap(iova, size).check(&self.view.space, rules.unmap)?)
     }
 
     /// As [`invalidate_vaddr`](IoAddressSpace::invalidate_vaddr) of every mapping.
@@ -86,7 +86,7 @@ impl IoAddressSpace {
             size,
             ..Request::to_map(iova, &backing, Permissions::ReadWrite)
         };
-        let range = request.check(space.rules.map)?;
+        let range = request.check(space, space.rules.map)?;
         let mut writer = lock(&space.writer);
         let hollow = hollow_at(&writer, space, range)?;
         if backing.len() as u64 != size {
@@ -105,6 +105,27 @@ impl IoAddressSpace {
             writer.log_bytes -= hollow.log_bytes();
         }
         Ok(())
+    }
+
+    /// As [`resume_vaddr`](IoAddressSpace::resume_vaddr) with memory at an address of somebody: `resolve` finds
+    /// it, for what the mapping permits, when nothing else is wrong. It runs without a lock.
+    #[cfg(feature = "uapi")]
+    pub(crate) fn resume_resolved(
+        &self,
+        iova: u64,
+        size: u64,
+        host: u64,
+        resolve: impl FnOnce(Permissions) -> Result<Backing>,
+    ) -> Result<()> {
+        let space = &*self.view.space;
+        check_profile(space)?;
+        let request = Request {
+            host,
+            ..Request::to_unmap(iova, size)
+        };
+        let range = request.check(space, space.rules.map)?;
+        let prot = hollow_at(&lock(&space.writer), space, range)?.permissions();
+        self.resume_vaddr(iova, size, resolve(prot)?)
     }
 
     fn invalidate(&self, range: IovaRange) -> Result<u64> {
