@@ -144,8 +144,11 @@ impl fmt::Display for Outcome {
             Err(errno) => write!(f, "errno {errno}")?,
         }
         write!(f, " size={:#x}", self.size)?;
+        // The words behind the range are as they were: the last of them stands for them.
+        let untouched = self.words.last();
+        let shown = self.words.iter().rposition(|word| Some(word) != untouched);
         if !self.words.is_empty() {
-            write!(f, " words={:x?}", self.words)?;
+            write!(f, " words={:x?}", &self.words[..shown.map_or(1, |last| last + 2)])?;
         }
         let shown = self.info.iter().rposition(|byte| *byte != INFO_FILL);
         let shown = &self.info[..shown.map_or(0, |last| last + 1)];
