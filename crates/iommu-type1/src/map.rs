@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vm_memory::Permissions;
 
-use crate::mapping::Mapping;
+use crate::mapping::{log_bytes, Mapping};
 use crate::range::{check_aligned, IovaRange};
 use crate::space::Space;
 use crate::sync::lock;
@@ -25,20 +25,59 @@ impl IoAddressSpace {
     /// # Errors
     ///
     /// In this order, as Linux 6.18 and later check:
-    /// [`Error::Empty`] (EINVAL), [`Error::Overflow`] (EOVERFLOW), [`Error::NoPermissions`]
-    /// (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
-    /// [`Error::BackingProtection`] (EFAULT), [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`]
-    /// (EBUSY) where the mapping in the way is being unmapped, [`Error::EntryLimit`],
-    /// [`Error::TableLimit`] or, while dirty pages are tracked, [`Error::DirtyLimit`] (ENOSPC).
+    /// [`Error::Empty`] (EINVAL), [`Error::Overflow`] or [`Error::HostOverflow`] (EOVERFLOW),
+    /// [`Error::NoPermissions`] (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
+    /// [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`] (EBUSY) where the mapping in the way is being
+    /// unmapped, [`Error::EntryLimit`], [`Error::TableLimit`] or, while dirty pages are tracked,
+    /// [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL), [`Error::BackingProtection`]
+    /// (EFAULT).
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
-        let mapping = checked(iova, backing, prot)?;
+        let request = Request::of(iova, &backing, prot);
+        let range = request.check(self.view.space.unit())?;
+        self.map_checked(range, backing, prot)
+    }
+
+    /// As [`map`](IoAddressSpace::map) of `size` bytes that are somewhere: `resolve` finds the memory when
+    /// nothing else is wrong, and nothing is mapped if it fails.
+    ///
+    /// It runs without a lock, as it may be the caller's code and slow. So what was checked before is
+    /// checked again after it: if somebody has mapped there meanwhile, that mapping came first.
+    #[cfg(feature = "uapi")]
+    pub(crate) fn map_resolved(
+        &self,
+        iova: u64,
+        size: u64,
+        host: u64,
+        prot: Permissions,
+        resolve: impl FnOnce() -> Result<Backing>,
+    ) -> Result<()> {
+        let request = Request {
+            iova,
+            size,
+            host,
+            prot,
+        };
+        let range = request.check(self.view.space.unit())?;
+        check_room(&lock(&self.view.space.writer), &self.view.space, range)?;
+        let backing = resolve()?;
+        if backing.len() as u64 != size {
+            return Err(Error::BackingRange {
+                offset: 0,
+                len: size,
+                size: backing.len() as u64,
+            });
+        }
+        self.map_checked(range, backing, prot)
+    }
+
+    /// Maps a range that is right in itself.
+    fn map_checked(&self, range: IovaRange, backing: Backing, prot: Permissions) -> Result<()> {
         let space = &*self.view.space;
         let mut writer = lock(&space.writer);
-        check_free(&writer, space, mapping.range)?;
-        check_entries(&writer, space, 1)?;
-        check_table(&writer, space)?;
-        check_log(&writer, space, &mapping)?;
-        writer.publish(&space.table, Arc::new(mapping));
+        check_room(&writer, space, range)?;
+        check_protection(range, &backing, prot)?;
+        let mapping = Arc::new(Mapping::new(range, prot, backing));
+        writer.publish(&space.table, mapping);
         space.counters.maps.add(1);
         Ok(())
     }
@@ -58,33 +97,83 @@ impl IoAddressSpace {
         &self,
         mappings: impl IntoIterator<Item = (u64, Backing, Permissions)>,
     ) -> Result<()> {
-        let mappings = mappings.into_iter();
-        let checked = mappings.map(|(iova, backing, prot)| checked(iova, backing, prot));
+        let unit = self.view.space.unit();
+        let checked = mappings.into_iter().map(|(iova, backing, prot)| {
+            let range = Request::of(iova, &backing, prot).check(unit)?;
+            Ok((range, backing, prot))
+        });
         let mappings = checked.collect::<Result<Vec<_>>>()?;
         let space = &*self.view.space;
         let mut writer = lock(&space.writer);
-        check_apart(&mappings)?;
-        for mapping in &mappings {
-            check_free(&writer, space, mapping.range)?;
+        check_apart(mappings.iter().map(|(range, ..)| *range).collect())?;
+        for (range, ..) in &mappings {
+            check_free(&writer, space, *range)?;
         }
         check_entries(&writer, space, mappings.len())?;
+        for (range, backing, prot) in &mappings {
+            writer.ranges.check(*range)?;
+            check_protection(*range, backing, *prot)?;
+        }
         let mut published = Vec::with_capacity(mappings.len());
-        for mapping in mappings {
-            let room =
-                check_table(&writer, space).and_then(|()| check_log(&writer, space, &mapping));
-            if let Err(full) = room {
+        for (range, backing, prot) in mappings {
+            if let Err(full) = check_memory(&writer, space, range) {
                 if let Err(error) = take_back(space, writer, published) {
                     log::warn!("what a batch has mapped before it failed: {error}");
                 }
                 return Err(full);
             }
-            let mapping = Arc::new(mapping);
+            let mapping = Arc::new(Mapping::new(range, prot, backing));
             published.push(mapping.clone());
             writer.publish(&space.table, mapping);
             space.counters.maps.add(1);
         }
         Ok(())
     }
+}
+
+/// What somebody wants to map, as the kernel is told.
+struct Request {
+    iova: u64,
+    size: u64,
+    host: u64,
+    prot: Permissions,
+}
+
+impl Request {
+    fn of(iova: u64, backing: &Backing, prot: Permissions) -> Self {
+        Request {
+            iova,
+            size: backing.len() as u64,
+            host: backing.host_address().addr() as u64,
+            prot,
+        }
+    }
+
+    /// Refuses what is wrong whatever else is mapped.
+    fn check(&self, unit: u64) -> Result<IovaRange> {
+        let range = IovaRange::new(self.iova, self.size)?;
+        if self.host.checked_add(self.size - 1).is_none() {
+            return Err(Error::HostOverflow {
+                host: self.host,
+                size: self.size,
+            });
+        }
+        if self.prot == Permissions::No {
+            return Err(Error::NoPermissions { iova: self.iova });
+        }
+        check_aligned("address", self.iova, unit)?;
+        check_aligned("size", self.size, unit)?;
+        check_aligned("host address", self.host, unit)?;
+        Ok(range)
+    }
+}
+
+/// Refuses a range that cannot be mapped now, in the kernel's order.
+fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+    check_free(writer, space, range)?;
+    check_entries(writer, space, 1)?;
+    check_memory(writer, space, range)?;
+    writer.ranges.check(range)
 }
 
 /// Refuses a range of which something is mapped, or leaves.
@@ -105,9 +194,8 @@ fn check_free(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
     in_the_way.map_or(Ok(()), |mapped| Err(overlap(range, mapped)))
 }
 
-/// Refuses mappings of which two overlap.
-fn check_apart(mappings: &[Mapping]) -> Result<()> {
-    let mut ranges: Vec<_> = mappings.iter().map(|mapping| mapping.range).collect();
+/// Refuses ranges of which two overlap.
+fn check_apart(mut ranges: Vec<IovaRange>) -> Result<()> {
     ranges.sort_unstable_by_key(|range| range.first);
     let met = ranges.windows(2).find(|pair| pair[1].first <= pair[0].last);
     met.map_or(Ok(()), |pair| Err(overlap(pair[1], pair[0])))
@@ -130,40 +218,29 @@ fn check_entries(writer: &Writer, space: &Space, more: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_table(writer: &Writer, space: &Space) -> Result<()> {
+/// Refuses a range for which there is no room in the table or, while dirty pages are tracked, for their
+/// marks.
+fn check_memory(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
     let (bytes, limit) = (writer.table_bytes, space.table_limit);
     if bytes >= limit {
         return Err(Error::TableLimit { bytes, limit });
     }
-    Ok(())
-}
-
-/// A mapping that is right in itself, whatever else is mapped.
-fn checked(iova: u64, backing: Backing, prot: Permissions) -> Result<Mapping> {
-    let size = backing.len() as u64;
-    let range = IovaRange::new(iova, size)?;
-    if prot == Permissions::No {
-        return Err(Error::NoPermissions { iova });
-    }
-    check_aligned("address", iova)?;
-    check_aligned("size", size)?;
-    check_aligned("host address", backing.host_address() as u64)?;
-    if !backing.access().allow(prot) {
-        return Err(Error::BackingProtection {
-            iova,
-            asked: prot,
-            allowed: backing.access(),
-        });
-    }
-    Ok(Mapping::new(range, prot, backing))
-}
-
-/// Refuses a mapping whose dirty pages there is no room for, while they are tracked.
-fn check_log(writer: &Writer, space: &Space, mapping: &Mapping) -> Result<()> {
     if writer.tracking {
-        check_log_bytes(writer.log_bytes + mapping.log_bytes(), space.log_limit)?;
+        check_log_bytes(writer.log_bytes + log_bytes(range), space.log_limit)?;
     }
     Ok(())
+}
+
+/// Refuses a mapping for more than the memory behind it allows.
+fn check_protection(range: IovaRange, backing: &Backing, prot: Permissions) -> Result<()> {
+    if backing.access().allow(prot) {
+        return Ok(());
+    }
+    Err(Error::BackingProtection {
+        iova: range.first,
+        asked: prot,
+        allowed: backing.access(),
+    })
 }
 
 pub(crate) fn check_log_bytes(bytes: usize, limit: usize) -> Result<()> {
@@ -171,4 +248,74 @@ pub(crate) fn check_log_bytes(bytes: usize, limit: usize) -> Result<()> {
         return Err(Error::DirtyLimit { bytes, limit });
     }
     Ok(())
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::cell::Cell;
+
+    use vm_memory::Permissions::{No, ReadWrite};
+
+    use super::*;
+    use crate::range::page_size;
+
+    fn nowhere() -> Result<Backing> {
+        Err(Error::NoRegion(0))
+    }
+
+    #[test]
+    fn memory_is_looked_for_when_nothing_else_is_wrong() {
+        let p = page_size();
+        let space = IoAddressSpace::builder().entry_limit(2).build();
+        space
+            .map(p, Backing::anonymous(p as usize).unwrap(), ReadWrite)
+            .unwrap();
+        let top = 0_u64.wrapping_sub(p);
+        for (iova, size, host, prot, errno) in [
+            (top, 0, top, No, libc::EINVAL),
+            (top, 2 * p, 0, No, libc::EOVERFLOW),
+            (0, 2 * p, top, No, libc::EOVERFLOW),
+            (1, p, 0, No, libc::EINVAL),
+            (1, p, 0, ReadWrite, libc::EINVAL),
+            (p, p + 1, 0, ReadWrite, libc::EINVAL),
+            (p, p, 1, ReadWrite, libc::EINVAL),
+            (0, 2 * p, 0, ReadWrite, libc::EEXIST),
+        ] {
+            let asked = Cell::new(false);
+            let result = space.map_resolved(iova, size, host, prot, || {
+                asked.set(true);
+                nowhere()
+            });
+            assert_eq!(result.unwrap_err().errno(), errno);
+            assert!(!asked.get());
+        }
+
+        let failed = space.map_resolved(0, p, 0, ReadWrite, nowhere);
+        assert!(matches!(failed, Err(Error::NoRegion(0))));
+        let short = || Backing::anonymous(p as usize);
+        let failed = space.map_resolved(2 * p, 2 * p, 0, ReadWrite, short);
+        assert_eq!(failed.unwrap_err().errno(), libc::EFAULT);
+        assert_eq!(space.mappings(), 1);
+
+        space.map_resolved(0, p, 0, ReadWrite, short).unwrap();
+        space.write(p - 1, &[1, 2]).unwrap();
+        let full = space.map_resolved(2 * p, p, 0, ReadWrite, nowhere);
+        assert_eq!(full.unwrap_err().errno(), libc::ENOSPC);
+    }
+
+    #[test]
+    fn who_maps_while_the_memory_is_looked_for_came_first() {
+        let p = page_size();
+        let space = IoAddressSpace::new();
+        let page = || Backing::anonymous(p as usize);
+        let late = space.map_resolved(0, p, 0, ReadWrite, || {
+            space.map(0, page()?, ReadWrite)?;
+            space.write(0, &[7])?;
+            page()
+        });
+        assert_eq!(late.unwrap_err().errno(), libc::EEXIST);
+        let mut byte = [0];
+        space.read(0, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
+    }
 }

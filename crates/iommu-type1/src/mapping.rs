@@ -218,7 +218,7 @@ impl Mapping {
 
     /// Memory of the marks of its pages.
     pub(crate) fn log_bytes(&self) -> usize {
-        DirtyLog::bytes(self.pages())
+        log_bytes(self.range)
     }
 
     /// What accesses need to know of one of its pages.
@@ -229,6 +229,11 @@ impl Mapping {
         let host = self.host.wrapping_add(offset as usize).cast::<()>();
         PageWord(host.map_addr(|addr| addr | flags))
     }
+}
+
+/// Memory of the marks of a range's pages.
+pub(crate) fn log_bytes(range: IovaRange) -> usize {
+    DirtyLog::bytes((range.size() >> page_shift()) as usize)
 }
 
 impl Drop for Mapping {

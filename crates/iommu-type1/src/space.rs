@@ -18,7 +18,7 @@ use crate::stats::Counters;
 use crate::sync::{lock, Mutex};
 use crate::table::Table;
 use crate::writer::Writer;
-use crate::{ReaderBarrier, UnmapOptions, UnmapPolicy};
+use crate::{IovaRanges, ReaderBarrier, UnmapOptions, UnmapPolicy};
 
 /// How many mappings a space may have unless told otherwise: the kernel's `dma_entry_limit`, which
 /// keeps a guest from exhausting the host's memory with them (CVE-2019-3882).
@@ -67,10 +67,18 @@ pub(crate) struct Space {
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
     pub(crate) counters: Counters,
+    pub(crate) page_sizes: u64,
     pub(crate) entry_limit: usize,
     pub(crate) table_limit: usize,
     pub(crate) log_limit: usize,
     pub(crate) unmap: UnmapOptions,
+}
+
+impl Space {
+    /// The unit of mappings in bytes: the smallest size of pages.
+    pub(crate) fn unit(&self) -> u64 {
+        self.page_sizes & self.page_sizes.wrapping_neg()
+    }
 }
 
 impl IoAddressSpace {
@@ -82,6 +90,8 @@ impl IoAddressSpace {
     /// An empty space with limits of one's own.
     pub fn builder() -> IoAddressSpaceBuilder {
         IoAddressSpaceBuilder {
+            page_sizes: u64::MAX,
+            ranges: IovaRanges::default(),
             entry_limit: DMA_ENTRY_LIMIT,
             table_limit: TABLE_LIMIT,
             log_limit: DIRTY_LIMIT,
@@ -177,9 +187,11 @@ impl fmt::Debug for View {
 ///     .build();
 /// assert_eq!(space.entry_limit(), 1024);
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[must_use]
 pub struct IoAddressSpaceBuilder {
+    page_sizes: u64,
+    ranges: IovaRanges,
     entry_limit: usize,
     table_limit: usize,
     log_limit: usize,
@@ -188,6 +200,30 @@ pub struct IoAddressSpaceBuilder {
 }
 
 impl IoAddressSpaceBuilder {
+    /// The sizes of pages, a bit each; all by default. The lowest is the unit of mappings. Sizes below the
+    /// host page are left out; the host page is taken where nothing is left or one of them was there, as the
+    /// kernel does.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions::ReadWrite;
+    ///
+    /// let space = IoAddressSpace::builder().page_sizes(1 << 21 | 1 << 30).build();
+    /// let error = space.map(0x1000, Backing::anonymous(0x1000)?, ReadWrite).unwrap_err();
+    /// assert_eq!(error.errno(), libc::EINVAL);
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    pub fn page_sizes(mut self, sizes: u64) -> Self {
+        self.page_sizes = sizes;
+        self
+    }
+
+    /// The addresses that may be mapped; all by default.
+    pub fn iova_ranges(mut self, ranges: IovaRanges) -> Self {
+        self.ranges = ranges;
+        self
+    }
+
     /// Most mappings at a time; [`DMA_ENTRY_LIMIT`] by default.
     pub fn entry_limit(mut self, limit: usize) -> Self {
         self.entry_limit = limit;
@@ -245,9 +281,10 @@ impl IoAddressSpaceBuilder {
                     table: Table::new(),
                     leases: Ledger::new(&grace),
                     grace,
-                    writer: Mutex::new(Writer::default()),
+                    writer: Mutex::new(Writer::new(self.ranges)),
                     pins: PinTable::new(page_size()),
                     counters: Counters::default(),
+                    page_sizes: from_host_page(self.page_sizes),
                     entry_limit: self.entry_limit,
                     table_limit: self.table_limit,
                     log_limit: self.log_limit,
@@ -258,4 +295,14 @@ impl IoAddressSpaceBuilder {
             }),
         }
     }
+}
+
+/// Sizes of pages that the host page can serve, at least one.
+fn from_host_page(sizes: u64) -> u64 {
+    let host = page_size();
+    let smaller = host - 1;
+    if sizes & smaller != 0 || sizes & !smaller == 0 {
+        return sizes & !smaller | host;
+    }
+    sizes
 }

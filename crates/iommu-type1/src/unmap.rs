@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::deadline::Deadline;
+use crate::dirty::check_tracking;
 use crate::holder::HolderKind;
 use crate::mapping::Mapping;
 use crate::range::{check_aligned, IovaRange};
@@ -21,7 +22,7 @@ use crate::stream;
 use crate::sync::{lock, MutexGuard};
 use crate::table::{Table, Unlinked};
 use crate::writer::Writer;
-use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
+use crate::{DirtyPages, Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
 /// What becomes of a mapping whose holders do not let go before the deadline of an unmap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,7 +110,7 @@ impl IoAddressSpace {
     ///
     /// As [`unmap`](IoAddressSpace::unmap).
     pub fn unmap_with(&self, iova: u64, size: u64, options: UnmapOptions) -> Result<u64> {
-        self.unmap_ranges(&[whole_pages(iova, size)?], options)
+        self.unmap_ranges(&[whole_pages(&self.view.space, iova, size)?], options)
     }
 
     /// As [`unmap`](IoAddressSpace::unmap) of several ranges, given as address and size: they are
@@ -142,7 +143,10 @@ impl IoAddressSpace {
     ///
     /// As [`unmap_batch`](IoAddressSpace::unmap_batch).
     pub fn unmap_batch_with(&self, ranges: &[(u64, u64)], options: UnmapOptions) -> Result<u64> {
-        let ranges = ranges.iter().map(|(iova, size)| whole_pages(*iova, *size));
+        let space = &*self.view.space;
+        let ranges = ranges
+            .iter()
+            .map(|(iova, size)| whole_pages(space, *iova, *size));
         self.unmap_ranges(&ranges.collect::<Result<Vec<_>>>()?, options)
     }
 
@@ -156,15 +160,53 @@ impl IoAddressSpace {
         self.unmap_ranges(&[IovaRange::ALL], self.view.space.unmap)
     }
 
+    /// As [`unmap`](IoAddressSpace::unmap), with the pages that were written since they were last taken
+    /// ([`take_dirty`](IoAddressSpace::take_dirty)): of what is removed, no write is missed.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0x1000, Backing::anonymous(0x4000)?, Permissions::ReadWrite)?;
+    /// space.start_dirty_tracking()?;
+    /// space.write(0x2000, &[1])?;
+    /// let (bytes, dirty) = space.unmap_dirty(0x1000, 0x4000)?;
+    /// assert_eq!(bytes, 0x4000);
+    /// assert!(dirty.iter().eq([0x2000]));
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`unmap`](IoAddressSpace::unmap), and [`Error::NotTracking`] (EINVAL) before [`Error::Bisect`]. At the
+    /// deadline nothing is removed, as the pages would be lost: all of it is left to the policy.
+    pub fn unmap_dirty(&self, iova: u64, size: u64) -> Result<(u64, DirtyPages)> {
+        let mut pages = DirtyPages::default();
+        let range = whole_pages(&self.view.space, iova, size)?;
+        let bytes = self.unmap_marked(&[range], self.view.space.unmap, Some(&mut pages))?;
+        Ok((bytes, pages))
+    }
+
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {
+        self.unmap_marked(ranges, options, None)
+    }
+
+    /// Gives the marks of what it removes to `marks`.
+    fn unmap_marked(
+        &self,
+        ranges: &[IovaRange],
+        options: UnmapOptions,
+        marks: Option<&mut DirtyPages>,
+    ) -> Result<u64> {
         let space = &*self.view.space;
-        let mut revocation = Revocation::begin(space, ranges, options)?;
+        let mut revocation = Revocation::begin(space, ranges, options, marks.is_some())?;
         if revocation.mappings.is_empty() {
             return Ok(0);
         }
         revocation.grace_period();
         revocation.tell();
-        revocation.finish()
+        revocation.finish(marks)
     }
 }
 
@@ -180,13 +222,13 @@ pub(crate) fn take_back(
     let mut revocation = Revocation::of(space, mappings, unlinked, space.unmap);
     revocation.grace_period();
     revocation.tell();
-    revocation.finish()
+    revocation.finish(None)
 }
 
 /// A range as the kernel takes it.
-pub(crate) fn whole_pages(iova: u64, size: u64) -> Result<IovaRange> {
-    check_aligned("address", iova)?;
-    check_aligned("size", size)?;
+pub(crate) fn whole_pages(space: &Space, iova: u64, size: u64) -> Result<IovaRange> {
+    check_aligned("address", iova, space.unit())?;
+    check_aligned("size", size, space.unit())?;
     IovaRange::new(iova, size)
 }
 
@@ -204,7 +246,12 @@ struct Revocation<'a> {
 }
 
 impl<'a> Revocation<'a> {
-    fn begin(space: &'a Space, ranges: &[IovaRange], options: UnmapOptions) -> Result<Self> {
+    fn begin(
+        space: &'a Space,
+        ranges: &[IovaRange],
+        options: UnmapOptions,
+        marked: bool,
+    ) -> Result<Self> {
         if let (Some(range), true) = (ranges.first(), stream::is_inside(space)) {
             return Err(Error::InsideAccess {
                 iova: range.first,
@@ -214,6 +261,9 @@ impl<'a> Revocation<'a> {
         let mut writer = lock(&space.writer);
         let mut mappings = Vec::new();
         for range in ranges {
+            if marked {
+                check_tracking(&writer, *range)?;
+            }
             inside(&writer, space, *range, &mut mappings)?;
             check_idle(&writer, *range)?;
         }
@@ -263,7 +313,7 @@ impl<'a> Revocation<'a> {
         }
     }
 
-    fn finish(mut self) -> Result<u64> {
+    fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
         let leases = &self.space.leases;
         let leased = leases.wait_released(&self.mappings, &self.deadline);
         let mut leased = leased.iter().peekable();
@@ -283,6 +333,15 @@ impl<'a> Revocation<'a> {
             held.push(mapping.clone());
             false
         });
+        if let Some(marks) = marks {
+            if held.is_empty() {
+                // Nobody can write to them any more.
+                free.sort_unstable_by_key(|mapping| mapping.range.first);
+                free.iter().for_each(|mapping| marks.take_last(mapping));
+            } else {
+                held.append(&mut free);
+            }
+        }
         self.mappings = held;
         let counters = &self.space.counters;
         counters.unmaps.add(free.len());

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::table::{Table, Unlinked};
+use crate::IovaRanges;
 
 /// Why a mapping is not in the table any more, though it is not gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub(crate) struct Writer {
     pub(crate) table_bytes: usize,
     /// By address.
     leaving: Vec<Leaving>,
+    /// Which addresses may be mapped.
+    pub(crate) ranges: IovaRanges,
     /// Whether mappings keep which of their pages are written.
     pub(crate) tracking: bool,
     /// Memory of what they keep.
@@ -45,6 +48,14 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
+    /// Of a space where these addresses may be mapped.
+    pub(crate) fn new(ranges: IovaRanges) -> Self {
+        Writer {
+            ranges,
+            ..Writer::default()
+        }
+    }
+
     /// Mappings whose addresses are taken.
     pub(crate) fn len(&self) -> usize {
         self.live + self.leaving.len()

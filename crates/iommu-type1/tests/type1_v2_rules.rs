@@ -261,6 +261,12 @@ fn a_mapping_allows_no_more_than_its_memory() {
     );
     space.map(0, region(libc::PROT_READ), Read).unwrap();
     assert_eq!(errno(space.write(0, &[1])), libc::EPERM);
+
+    // What is in the way comes first, as the kernel looks at the memory last.
+    let again = || (0, region(libc::PROT_READ), ReadWrite);
+    let (iova, backing, prot) = again();
+    assert_eq!(errno(space.map(iova, backing, prot)), libc::EEXIST);
+    assert_eq!(errno(space.map_batch([again()])), libc::EEXIST);
 }
 
 fn memfd(len: u64) -> File {
