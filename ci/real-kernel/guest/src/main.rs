@@ -5,11 +5,13 @@
 //! and says on the serial line where they differ.
 
 mod compare;
+mod explained;
 mod generate;
 mod init;
 mod live;
 mod memory;
 mod op;
+mod ours;
 mod rates;
 mod rules;
 mod sequences;
