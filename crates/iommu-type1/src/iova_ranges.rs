@@ -65,13 +65,20 @@ impl IovaRanges {
 
     /// The ranges that may be mapped, ascending; none where everything may be.
     pub fn usable(&self) -> Vec<RangeInclusive<u64>> {
-        let usable = if self.allowed.is_empty() && !self.reserved.is_empty() {
+        if *self == IovaRanges::default() {
+            return Vec::new();
+        }
+        let usable = self.usable_ranges().into_iter();
+        usable.map(|range| range.first..=range.last).collect()
+    }
+
+    /// As [`usable`](IovaRanges::usable), and the whole space where everything is.
+    pub(crate) fn usable_ranges(&self) -> Vec<IovaRange> {
+        if self.allowed.is_empty() {
             self.around_reserved()
         } else {
             self.allowed.clone()
-        };
-        let usable = usable.iter().map(|range| range.first..=range.last);
-        usable.collect()
+        }
     }
 
     /// What lies between the reserved ranges.
@@ -177,6 +184,7 @@ impl IoAddressSpace {
             return Err(in_use(mapped, by));
         }
         writer.ranges = ranges;
+        writer.gaps = None;
         Ok(())
     }
 }

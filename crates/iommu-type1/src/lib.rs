@@ -80,10 +80,12 @@ compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for L
 mod access;
 mod atomics;
 mod backing;
+mod check;
 mod copy;
 mod deadline;
 mod dirty;
 mod error;
+mod gaps;
 mod grace;
 mod guest_memory;
 mod handle;
@@ -95,8 +97,11 @@ mod map;
 mod mapping;
 mod membarrier;
 mod pin;
+mod profile;
 mod range;
+mod replace;
 mod sg;
+mod share;
 mod space;
 mod stats;
 mod stream;
@@ -105,6 +110,7 @@ mod table;
 #[cfg(feature = "uapi")]
 pub mod uapi;
 mod unmap;
+mod vaddr;
 mod writer;
 
 #[cfg(all(test, loom))]
@@ -123,6 +129,7 @@ pub use iova_ranges::IovaRanges;
 pub use membarrier::ReaderBarrier;
 pub use page_pin::{Interest, PinPages, UnmapNotice};
 pub use pin::{PinnedPages, Pinner};
+pub use profile::{PermissionPolicy, Profile};
 pub use range::page_size;
 pub use sg::ScatterList;
 pub use space::{

@@ -90,7 +90,7 @@ impl Pinner {
             )?;
             let guard = self.access.pin(iova, npages)?;
             // After they are pinned: whoever takes dirty pages then finds the mark or the pin.
-            mark_pinned(&mappings, iova, len);
+            mark_pinned(space, &mappings, iova, len);
             Ok(PinnedPages {
                 guard,
                 mappings,

@@ -124,7 +124,16 @@ impl<M: UserMemory> Type1<M> {
         }
         let prot = permissions(flags);
         if flags & VFIO_DMA_MAP_FLAG_VADDR != 0 {
-            return Err(map_flags(flags));
+            if prot != Permissions::No {
+                // That a range ends beyond the space comes first.
+                IovaRange::new(iova, size)?;
+                IovaRange::new(vaddr, size)
+                    .map_err(|_| Error::HostOverflow { host: vaddr, size })?;
+                return Err(map_flags(flags));
+            }
+            return self.space.resume_resolved(iova, size, vaddr, |prot| {
+                self.memory.backing(vaddr, size, prot)
+            });
         }
         self.space.map_resolved(iova, size, vaddr, prot, || {
             self.memory.backing(vaddr, size, prot)
@@ -167,20 +176,23 @@ impl<M: UserMemory> Type1<M> {
     }
 
     fn unmap_plainly(&self, flags: u32, iova: u64, size: u64) -> Result<u64> {
-        if flags & VFIO_DMA_UNMAP_FLAG_VADDR != 0 {
-            return Err(Error::Flags {
-                what: "VFIO_IOMMU_UNMAP_DMA",
-                flags,
-            });
-        }
+        let only_vaddr = flags & VFIO_DMA_UNMAP_FLAG_VADDR != 0;
         if flags & VFIO_DMA_UNMAP_FLAG_ALL == 0 {
-            return self.space.unmap(iova, size);
+            return if only_vaddr {
+                self.space.invalidate_vaddr(iova, size)
+            } else {
+                self.space.unmap(iova, size)
+            };
         }
         check_aligned("address", iova, self.space.view.space.unit())?;
         if iova != 0 || size != 0 {
             return Err(Error::UnmapAllRange { iova, size });
         }
-        self.space.unmap_all()
+        if only_vaddr {
+            self.space.invalidate_all_vaddr()
+        } else {
+            self.space.unmap_all()
+        }
     }
 
     fn unmap_with_bitmap(&self, iova: u64, size: u64, bitmap: Bitmap<'_>) -> Result<u64> {
@@ -210,6 +222,9 @@ impl<M: UserMemory> Type1<M> {
         flags: u32,
         get: Option<(u64, u64, Bitmap<'_>)>,
     ) -> Result<()> {
+        if !self.space.view.space.rules.dirty_pages {
+            return Err(Error::NoDirtyPages);
+        }
         check_argsz(argsz, DIRTY_SIZE)?;
         match flags {
             VFIO_IOMMU_DIRTY_PAGES_FLAG_START => self.space.start_dirty_tracking(),

@@ -28,6 +28,9 @@ pub(crate) use log::DirtyLog;
 pub(crate) use slice::InlineMarks;
 pub use slice::{Dirty, DirtySlice};
 
+/// Most pages of a mapping whose dirty pages are kept.
+const DIRTY_MAPPING_PAGES: u64 = i32::MAX as u64;
+
 impl IoAddressSpace {
     /// Begins to keep which pages are written through the space, none of them yet but those that are
     /// pinned; nothing is done where that is kept already.
@@ -53,6 +56,8 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
+    /// [`Error::NoDirtyPages`] (EACCES): a space by the rules of type1 v1 keeps none.
+    /// [`Error::DirtyMapping`] (EINVAL): a mapping has more than 2^31 - 1 pages; nothing is tracked.
     /// [`Error::DirtyLimit`] (ENOSPC): there are more pages than may be kept; nothing is tracked.
     /// [`Error::AccessRuns`] (EBUSY): an access that began before did not end within the space's
     /// deadline for unmaps, or the kernel refuses a barrier
@@ -60,10 +65,20 @@ impl IoAddressSpace {
     /// marked. Tracking has begun; starting it again waits again.
     pub fn start_dirty_tracking(&self) -> Result<()> {
         let space = &*self.view.space;
+        if !space.rules.dirty_pages {
+            return Err(Error::NoDirtyPages);
+        }
         let mut writer = lock(&space.writer);
         if !writer.tracking {
             let mut bytes = 0;
-            for_each(&writer, space, |mapping, _| bytes += mapping.log_bytes());
+            let mut countable = Ok(());
+            for_each(&writer, space, |mapping, _| {
+                bytes += mapping.log_bytes();
+                if countable.is_ok() {
+                    countable = check_pages(mapping.range);
+                }
+            });
+            countable?;
             check_log_bytes(bytes, space.log_limit)?;
             writer.log_bytes = bytes;
             writer.tracking = true;
@@ -118,6 +133,7 @@ impl IoAddressSpace {
         check_tracking(&writer, range)?;
         let mut mappings = Vec::new();
         inside(&writer, space, range, &mut mappings)?;
+        writer.settle_marks(&space.table);
         let leaving = writer.leaving_inside(range);
         mappings.extend(leaving.map(|leaving| leaving.mapping.clone()));
         mappings.sort_unstable_by_key(|mapping| mapping.range.first);
@@ -196,7 +212,10 @@ impl IoAddressSpace {
 }
 
 /// Marks pages that have just been pinned: `len` bytes from `iova`, of mappings that follow each other.
-pub(crate) fn mark_pinned(mappings: &[Arc<Mapping>], iova: u64, len: usize) {
+pub(crate) fn mark_pinned(space: &Space, mappings: &[Arc<Mapping>], iova: u64, len: usize) {
+    if !space.rules.pinned_is_dirty {
+        return;
+    }
     let pinned_last = iova + (len as u64 - 1);
     for mapping in mappings {
         let range = mapping.range;
@@ -208,11 +227,27 @@ pub(crate) fn mark_pinned(mappings: &[Arc<Mapping>], iova: u64, len: usize) {
 
 /// Marks what is pinned of a mapping: who has pinned a page may write it at any time, and says nothing.
 fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
+    if !space.rules.pinned_is_dirty {
+        return;
+    }
     let range = mapping.range;
     let pins = &space.pins;
     pins.for_each_pinned(range.first, range.size(), |iova| {
         mapping.dirty.mark_lent((iova - range.first) as usize, 1);
     });
+}
+
+/// Refuses a mapping of more pages than the kernel counts in a bitmap.
+pub(crate) fn check_pages(range: IovaRange) -> Result<()> {
+    let pages = (range.last - range.first) / page_size() + 1;
+    if pages > DIRTY_MAPPING_PAGES {
+        return Err(Error::DirtyMapping {
+            iova: range.first,
+            pages,
+            limit: DIRTY_MAPPING_PAGES,
+        });
+    }
+    Ok(())
 }
 
 /// Refuses a range whose dirty pages nobody keeps.
@@ -246,7 +281,7 @@ fn settle(space: &Space) -> Result<()> {
     })
 }
 
-/// Visits every mapping, with whether it is in the table or leaves.
+/// Visits every mapping, with whether it is in the table.
 fn for_each(writer: &Writer, space: &Space, mut visit: impl FnMut(&Mapping, bool)) {
     let mut live = Vec::new();
     space.table.visit(IovaRange::ALL, |mapping| {
@@ -258,6 +293,9 @@ fn for_each(writer: &Writer, space: &Space, mut visit: impl FnMut(&Mapping, bool
     }
     for leaving in writer.leaving_inside(IovaRange::ALL) {
         visit(&leaving.mapping, false);
+    }
+    for mapping in &writer.replaced {
+        visit(mapping, false);
     }
 }
 
