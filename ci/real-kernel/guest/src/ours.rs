@@ -4,17 +4,17 @@
 //! Our crate, asked through the structs of the ioctls.
 
 use iommu_type1::uapi::{self, Type1, UserMemory};
-use iommu_type1::{Backing, Error, IoAddressSpace, IovaRanges, Result};
+use iommu_type1::{Backing, Error, IoAddressSpace, IovaRanges, Profile, Result};
 use vfio_bindings::bindings::vfio::{
-    VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
+    VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
     VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP,
 };
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap, Permissions};
 
-use crate::live::Live;
+use crate::live::{Live, Mapped};
 use crate::memory::{self, PAGE};
-use crate::op::{info_buffer, Bitmap, Dirty, Machine, Map, Op, Outcome, Unmap};
+use crate::op::{info_buffer, Bitmap, Dirty, Machine, Op, Outcome, Unmap};
 use crate::setup::Setup;
 use crate::vfio::{map_arg, unmap_arg};
 
@@ -59,16 +59,15 @@ impl UserMemory for OwnMemory {
 pub struct Ours {
     type1: Type1<OwnMemory>,
     live: Live,
-    /// First and last address of the mappings that a device can only read.
-    only_read: Vec<(u64, u64)>,
 }
 
 impl Ours {
     /// An empty one.
     pub fn new(setup: &Setup, v2: bool, entry_limit: u32) -> Result<Self> {
-        let _ = v2;
+        let profile = if v2 { Profile::Type1v2 } else { Profile::Type1v1 };
         let ranges: Vec<_> = setup.ranges.iter().map(|(first, last)| *first..=*last).collect();
         let space = IoAddressSpace::builder()
+            .profile(profile)
             .page_sizes(setup.page_sizes)
             .iova_ranges(IovaRanges::new(&ranges, &[])?)
             .entry_limit(entry_limit as usize)
@@ -76,7 +75,6 @@ impl Ours {
         Ok(Ours {
             type1: Type1::new(space, OwnMemory),
             live: Live::default(),
-            only_read: Vec::new(),
         })
     }
 
@@ -85,25 +83,15 @@ impl Ours {
         self.type1.space()
     }
 
-    fn map(&mut self, map: &Map) -> Outcome {
-        let result = self.type1.map_dma(&map_arg(map));
-        if result.is_ok() && map.flags & VFIO_DMA_MAP_FLAG_WRITE == 0 {
-            self.only_read.push((map.iova, map.iova + (map.size - 1)));
-        }
-        plain(result)
-    }
-
     fn unmap(&self, unmap: &Unmap) -> Outcome {
         let harvests = unmap.flags & VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP != 0;
-        if harvests {
-            self.write_everything();
-        }
+        let unmarked = self.write_everything(harvests);
         let mut words = unmap.bitmap.as_ref().map_or(Vec::new(), there);
         let mut arg = unmap_arg(unmap);
         let bitmap = unmap.bitmap.map(|bitmap| as_given(bitmap, &mut words));
         let result = self.type1.unmap_dma(&mut arg, bitmap);
-        if harvests && result.is_ok() {
-            self.add_only_read(unmap.iova, unmap.size, &mut words);
+        if result.is_ok() {
+            add(&unmarked, unmap.iova, unmap.size, &mut words);
         }
         words.truncate(Bitmap::WORDS);
         Outcome {
@@ -115,14 +103,12 @@ impl Ours {
 
     fn dirty(&self, dirty: &Dirty) -> Outcome {
         let harvests = dirty.flags == VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP;
-        if harvests {
-            self.write_everything();
-        }
+        let unmarked = self.write_everything(harvests);
         let mut words = there(&dirty.bitmap);
         let get = (dirty.iova, dirty.size, as_given(dirty.bitmap, &mut words));
         let result = self.type1.dirty_pages(dirty.argsz, dirty.flags, Some(get));
-        if harvests && result.is_ok() {
-            self.add_only_read(dirty.iova, dirty.size, &mut words);
+        if result.is_ok() {
+            add(&unmarked, dirty.iova, dirty.size, &mut words);
         }
         words.truncate(Bitmap::WORDS);
         Outcome {
@@ -131,23 +117,27 @@ impl Ours {
         }
     }
 
-    /// What an IOMMU that keeps no account of it comes to: any page may have been written.
-    fn write_everything(&self) {
-        for mapped in self.live.all() {
-            // Refused where the device could not have written either.
-            let _ = self.space().mark_dirty(mapped.iova, mapped.size as usize);
-        }
+    /// What an IOMMU that keeps no account comes to before a harvest: any page may have been written. The
+    /// kernel does not ask whether a device could: returns what was not to be marked, as it can only be read
+    /// or has lost its memory.
+    fn write_everything(&self, harvests: bool) -> Vec<Mapped> {
+        let all = self.live.all().iter().filter(|_| harvests);
+        let refused = all.filter(|mapped| {
+            let marked = self.space().mark_dirty(mapped.iova, mapped.size as usize);
+            marked.is_err()
+        });
+        refused.copied().collect()
     }
+}
 
-    /// The kernel does not ask what a device was allowed: pages it can only read are dirty too.
-    fn add_only_read(&self, iova: u64, size: u64, words: &mut [u64]) {
-        for (first, last) in &self.only_read {
-            if *first < iova || iova + (size - 1) < *last {
-                continue;
-            }
-            for page in (first - iova) / PAGE..=(last - iova) / PAGE {
-                words[(page / 64) as usize] |= 1 << (page % 64);
-            }
+/// Adds pages that count as written, as far as they are of the range.
+fn add(mappings: &[Mapped], iova: u64, size: u64, words: &mut [u64]) {
+    for mapped in mappings {
+        if mapped.iova < iova || iova + (size - 1) < mapped.last() {
+            continue;
+        }
+        for page in (mapped.iova - iova) / PAGE..=(mapped.last() - iova) / PAGE {
+            words[(page / 64) as usize] |= 1 << (page % 64);
         }
     }
 }
@@ -155,7 +145,7 @@ impl Ours {
 impl Machine for Ours {
     fn apply(&mut self, op: &Op) -> Outcome {
         let outcome = match op {
-            Op::Map(map) => self.map(map),
+            Op::Map(map) => plain(self.type1.map_dma(&map_arg(map))),
             Op::Unmap(unmap) => self.unmap(unmap),
             Op::Dirty(dirty) => self.dirty(dirty),
             Op::Info(argsz) => {
@@ -171,8 +161,6 @@ impl Machine for Ours {
             }
         };
         self.live.note(op, &outcome);
-        let there = |first: u64| self.live.all().iter().any(|mapped| mapped.iova == first);
-        self.only_read.retain(|(first, _)| there(*first));
         outcome
     }
 }
