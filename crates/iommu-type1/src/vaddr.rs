@@ -20,7 +20,7 @@ use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
 use crate::table::Unlinked;
-use crate::unmap::{beginning, check_outside, inside};
+use crate::unmap::{beginning, check_outside, inside, stops};
 use crate::writer::{State, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result};
 
@@ -136,6 +136,10 @@ impl IoAddressSpace {
         match space.rules.cut {
             Cut::Whole => beginning(&writer, space, range, &mut mappings)?,
             Cut::Refuse | Cut::Split => inside(&writer, space, range, &mut mappings)?,
+        }
+        if stops(&writer, space, range) {
+            // Nothing behind is looked at either, whatever its state.
+            return Ok(0);
         }
         check_valid(&writer, range)?;
         check_unpinned(space, &mappings)?;
