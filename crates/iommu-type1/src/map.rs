@@ -154,8 +154,8 @@ fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
     }
     check_free(writer, space, range)?;
     check_entries(writer, space, 1)?;
-    check_memory(writer, space, [range])?;
-    writer.ranges.check(range)
+    writer.ranges.check(range)?;
+    check_memory(writer, space, [range])
 }
 
 /// Refuses a range of which something is mapped, or leaves.
