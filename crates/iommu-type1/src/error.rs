@@ -219,6 +219,24 @@ pub enum Error {
         /// What the reader or writer said.
         source: io::Error,
     },
+    /// A pinner that is attached to no space, or on its way to another.
+    #[error("{name} is not attached to a space")]
+    NotAttached {
+        /// Name of the pinner.
+        name: String,
+    },
+    /// A pinner that is attached to a space already.
+    #[error("{name} is attached to a space already")]
+    Attached {
+        /// Name of the pinner.
+        name: String,
+    },
+    /// A pinner that another call is moving.
+    #[error("{name} is on its way to another space")]
+    Moving {
+        /// Name of the pinner.
+        name: String,
+    },
     /// Pinning or unpinning was refused.
     #[error(transparent)]
     Pin(#[from] page_pin::Error),
@@ -236,6 +254,7 @@ impl Error {
             | Error::NoPermissions { .. }
             | Error::Bisect { .. }
             | Error::NotTracking { .. }
+            | Error::Attached { .. }
             | Error::NotMapped { .. } => libc::EINVAL,
             Error::Overflow { .. } => libc::EOVERFLOW,
             Error::BackingProtection { .. } | Error::BackingRange { .. } | Error::NoRegion(_) => {
@@ -249,9 +268,11 @@ impl Error {
             Error::EntryLimit { .. } | Error::TableLimit { .. } | Error::DirtyLimit { .. } => {
                 libc::ENOSPC
             }
-            Error::Unmapping { .. } | Error::Revoked { .. } | Error::AccessRuns { .. } => {
-                libc::EBUSY
-            }
+            Error::Unmapping { .. }
+            | Error::Revoked { .. }
+            | Error::AccessRuns { .. }
+            | Error::Moving { .. } => libc::EBUSY,
+            Error::NotAttached { .. } => libc::ENOENT,
             Error::Permission { .. } => libc::EPERM,
             Error::Deadline { .. } | Error::InsideAccess { .. } => libc::EDEADLK,
             Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),

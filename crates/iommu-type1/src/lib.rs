@@ -79,6 +79,7 @@ compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for L
 
 mod access;
 mod atomics;
+mod attach;
 mod backing;
 mod copy;
 mod deadline;
@@ -92,6 +93,7 @@ mod lease;
 mod map;
 mod mapping;
 mod membarrier;
+mod memlock;
 mod pin;
 mod range;
 mod sg;
@@ -115,13 +117,14 @@ pub use guest_memory::{DmaGuard, DmaMemory, DmaSlices};
 pub use handle::DmaHandle;
 pub use holder::{Holder, HolderKind};
 pub use membarrier::ReaderBarrier;
-pub use page_pin::{Interest, PinPages, UnmapNotice};
+pub use memlock::MemlockLimit;
+pub use page_pin::{Interest, PinOptions, PinPages, UnmapNotice};
 pub use pin::{PinnedPages, Pinner};
 pub use range::page_size;
 pub use sg::ScatterList;
 pub use space::{
     IoAddressSpace, IoAddressSpaceBuilder, DIRTY_LIMIT, DMA_ENTRY_LIMIT, TABLE_LIMIT,
-    UNMAP_DEADLINE,
+    UNMAP_DEADLINE, UNMAP_REMINDERS,
 };
 pub use stats::Stats;
 pub use unmap::{UnmapOptions, UnmapPolicy};

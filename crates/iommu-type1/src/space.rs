@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_pin::PinTable;
+use page_pin::{PinOptions, PinTable};
 
 use crate::grace::Grace;
 use crate::lease::Ledger;
@@ -35,6 +35,10 @@ pub const DIRTY_LIMIT: usize = 128 << 20;
 /// How long an unmap waits for holders unless told otherwise: below the 5 s after which QEMU gives
 /// up on a vfio-user server.
 pub const UNMAP_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How often an unmap tells holders of pins again, over the time until its deadline, unless told otherwise:
+/// with the first notice as often as the kernel does before it gives up.
+pub const UNMAP_REMINDERS: u32 = 9;
 
 /// An IO address space: mappings from I/O virtual addresses to memory.
 ///
@@ -71,6 +75,7 @@ pub(crate) struct Space {
     pub(crate) table_limit: usize,
     pub(crate) log_limit: usize,
     pub(crate) unmap: UnmapOptions,
+    pub(crate) reminders: u32,
 }
 
 impl IoAddressSpace {
@@ -87,6 +92,9 @@ impl IoAddressSpace {
             log_limit: DIRTY_LIMIT,
             unmap: UnmapOptions::new(),
             barrier: ReaderBarrier::default(),
+            // In a model time passes once.
+            reminders: if cfg!(loom) { 0 } else { UNMAP_REMINDERS },
+            pins: PinOptions::new(),
         }
     }
 
@@ -177,7 +185,7 @@ impl fmt::Debug for View {
 ///     .build();
 /// assert_eq!(space.entry_limit(), 1024);
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[must_use]
 pub struct IoAddressSpaceBuilder {
     entry_limit: usize,
@@ -185,6 +193,8 @@ pub struct IoAddressSpaceBuilder {
     log_limit: usize,
     unmap: UnmapOptions,
     barrier: ReaderBarrier,
+    reminders: u32,
+    pins: PinOptions,
 }
 
 impl IoAddressSpaceBuilder {
@@ -219,6 +229,27 @@ impl IoAddressSpaceBuilder {
         self
     }
 
+    /// How often an unmap tells holders of pins again; [`UNMAP_REMINDERS`] by default.
+    pub fn unmap_reminders(mut self, times: u32) -> Self {
+        self.reminders = times;
+        self
+    }
+
+    /// How pins are counted and limited.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use iommu_type1::{IoAddressSpace, PinOptions};
+    ///
+    /// let options = PinOptions::new().max_pages(32).exact_unpin(true);
+    /// let space = IoAddressSpace::builder().pin_options(options).build();
+    /// assert_eq!(space.max_pin_pages(), 32);
+    /// ```
+    pub fn pin_options(mut self, options: PinOptions) -> Self {
+        self.pins = options;
+        self
+    }
+
     /// How accesses are kept apart from unmaps; [`ReaderBarrier::Fence`] by default. Where the kernel
     /// refuses what it needs, the space does with that;
     /// [`reader_barrier`](IoAddressSpace::reader_barrier) says which it is.
@@ -246,12 +277,13 @@ impl IoAddressSpaceBuilder {
                     leases: Ledger::new(&grace),
                     grace,
                     writer: Mutex::new(Writer::default()),
-                    pins: PinTable::new(page_size()),
+                    pins: PinTable::with_options(page_size(), self.pins),
                     counters: Counters::default(),
                     entry_limit: self.entry_limit,
                     table_limit: self.table_limit,
                     log_limit: self.log_limit,
                     unmap: self.unmap,
+                    reminders: self.reminders,
                 }),
                 name: String::from("unnamed"),
                 owner: None,

@@ -121,6 +121,15 @@ impl PinTable {
         self.shared.range(iova, npages).map(|_| ())
     }
 
+    /// As [`check`](PinTable::check), for [`Access::pin_list`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Access::pin_list`].
+    pub fn check_list(&self, iovas: &[u64]) -> Result<()> {
+        self.shared.list(iovas).map(|_| ())
+    }
+
     /// Refuses pins in a range as long as the result lives; those that are there stay.
     ///
     /// ```
