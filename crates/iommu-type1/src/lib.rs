@@ -79,6 +79,7 @@ compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for L
 
 mod access;
 mod atomics;
+mod attach;
 mod backing;
 mod check;
 mod copy;
@@ -96,6 +97,7 @@ mod lease;
 mod map;
 mod mapping;
 mod membarrier;
+mod memlock;
 mod pin;
 mod profile;
 mod range;
@@ -127,14 +129,15 @@ pub use holder::{Holder, HolderKind};
 pub use info::{Info, Migration};
 pub use iova_ranges::IovaRanges;
 pub use membarrier::ReaderBarrier;
-pub use page_pin::{Interest, PinPages, UnmapNotice};
+pub use memlock::MemlockLimit;
+pub use page_pin::{Interest, PinOptions, PinPages, UnmapNotice};
 pub use pin::{PinnedPages, Pinner};
 pub use profile::{PermissionPolicy, Profile};
 pub use range::page_size;
 pub use sg::ScatterList;
 pub use space::{
     IoAddressSpace, IoAddressSpaceBuilder, DIRTY_LIMIT, DMA_ENTRY_LIMIT, TABLE_LIMIT,
-    UNMAP_DEADLINE,
+    UNMAP_DEADLINE, UNMAP_REMINDERS,
 };
 pub use stats::Stats;
 pub use unmap::{UnmapOptions, UnmapPolicy};

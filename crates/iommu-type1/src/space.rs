@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_pin::PinTable;
+use page_pin::{PinOptions, PinTable};
 use vm_memory::Permissions;
 
 use crate::grace::Grace;
@@ -40,6 +40,10 @@ pub const DIRTY_LIMIT: usize = 128 << 20;
 /// How long an unmap waits for holders unless told otherwise: below the 5 s after which QEMU gives
 /// up on a vfio-user server.
 pub const UNMAP_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How often an unmap tells holders of pins again, over the time until its deadline, unless told otherwise:
+/// with the first notice as often as the kernel does before it gives up.
+pub const UNMAP_REMINDERS: u32 = 9;
 
 /// An IO address space: mappings from I/O virtual addresses to memory.
 ///
@@ -80,6 +84,7 @@ pub(crate) struct Space {
     pub(crate) profile: Profile,
     pub(crate) rules: &'static Rules,
     pub(crate) permissions: PermissionPolicy,
+    pub(crate) reminders: u32,
 }
 
 impl Space {
@@ -112,6 +117,9 @@ impl IoAddressSpace {
             barrier: ReaderBarrier::default(),
             profile: Profile::default(),
             permissions: None,
+            // In a model time passes once.
+            reminders: if cfg!(loom) { 0 } else { UNMAP_REMINDERS },
+            pins: PinOptions::new(),
         }
     }
 
@@ -219,6 +227,8 @@ pub struct IoAddressSpaceBuilder {
     barrier: ReaderBarrier,
     profile: Profile,
     permissions: Option<PermissionPolicy>,
+    reminders: u32,
+    pins: PinOptions,
 }
 
 impl IoAddressSpaceBuilder {
@@ -274,6 +284,27 @@ impl IoAddressSpaceBuilder {
     /// [`UnmapPolicy::Revoked`] by default.
     pub fn unmap_policy(mut self, policy: UnmapPolicy) -> Self {
         self.unmap = self.unmap.policy(policy);
+        self
+    }
+
+    /// How often an unmap tells holders of pins again; [`UNMAP_REMINDERS`] by default.
+    pub fn unmap_reminders(mut self, times: u32) -> Self {
+        self.reminders = times;
+        self
+    }
+
+    /// How pins are counted and limited.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use iommu_type1::{IoAddressSpace, PinOptions};
+    ///
+    /// let options = PinOptions::new().max_pages(32).exact_unpin(true);
+    /// let space = IoAddressSpace::builder().pin_options(options).build();
+    /// assert_eq!(space.max_pin_pages(), 32);
+    /// ```
+    pub fn pin_options(mut self, options: PinOptions) -> Self {
+        self.pins = options;
         self
     }
 
@@ -333,7 +364,7 @@ impl IoAddressSpaceBuilder {
                     leases: Ledger::new(&grace),
                     grace,
                     writer: Mutex::new(Writer::new(self.ranges)),
-                    pins: PinTable::new(page_size()),
+                    pins: PinTable::with_options(page_size(), self.pins),
                     counters: Counters::default(),
                     page_sizes: from_host_page(self.page_sizes),
                     entry_limit: self.entry_limit,
@@ -343,6 +374,7 @@ impl IoAddressSpaceBuilder {
                     profile: self.profile,
                     rules,
                     permissions: self.permissions.unwrap_or(rules.permissions),
+                    reminders: self.reminders,
                 }),
                 name: String::from("unnamed"),
                 owner: None,

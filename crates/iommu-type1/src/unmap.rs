@@ -377,6 +377,18 @@ impl<'a> Revocation<'a> {
         {
             self.space.pins.tell(range.first, range.size());
         }
+        self.remind();
+    }
+
+    /// Tells those again who have pins and do not let go; whoever still does is found in the end.
+    fn remind(&self) {
+        let (pins, times) = (&self.space.pins, self.space.reminders);
+        for range in self.mappings.iter().map(|mapping| mapping.range) {
+            if times > 0 && pins.is_pinned(range.first, range.size()) {
+                let deadline = self.deadline.instant();
+                let _holders = pins.remind(range.first, range.size(), times, deadline);
+            }
+        }
     }
 
     fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {

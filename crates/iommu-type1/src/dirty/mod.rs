@@ -8,7 +8,6 @@ mod log;
 mod slice;
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use vm_memory::Permissions;
 
@@ -211,17 +210,12 @@ impl IoAddressSpace {
     }
 }
 
-/// Marks pages that have just been pinned: `len` bytes from `iova`, of mappings that follow each other.
-pub(crate) fn mark_pinned(space: &Space, mappings: &[Arc<Mapping>], iova: u64, len: usize) {
-    if !space.rules.pinned_is_dirty {
-        return;
-    }
-    let pinned_last = iova + (len as u64 - 1);
-    for mapping in mappings {
-        let range = mapping.range;
-        let (first, last) = (range.first.max(iova), range.last.min(pinned_last));
-        let len = (last - first) as usize + 1;
-        mapping.dirty.mark_lent((first - range.first) as usize, len);
+/// Marks a page of a mapping that has just been pinned.
+pub(crate) fn mark_pinned(space: &Space, mapping: &Mapping, iova: u64) {
+    if space.rules.pinned_is_dirty {
+        mapping
+            .dirty
+            .mark_lent((iova - mapping.range.first) as usize, 1);
     }
 }
 
