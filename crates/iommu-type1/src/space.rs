@@ -68,6 +68,9 @@ pub(crate) struct View {
 pub(crate) struct Space {
     pub(crate) table: Table,
     pub(crate) grace: Grace,
+    /// Taken before `writer` by whoever takes marks of dirty pages, until it is certain that they need not be
+    /// put back: a mapping that is gone could not have them back.
+    pub(crate) harvest: Mutex<()>,
     pub(crate) writer: Mutex<Writer>,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
@@ -332,6 +335,7 @@ impl IoAddressSpaceBuilder {
                     table: Table::new(),
                     leases: Ledger::new(&grace),
                     grace,
+                    harvest: Mutex::new(()),
                     writer: Mutex::new(Writer::new(self.ranges)),
                     pins: PinTable::new(page_size()),
                     counters: Counters::default(),

@@ -420,6 +420,7 @@ impl<'a> Revocation<'a> {
         if let Some(marks) = marks {
             if held.is_empty() && still.is_empty() {
                 // Nobody can write to them any more.
+                let _harvest = lock(&self.space.harvest);
                 lock(&self.space.writer).settle_marks(&self.space.table);
                 free.sort_unstable_by_key(|mapping| mapping.range.first);
                 free.iter().for_each(|mapping| marks.take_last(mapping));

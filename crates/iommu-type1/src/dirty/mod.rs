@@ -129,6 +129,7 @@ impl IoAddressSpace {
     pub fn take_dirty(&self, iova: u64, size: u64) -> Result<DirtyPages> {
         let space = &*self.view.space;
         let range = whole_pages(space, iova, size)?;
+        let _harvest = lock(&space.harvest);
         let writer = lock(&space.writer);
         check_tracking(&writer, range)?;
         let mut mappings = Vec::new();
