@@ -56,8 +56,9 @@
 //!
 //! - The smallest unit is the host page, see [`page_size`]; it is not 4096 everywhere.
 //! - A write needs the mapping's read permission too, as in the kernel.
-//! - Dirty pages ([`take_dirty`](IoAddressSpace::take_dirty)) know what is written through the space,
-//!   not what hardware or a holder of host addresses writes.
+//! - Dirty pages ([`take_dirty`](IoAddressSpace::take_dirty)) know what is written through the space and
+//!   what is pinned, not what hardware or another holder of host addresses writes: that has to be said
+//!   ([`mark_dirty`](IoAddressSpace::mark_dirty)).
 //! - A [`DmaGuard`] keeps a lease on every mapping it has touched until it is dropped: take one per
 //!   request, not one per device.
 //! - Never unmap from inside a [`ReadVolatile`](vm_memory::ReadVolatile) or

@@ -205,8 +205,8 @@ impl IoAddressSpace {
         let need = Need::exactly(Permissions::Write);
         space.grace.enter_shared(|inside| {
             space.for_each_chunk(inside, iova, len, need, |mapping, at, n, _| {
-                // Nobody waits for such a writer: its marks are those of somebody who has a slice.
-                mapping.mark_lent((at - mapping.range.first) as usize, n);
+                // The bytes come before this access, for which whoever takes a mark waits.
+                mapping.mark_inline((at - mapping.range.first) as usize, n);
             })
         })
     }

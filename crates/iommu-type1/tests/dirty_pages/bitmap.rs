@@ -91,7 +91,7 @@ fn words_are_shared_as_in_the_kernel() {
         0b11_1111 | 1 << 11 | 1 << 15 | 1 << 16,
         1 << (179 - 128),
         u64::MAX,
-        (1 << 44) - 1 | 1 << 44,
+        (1 << 45) - 1,
     ];
     assert_eq!(bitmap(&space, 0, 301, u64::MAX), expected);
     assert_eq!(bitmap(&space, 0, 301, 0), [0; 5]);
