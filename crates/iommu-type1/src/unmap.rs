@@ -453,14 +453,17 @@ impl<'a> Revocation<'a> {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        for mapping in &over {
-            writer.release(&self.space.table, mapping);
-        }
+        let over = over.into_iter();
+        let table = &self.space.table;
+        let released: Vec<_> = over
+            .filter_map(|mapping| writer.release(table, mapping))
+            .collect();
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));
         }
         drop(writer);
+        drop(released);
         total(&free)
     }
 }
