@@ -7,6 +7,9 @@
 //! 2. With no lock held, the accesses that run are waited for (the grace period), those interested
 //!    are told, then leases and pins in the range are waited for.
 //! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
+//!
+//! What was replaced ([`crate::replace`]) is waited for in the same way, though its addresses are not
+//! removed: by whoever has replaced it, and by every unmap that meets its addresses.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -617,5 +620,7 @@ impl Drop for Revocation<'_> {
         if let Some(undo) = self.undo.take() {
             replace::undo(&mut writer, table, undo);
         }
+        // During this turn: who else waits for them may be the last then.
+        self.replaced.clear();
     }
 }
