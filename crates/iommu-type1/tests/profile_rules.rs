@@ -260,6 +260,32 @@ fn a_replacement_waits_for_leases_and_pins_and_names_them() {
     }
 }
 
+#[test]
+fn what_was_replaced_again_is_not_put_back() {
+    let p = page_size();
+    let space = space(Type1v2);
+    space.map(p, pages(1), ReadWrite).unwrap();
+    let (again, is_first) = (space.clone(), AtomicBool::new(true));
+    let tell = move |iova, _| {
+        if is_first.swap(false, Ordering::Relaxed) {
+            let other =
+                again.replace_with(iova, pages(1), ReadWrite, at_once(UnmapPolicy::Revoked));
+            assert_eq!(errno(other), Err(libc::EDEADLK));
+            again.write(iova, b"newest").unwrap();
+        }
+    };
+    let pinner = space.pinner("pinner", Interest::Holder, Arc::new(tell));
+    let pinned = pinner.pin_pages(p, 1, ReadWrite).unwrap();
+    let first = space.replace_with(p, pages(1), ReadWrite, at_once(UnmapPolicy::Restore));
+    assert_eq!(errno(first), Err(libc::EDEADLK));
+    let mut found = [0; 6];
+    space.read(p, &mut found).unwrap();
+    assert_eq!(&found, b"newest");
+    drop(pinned);
+    assert_eq!(space.unmap_all().unwrap(), p);
+    assert_eq!(space.mappings(), 0);
+}
+
 /// Pages beside the part that goes stay pinned, and what is written to them is known.
 #[test]
 fn a_cut_leaves_pins_beside_it_alone() {
