@@ -72,6 +72,9 @@ pub(crate) struct View {
 pub(crate) struct Space {
     pub(crate) table: Table,
     pub(crate) grace: Grace,
+    /// Taken before `writer` by whoever takes marks of dirty pages, until it is certain that they need not be
+    /// put back: a mapping that is gone could not have them back.
+    pub(crate) harvest: Mutex<()>,
     pub(crate) writer: Mutex<Writer>,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
@@ -363,6 +366,7 @@ impl IoAddressSpaceBuilder {
                     table: Table::new(),
                     leases: Ledger::new(&grace),
                     grace,
+                    harvest: Mutex::new(()),
                     writer: Mutex::new(Writer::new(self.ranges)),
                     pins: PinTable::with_options(page_size(), self.pins),
                     counters: Counters::default(),

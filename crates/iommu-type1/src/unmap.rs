@@ -7,6 +7,9 @@
 //! 2. With no lock held, the accesses that run are waited for (the grace period), those interested
 //!    are told, then leases and pins in the range are waited for.
 //! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
+//!
+//! What was replaced ([`crate::replace`]) is waited for in the same way, though its addresses are not
+//! removed: by whoever has replaced it, and by every unmap that meets its addresses.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -432,6 +435,7 @@ impl<'a> Revocation<'a> {
         if let Some(marks) = marks {
             if held.is_empty() && still.is_empty() {
                 // Nobody can write to them any more.
+                let _harvest = lock(&self.space.harvest);
                 lock(&self.space.writer).settle_marks(&self.space.table);
                 free.sort_unstable_by_key(|mapping| mapping.range.first);
                 free.iter().for_each(|mapping| marks.take_last(mapping));
@@ -513,14 +517,17 @@ impl<'a> Revocation<'a> {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        for mapping in &over {
-            writer.release(&self.space.table, mapping);
-        }
+        let over = over.into_iter();
+        let table = &self.space.table;
+        let released: Vec<_> = over
+            .filter_map(|mapping| writer.release(table, mapping))
+            .collect();
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));
         }
         drop(writer);
+        drop(released);
         total(&free)
     }
 }
@@ -674,5 +681,7 @@ impl Drop for Revocation<'_> {
         if let Some(undo) = self.undo.take() {
             replace::undo(&mut writer, table, undo);
         }
+        // During this turn: who else waits for them may be the last then.
+        self.replaced.clear();
     }
 }

@@ -906,6 +906,7 @@ proptest! {
     fn every_profile_equals_its_naive_model(
         profile in profile(),
         other_policy in any::<bool>(),
+        is_tracked in any::<bool>(),
         ops in prop::collection::vec((op(), any::<prop::sample::Index>()), 1..60)
     ) {
         let strict = matches!(profile, Profile::Iommufd | Profile::Iotlb) != other_policy;
@@ -921,10 +922,16 @@ proptest! {
         }
         let mut real = Real { space: builder.build(), held: Vec::new() };
         let mut model = Model::new(profile, strict);
+        step(&mut real, &mut model, Op::SetTracking(is_tracked))?;
         for (op, pick) in ops {
             let op = aim(op, &model, pick);
             step(&mut real, &mut model, op)?;
             compare(&real, &mut model)?;
+        }
+
+        // Whatever was not taken on the way.
+        for mapped in model.mappings.clone() {
+            step(&mut real, &mut model, Op::TakeDirty(mapped.range()))?;
         }
 
         // Nothing stays behind.

@@ -128,6 +128,7 @@ impl IoAddressSpace {
     pub fn take_dirty(&self, iova: u64, size: u64) -> Result<DirtyPages> {
         let space = &*self.view.space;
         let range = whole_pages(space, iova, size)?;
+        let _harvest = lock(&space.harvest);
         let writer = lock(&space.writer);
         check_tracking(&writer, range)?;
         let mut mappings = Vec::new();
@@ -203,8 +204,8 @@ impl IoAddressSpace {
         let need = Need::exactly(Permissions::Write);
         space.grace.enter_shared(|inside| {
             space.for_each_chunk(inside, iova, len, need, |mapping, at, n, _| {
-                // Nobody waits for such a writer: its marks are those of somebody who has a slice.
-                mapping.mark_lent((at - mapping.range.first) as usize, n);
+                // The bytes come before this access, for which whoever takes a mark waits.
+                mapping.mark_inline((at - mapping.range.first) as usize, n);
             })
         })
     }

@@ -19,6 +19,7 @@ mod handle;
 mod holder;
 pub(crate) mod kernel;
 mod map;
+mod marks;
 mod membarrier;
 mod page_word;
 mod reader;
