@@ -343,7 +343,7 @@ impl Generator {
         let mut bitmap = Bitmap {
             pgsize: PAGE,
             size: needed,
-            fill: if self.chance(6) { self.pick(&[u64::MAX, 0x1111_1111_1111_1111]) } else { 0 },
+            fill: if self.chance(20) { self.pick(&[u64::MAX, 0x1111_1111_1111_1111]) } else { 0 },
         };
         match self.rng.random_range(0..100) {
             0..80 => (),

@@ -5,9 +5,11 @@
 //! and says on the serial line where they differ.
 
 mod compare;
+mod edu;
 mod explained;
 mod generate;
 mod init;
+mod lifetime;
 mod live;
 mod memory;
 mod op;
@@ -44,5 +46,9 @@ fn run() -> Result<(), String> {
     let operations = init::parameter("operations").map_err(said)?.unwrap_or(20_000);
     let seed = init::parameter("seed").map_err(said)?.unwrap_or(1);
     println!("device {} of group {}, seed {seed}", given.name, given.group);
-    sequences::run(&given, operations, seed)
+    let setup = sequences::setup(given.group)?;
+    println!("{setup:x?}");
+    edu::run(&given, &setup, seed)?;
+    lifetime::run(&given, seed)?;
+    sequences::run(&given, &setup, operations, seed)
 }

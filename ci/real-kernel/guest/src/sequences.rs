@@ -74,7 +74,8 @@ fn open(group: u32, v2: bool) -> Result<Kernel, String> {
     Kernel::new(group, iommu_type).map_err(|errno| format!("a container: errno {errno}"))
 }
 
-fn setup(group: u32) -> Result<Setup, String> {
+/// What the IOMMU of a group can do.
+pub fn setup(group: u32) -> Result<Setup, String> {
     let mut kernel = open(group, true)?;
     let info = kernel.apply(&Op::Info(INFO_BYTES as u32));
     let has = |extension: &u32| kernel.container().check_extension(*extension) == Ok(1);
@@ -83,9 +84,7 @@ fn setup(group: u32) -> Result<Setup, String> {
 }
 
 /// Runs so many operations, half on each type of container.
-pub fn run(given: &Given, operations: u64, seed: u64) -> Result<(), String> {
-    let setup = setup(given.group)?;
-    println!("{setup:x?}");
+pub fn run(given: &Given, setup: &Setup, operations: u64, seed: u64) -> Result<(), String> {
     let (mut rates, mut explained) = (Rates::default(), Explained::default());
     let mut differences = 0;
     for sequence in 0..operations.div_ceil(SEQUENCE) {
