@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vfio_bindings::bindings::vfio::{
-    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_PCI_BAR0_REGION_INDEX,
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_TYPE1v2_IOMMU,
+    VFIO_TYPE1v2_IOMMU, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE,
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX,
 };
 
 use crate::init::Given;
@@ -55,10 +55,15 @@ impl Edu {
     fn open(kernel: &Kernel, name: &str) -> Result<Self, String> {
         let failed = |errno: i32| format!("the device: errno {errno}");
         let device = kernel.group().device(name).map_err(failed)?;
-        let config = device.region(VFIO_PCI_CONFIG_REGION_INDEX).map_err(failed)?;
+        let config = device
+            .region(VFIO_PCI_CONFIG_REGION_INDEX)
+            .map_err(failed)?;
         let registers = device.region(VFIO_PCI_BAR0_REGION_INDEX).map_err(failed)?;
         let master = MEMORY_AND_MASTER.to_le_bytes();
-        device.file().write_all_at(&master, config + PCI_COMMAND).map_err(said)?;
+        device
+            .file()
+            .write_all_at(&master, config + PCI_COMMAND)
+            .map_err(said)?;
         Ok(Edu { device, registers })
     }
 
@@ -74,7 +79,13 @@ impl Edu {
         Ok(u32::from_le_bytes(value))
     }
 
-    fn transfer(&self, source: u32, destination: u32, count: usize, how: u32) -> Result<(), String> {
+    fn transfer(
+        &self,
+        source: u32,
+        destination: u32,
+        count: usize,
+        how: u32,
+    ) -> Result<(), String> {
         let begin = || {
             self.set(DMA_SOURCE, source)?;
             self.set(DMA_DESTINATION, destination)?;
@@ -119,12 +130,24 @@ impl Both {
     fn map(&mut self, iova: u64, page: u64, flags: u32) -> Result<(), String> {
         let (argsz, size) = (32, PAGE);
         let vaddr = PRIVATE.first + page * PAGE;
-        self.apply(&Op::Map(Map { argsz, flags, vaddr, iova, size }))
+        self.apply(&Op::Map(Map {
+            argsz,
+            flags,
+            vaddr,
+            iova,
+            size,
+        }))
     }
 
     fn unmap(&mut self, iova: u64) -> Result<(), String> {
         let (argsz, flags, size, bitmap) = (24, 0, PAGE, None);
-        self.apply(&Op::Unmap(Unmap { argsz, flags, iova, size, bitmap }))
+        self.apply(&Op::Unmap(Unmap {
+            argsz,
+            flags,
+            iova,
+            size,
+            bitmap,
+        }))
     }
 }
 
@@ -141,19 +164,33 @@ pub fn run(given: &Given, setup: &Setup, seed: u64) -> Result<(), String> {
     both.map(ONLY_READ, 2, VFIO_DMA_MAP_FLAG_READ)?;
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut expected = [rng.random::<u8>(); PAGE as usize];
-    both.ours.space().write(DESTINATION, &expected).map_err(said)?;
+    both.ours
+        .space()
+        .write(DESTINATION, &expected)
+        .map_err(said)?;
     for _ in 0..ROUNDS {
-        let bytes: Vec<u8> = (0..rng.random_range(1..300)).map(|_| rng.random()).collect();
+        let bytes: Vec<u8> = (0..rng.random_range(1..300))
+            .map(|_| rng.random())
+            .collect();
         let mut inside = || rng.random_range(0..PAGE - bytes.len() as u64);
         let (from, to) = (inside(), inside());
-        both.ours.space().write(SOURCE + from, &bytes).map_err(said)?;
+        both.ours
+            .space()
+            .write(SOURCE + from, &bytes)
+            .map_err(said)?;
         edu.read(SOURCE + from, bytes.len())?;
         edu.write(DESTINATION + to, bytes.len())?;
         expected[to as usize..][..bytes.len()].copy_from_slice(&bytes);
         let mut page = [0; PAGE as usize];
-        both.ours.space().read(DESTINATION, &mut page).map_err(said)?;
+        both.ours
+            .space()
+            .read(DESTINATION, &mut page)
+            .map_err(said)?;
         if page != expected {
-            return Err(format!("{} bytes from {from:#x} to {to:#x} are not those", bytes.len()));
+            return Err(format!(
+                "{} bytes from {from:#x} to {to:#x} are not those",
+                bytes.len()
+            ));
         }
     }
     refused(&edu, &both, ONLY_READ, 2, libc::EPERM)?;

@@ -11,6 +11,7 @@ mod generate;
 mod init;
 mod lifetime;
 mod live;
+mod memlock;
 mod memory;
 mod op;
 mod ours;
@@ -43,12 +44,18 @@ fn run() -> Result<(), String> {
     let said = |error: std::io::Error| error.to_string();
     let given = init::prepare().map_err(said)?;
     memory::make().map_err(said)?;
-    let operations = init::parameter("operations").map_err(said)?.unwrap_or(20_000);
+    let operations = init::parameter("operations")
+        .map_err(said)?
+        .unwrap_or(20_000);
     let seed = init::parameter("seed").map_err(said)?.unwrap_or(1);
-    println!("device {} of group {}, seed {seed}", given.name, given.group);
+    println!(
+        "device {} of group {}, seed {seed}",
+        given.name, given.group
+    );
     let setup = sequences::setup(given.group)?;
     println!("{setup:x?}");
     edu::run(&given, &setup, seed)?;
     lifetime::run(&given, seed)?;
+    memlock::run(&given)?;
     sequences::run(&given, &setup, operations, seed)
 }
