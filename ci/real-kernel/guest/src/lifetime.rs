@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
-use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
+use vfio_bindings::bindings::vfio::{VFIO_TYPE1v2_IOMMU, VFIO_NOIOMMU_IOMMU, VFIO_TYPE1_IOMMU};
 
 use crate::compare::shrink;
 use crate::init::Given;
@@ -23,7 +23,7 @@ const CONTAINERS: usize = 2;
 /// Device files there may be at a time.
 const DEVICES: usize = 3;
 
-const SEQUENCES: u64 = 50;
+const SEQUENCES: u64 = 200;
 const STEPS: usize = 40;
 
 /// A type that no driver has.
@@ -45,6 +45,7 @@ enum Step {
     OpenDevice(bool),
     CloseDevice,
     Map(usize, u64),
+    Extension(usize, u32),
     Status,
 }
 
@@ -100,6 +101,9 @@ impl World for Kernels<'_> {
                     size,
                 });
             }
+            Step::Extension(slot, extension) => {
+                return container(slot)?.check_extension(extension);
+            }
             Step::Status => return group?.status(),
         }
         Ok(0)
@@ -131,6 +135,10 @@ impl Ours<'_> {
                 }
                 None => return missing,
             },
+            Step::Extension(slot, extension) => match &self.containers[slot] {
+                Some(container) => return Ok(Ok(container.check_extension(extension) as i32)),
+                None => return missing,
+            },
             Step::CloseDevice => drop(self.devices.pop()),
             Step::UnsetContainer | Step::OpenDevice(_) | Step::Status => {
                 let Some(group) = &self.group else {
@@ -156,7 +164,7 @@ impl World for Ours<'_> {
 }
 
 fn fresh(given: &Given) -> Result<(Kernels<'_>, Ours<'_>), String> {
-    let there = vfio_group::Group::new(given.group);
+    let there = vfio_group::Group::with_type(given.group, vfio_group::GroupType::Iommu);
     there
         .add_device(&given.name)
         .map_err(|error| error.to_string())?;
@@ -232,6 +240,7 @@ fn report(given: &Given, steps: &[Step]) -> Result<String, String> {
 
 fn step(rng: &mut SmallRng) -> Step {
     let slot = rng.random_range(0..CONTAINERS);
+    let extension = rng.random_range(0..12);
     // The frequent ones build up, the rare ones take down.
     let steps = [
         (8, Step::OpenContainer(slot)),
@@ -241,7 +250,10 @@ fn step(rng: &mut SmallRng) -> Step {
         (10, Step::SetContainer(slot)),
         (4, Step::UnsetContainer),
         (10, Step::SetIommu(slot, VFIO_TYPE1v2_IOMMU)),
-        (2, Step::SetIommu(slot, NO_TYPE)),
+        (4, Step::SetIommu(slot, VFIO_TYPE1_IOMMU)),
+        (1, Step::SetIommu(slot, VFIO_NOIOMMU_IOMMU)),
+        (1, Step::SetIommu(slot, NO_TYPE)),
+        (3, Step::Extension(slot, extension)),
         (6, Step::OpenDevice(true)),
         (1, Step::OpenDevice(false)),
         (5, Step::CloseDevice),
