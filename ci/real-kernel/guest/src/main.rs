@@ -54,8 +54,17 @@ fn run() -> Result<(), String> {
     );
     let setup = sequences::setup(given.group)?;
     println!("{setup:x?}");
-    edu::run(&given, &setup, seed)?;
-    lifetime::run(&given, seed)?;
-    memlock::run(&given)?;
-    sequences::run(&given, &setup, operations, seed)
+    // All of them, whatever the others find.
+    let parts = [
+        edu::run(&given, &setup, seed),
+        lifetime::run(&given, seed),
+        memlock::run(&given),
+        sequences::run(&given, &setup, operations, seed),
+    ];
+    let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(failed.join("; "))
+    }
 }
