@@ -19,7 +19,11 @@ pub struct Difference {
 }
 
 /// Does a sequence on both and returns the first difference.
-pub fn compare(ops: &[Op], kernel: &mut dyn Machine, other: &mut dyn Machine) -> Option<Difference> {
+pub fn compare(
+    ops: &[Op],
+    kernel: &mut dyn Machine,
+    other: &mut dyn Machine,
+) -> Option<Difference> {
     let (mut live, mut explained) = (Live::default(), Explained::default());
     ops.iter().find_map(|op| {
         let (kernel, other) = (kernel.apply(op), other.apply(op));
@@ -31,7 +35,7 @@ pub fn compare(ops: &[Op], kernel: &mut dyn Machine, other: &mut dyn Machine) ->
 }
 
 /// The shortest sequence that can be had from one by leaving operations out, such that `differs`.
-pub fn shrink(ops: &[Op], mut differs: impl FnMut(&[Op]) -> bool) -> Vec<Op> {
+pub fn shrink<T: Clone>(ops: &[T], mut differs: impl FnMut(&[T]) -> bool) -> Vec<T> {
     let mut ops = ops.to_vec();
     let mut chunk = ops.len().div_ceil(2);
     while chunk > 0 && !ops.is_empty() {
