@@ -106,10 +106,10 @@ fn a_pin_against_a_harvest() {
         let pinning = spawn(move || pin(&pinner));
         is_dirty(&space);
         let pinned = pinning.join().unwrap();
-        for _ in 0..2 {
-            assert!(is_dirty(&space), "pinned and not dirty");
-        }
+        assert!(is_dirty(&space), "pinned and not dirty");
+        // Its last owner may have written it since.
         drop(pinned);
+        assert!(is_dirty(&space), "was pinned and is not dirty");
     });
 }
 
