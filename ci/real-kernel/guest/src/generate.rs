@@ -252,12 +252,19 @@ impl Generator {
             return;
         };
         map.flags = VFIO_DMA_MAP_FLAG_VADDR;
-        map.vaddr = PRIVATE.first;
         (map.iova, map.size) = match self.rng.random_range(0..10) {
             0 => (mapped.iova, mapped.size + PAGE),
             1 => (mapped.iova + PAGE, mapped.size),
             2 => (mapped.iova + mapped.size, PAGE),
             _ => (mapped.iova, mapped.size),
+        };
+        // The kernel takes any address for what it gives back, and looks only when it pins. Ours needs memory, so
+        // there is some wherever the rest is right.
+        let right = mapped.invalid && (map.iova, map.size) == (mapped.iova, mapped.size);
+        map.vaddr = if right {
+            PRIVATE.first
+        } else {
+            self.pick(&[PRIVATE.first, HOLE.first])
         };
     }
 
