@@ -197,7 +197,8 @@ fn b11_a_holder_that_lets_go_at_the_third_notice_is_waited_for() {
 #[test]
 fn b12_those_who_ask_are_told_without_a_pin() {
     let table = PinTable::new(PAGE);
-    let told: Arc<Mutex<Vec<(&str, u64, u64)>>> = Arc::default();
+    type Told = Vec<(&'static str, u64, u64)>;
+    let told: Arc<Mutex<Told>> = Arc::default();
     let window = Interest::Within {
         iova: 4 * PAGE,
         last: 5 * PAGE - 1,
