@@ -30,6 +30,8 @@
 //!   [`DmaGuard`], a [`ScatterList`]) holds a lease on the mappings it touches, and pinned pages
 //!   ([`Pinner`]) a pin: an unmap of such a range tells the holders, waits for them up to a
 //!   deadline, and names them when it passes. Unmaps elsewhere are not delayed.
+//! - A [`Pinner`] pins ranges or lists of pages, may be moved to another space
+//!   ([`replace`](Pinner::replace)), and what it pins may be limited ([`PinOptions`], [`MemlockLimit`]).
 //!
 //! # Example
 //!
