@@ -190,7 +190,7 @@ impl Device {
             group: self.group.id(),
             reason: Box::new(reason),
         })?;
-        Ok(KvmListener::new(&self.group, Arc::new(listener)))
+        Ok(KvmListener::new(&self.group, listener))
     }
 
     /// ENODEV unless the device is in its group, and stays there.
