@@ -185,7 +185,7 @@ impl Space {
         new: T,
         orders: (Ordering, Ordering),
     ) -> Result<std::result::Result<T, T>> {
-        self.atomic::<T, _>(inside, iova, Need::WRITE, |slice| {
+        self.atomic::<T, _>(inside, iova, Need::READ_WRITE, |slice| {
             T::exchange_in(slice, current, new, orders)
         })
     }
@@ -269,7 +269,7 @@ impl Space {
         match self.table.find(iova, inside) {
             Some(mapping) if mapping.allows(need) => Ok(mapping),
             Some(mapping) => Err(self.forbidden(mapping, iova, need, completed)),
-            None => Err(self.unusable(iova, completed)),
+            None => self.look_again(inside, iova, need, completed),
         }
     }
 
@@ -280,23 +280,48 @@ impl Space {
         self.counters.misses.add(1);
         Error::Permission {
             iova,
-            needed: need.permissions(),
+            needed: need.permissions(self.permissions),
             allowed: mapping.permissions(),
             completed,
         }
     }
 
-    /// Why nothing was found at an address.
+    /// The mapping that contains `iova` when nobody changes the table, or why there is none.
+    ///
+    /// Whoever replaces a mapping takes it out and puts another in during one turn as the writer: an access
+    /// that finds nothing between the two finds the other here.
     #[cold]
-    fn unusable(&self, iova: u64, completed: usize) -> Error {
+    #[inline(never)]
+    fn look_again<'a>(
+        &self,
+        inside: Inside<'a>,
+        iova: u64,
+        need: Need,
+        completed: usize,
+    ) -> Result<&'a Mapping> {
         let at = IovaRange {
             first: iova,
             last: iova,
         };
-        self.counters.misses.add(1);
-        match lock(&self.writer).leaving_in(at) {
-            Some(_) => Error::Revoked { iova, completed },
-            None => Error::NotMapped { iova, completed },
+        let writer = lock(&self.writer);
+        match self.table.find(iova, inside) {
+            Some(mapping) if mapping.allows(need) => return Ok(mapping),
+            Some(mapping) => return Err(self.forbidden(mapping, iova, need, completed)),
+            None => {}
         }
+        self.counters.misses.add(1);
+        Err(match writer.leaving_in(at) {
+            Some(leaving) if leaving.state.is_vaddr() => Error::VaddrInvalid {
+                iova,
+                completed,
+                errno: libc::EBUSY,
+            },
+            Some(_) => Error::Revoked { iova, completed },
+            None => Error::NotMapped {
+                iova,
+                completed,
+                errno: self.rules.hole_errno,
+            },
+        })
     }
 }

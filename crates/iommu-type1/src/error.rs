@@ -137,7 +137,53 @@ pub enum Error {
         mapped: u64,
         /// Its size in bytes.
         mapped_size: u64,
+        /// What the profile answers.
+        errno: i32,
     },
+    /// An unmap, replacement or copy of what is not mapped.
+    #[error("nothing is mapped in {size:#x} bytes at {iova:#x}")]
+    NothingMapped {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// An access to, or a second invalidation of, a mapping whose memory was taken away
+    /// ([`IoAddressSpace::invalidate_vaddr`](crate::IoAddressSpace::invalidate_vaddr)).
+    #[error("the mapping at {iova:#x} has no memory at the moment ({completed} bytes were done)")]
+    VaddrInvalid {
+        /// The address.
+        iova: u64,
+        /// Bytes done before.
+        completed: usize,
+        /// EBUSY of an access, EINVAL of an invalidation.
+        errno: i32,
+    },
+    /// Memory was given to a range that is not exactly a mapping without memory.
+    #[error(
+        "{size:#x} bytes at {iova:#x} are not exactly a mapping without memory, but touch that of {mapped_size:#x} bytes at {mapped:#x}"
+    )]
+    VaddrValid {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Start of the mapping that was found.
+        mapped: u64,
+        /// Its size in bytes.
+        mapped_size: u64,
+    },
+    /// Memory cannot be taken away from a mapping of which pages are pinned.
+    #[error("pages of {size:#x} bytes at {iova:#x} are pinned")]
+    Pinned {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// The profile of the space does not know the operation.
+    #[error("{0} is not known to the profile of the space")]
+    NotInProfile(&'static str),
     /// A map or unmap of a range whose addresses another unmap has not given back yet: it is running,
     /// or has ended at its deadline ([`Error::Deadline`]) and waits to be tried again.
     #[error(
@@ -169,13 +215,16 @@ pub enum Error {
         iova: u64,
         /// Bytes done before.
         completed: usize,
+        /// What the profile answers.
+        errno: i32,
     },
     /// The mapping does not permit the access.
     #[error("{iova:#x} is mapped for {allowed:?}, the access needs {needed:?} ({completed} bytes were done)")]
     Permission {
         /// The address.
         iova: u64,
-        /// What the access needs: a write needs [`Permissions::ReadWrite`].
+        /// What the access needs: a write needs [`Permissions::ReadWrite`], unless permissions are
+        /// [`Strict`](crate::PermissionPolicy::Strict).
         needed: Permissions,
         /// What the mapping permits.
         allowed: Permissions,
@@ -236,15 +285,19 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The errno the kernel answers in this case.
+    /// The errno the kernel answers in this case, to a space of the same profile.
     pub fn errno(&self) -> i32 {
         match self {
             Error::Empty { .. }
             | Error::Misaligned { .. }
             | Error::NoPermissions { .. }
-            | Error::Bisect { .. }
-            | Error::NotTracking { .. }
-            | Error::NotMapped { .. } => libc::EINVAL,
+            | Error::VaddrValid { .. }
+            | Error::NotInProfile(_)
+            | Error::NotTracking { .. } => libc::EINVAL,
+            Error::Bisect { errno, .. }
+            | Error::NotMapped { errno, .. }
+            | Error::VaddrInvalid { errno, .. } => *errno,
+            Error::NothingMapped { .. } => libc::ENOENT,
             Error::Overflow { .. } | Error::HostOverflow { .. } => libc::EOVERFLOW,
             Error::BackingProtection { .. } | Error::BackingRange { .. } | Error::NoRegion(_) => {
                 libc::EFAULT
@@ -257,9 +310,10 @@ impl Error {
             Error::EntryLimit { .. } | Error::TableLimit { .. } | Error::DirtyLimit { .. } => {
                 libc::ENOSPC
             }
-            Error::Unmapping { .. } | Error::Revoked { .. } | Error::AccessRuns { .. } => {
-                libc::EBUSY
-            }
+            Error::Unmapping { .. }
+            | Error::Revoked { .. }
+            | Error::Pinned { .. }
+            | Error::AccessRuns { .. } => libc::EBUSY,
             Error::Permission { .. } => libc::EPERM,
             Error::Deadline { .. } | Error::InsideAccess { .. } => libc::EDEADLK,
             Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
@@ -272,6 +326,7 @@ impl Error {
         match self {
             Error::Revoked { completed, .. }
             | Error::NotMapped { completed, .. }
+            | Error::VaddrInvalid { completed, .. }
             | Error::Permission { completed, .. }
             | Error::Stream { completed, .. } => *completed,
             _ => 0,
@@ -282,6 +337,7 @@ impl Error {
     pub(crate) fn after(mut self, before: usize) -> Self {
         if let Error::Revoked { completed, .. }
         | Error::NotMapped { completed, .. }
+        | Error::VaddrInvalid { completed, .. }
         | Error::Permission { completed, .. }
         | Error::Stream { completed, .. } = &mut self
         {

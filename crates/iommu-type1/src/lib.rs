@@ -80,6 +80,7 @@ compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for L
 mod access;
 mod atomics;
 mod backing;
+mod check;
 mod copy;
 mod deadline;
 mod dirty;
@@ -93,14 +94,18 @@ mod map;
 mod mapping;
 mod membarrier;
 mod pin;
+mod profile;
 mod range;
+mod replace;
 mod sg;
+mod share;
 mod space;
 mod stats;
 mod stream;
 mod sync;
 mod table;
 mod unmap;
+mod vaddr;
 mod writer;
 
 #[cfg(all(test, loom))]
@@ -117,6 +122,7 @@ pub use holder::{Holder, HolderKind};
 pub use membarrier::ReaderBarrier;
 pub use page_pin::{Interest, PinPages, UnmapNotice};
 pub use pin::{PinnedPages, Pinner};
+pub use profile::{PermissionPolicy, Profile};
 pub use range::page_size;
 pub use sg::ScatterList;
 pub use space::{

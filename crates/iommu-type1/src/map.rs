@@ -8,12 +8,15 @@ use std::sync::Arc;
 
 use vm_memory::Permissions;
 
-use crate::mapping::{log_bytes, Mapping};
-use crate::range::{check_aligned, IovaRange};
+use crate::check::Request;
+use crate::mapping::log_bytes;
+use crate::profile::Overlapping;
+use crate::range::IovaRange;
+use crate::replace;
 use crate::space::Space;
 use crate::sync::lock;
 use crate::unmap::take_back;
-use crate::writer::Writer;
+use crate::writer::{Leaving, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result};
 
 impl IoAddressSpace {
@@ -30,9 +33,13 @@ impl IoAddressSpace {
     /// [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`] (EBUSY) where the mapping in the way is being
     /// unmapped, [`Error::EntryLimit`], [`Error::TableLimit`] or, while dirty pages are tracked,
     /// [`Error::DirtyLimit`] (ENOSPC), [`Error::BackingProtection`] (EFAULT).
+    ///
+    /// Other [profiles](crate::Profile) check in other orders. With [`Profile::Iotlb`](crate::Profile::Iotlb)
+    /// what is in the way is no error but replaced, as [`replace`](IoAddressSpace::replace) does it, and
+    /// parts of it outside of the range stay; then there may also be what `replace` says.
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
-        let request = Request::of(iova, &backing, prot);
-        let range = request.check()?;
+        let request = Request::to_map(iova, &backing, prot);
+        let range = request.check(self.view.space.rules.map)?;
         self.map_checked(range, backing, prot)
     }
 
@@ -56,7 +63,7 @@ impl IoAddressSpace {
             host,
             prot,
         };
-        let range = request.check()?;
+        let range = request.check(self.view.space.rules.map)?;
         check_room(&lock(&self.view.space.writer), &self.view.space, range)?;
         let backing = resolve()?;
         if backing.len() as u64 != size {
@@ -72,10 +79,13 @@ impl IoAddressSpace {
     /// Maps a range that is right in itself.
     fn map_checked(&self, range: IovaRange, backing: Backing, prot: Permissions) -> Result<()> {
         let space = &*self.view.space;
+        if space.rules.overlapping == Overlapping::Replace {
+            return replace::update(space, vec![(range, backing, prot)]);
+        }
         let mut writer = lock(&space.writer);
         check_room(&writer, space, range)?;
         check_protection(range, &backing, prot)?;
-        let mapping = Arc::new(Mapping::new(range, prot, backing));
+        let mapping = Arc::new(space.mapping(range, prot, backing));
         writer.publish(&space.table, mapping);
         space.counters.maps.add(1);
         Ok(())
@@ -92,16 +102,21 @@ impl IoAddressSpace {
     /// limit of memory is met on the way, what was mapped before is unmapped again: accesses may have seen
     /// it, and where somebody has leased or pinned it and does not let go in time, its addresses stay
     /// revoked.)
+    ///
+    /// With [`Profile::Iotlb`](crate::Profile::Iotlb) what is in the way is replaced, one after the other.
     pub fn map_batch(
         &self,
         mappings: impl IntoIterator<Item = (u64, Backing, Permissions)>,
     ) -> Result<()> {
+        let space = &*self.view.space;
         let checked = mappings.into_iter().map(|(iova, backing, prot)| {
-            let range = Request::of(iova, &backing, prot).check()?;
+            let range = Request::to_map(iova, &backing, prot).check(space.rules.map)?;
             Ok((range, backing, prot))
         });
         let mappings = checked.collect::<Result<Vec<_>>>()?;
-        let space = &*self.view.space;
+        if space.rules.overlapping == Overlapping::Replace {
+            return replace::update(space, mappings);
+        }
         let mut writer = lock(&space.writer);
         check_apart(mappings.iter().map(|(range, ..)| *range).collect())?;
         for (range, ..) in &mappings {
@@ -114,13 +129,13 @@ impl IoAddressSpace {
         }
         let mut published = Vec::with_capacity(mappings.len());
         for (range, backing, prot) in mappings {
-            if let Err(full) = check_memory(&writer, space, range) {
+            if let Err(full) = check_memory(&writer, space, [range]) {
                 if let Err(error) = take_back(space, writer, published) {
                     log::warn!("what a batch has mapped before it failed: {error}");
                 }
                 return Err(full);
             }
-            let mapping = Arc::new(Mapping::new(range, prot, backing));
+            let mapping = Arc::new(space.mapping(range, prot, backing));
             published.push(mapping.clone());
             writer.publish(&space.table, mapping);
             space.counters.maps.add(1);
@@ -129,72 +144,52 @@ impl IoAddressSpace {
     }
 }
 
-/// What somebody wants to map, as the kernel is told.
-struct Request {
-    iova: u64,
-    size: u64,
-    host: u64,
-    prot: Permissions,
-}
-
-impl Request {
-    fn of(iova: u64, backing: &Backing, prot: Permissions) -> Self {
-        Request {
-            iova,
-            size: backing.len() as u64,
-            host: backing.host_address().addr() as u64,
-            prot,
-        }
-    }
-
-    /// Refuses what is wrong whatever else is mapped.
-    fn check(&self) -> Result<IovaRange> {
-        let range = IovaRange::new(self.iova, self.size)?;
-        if self.host.checked_add(self.size - 1).is_none() {
-            return Err(Error::HostOverflow {
-                host: self.host,
-                size: self.size,
-            });
-        }
-        if self.prot == Permissions::No {
-            return Err(Error::NoPermissions { iova: self.iova });
-        }
-        check_aligned("address", self.iova)?;
-        check_aligned("size", self.size)?;
-        check_aligned("host address", self.host)?;
-        Ok(range)
-    }
-}
-
 /// Refuses a range that cannot be mapped now, in the kernel's order.
 fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+    if space.rules.overlapping == Overlapping::Replace {
+        // What there has to be room for depends on what is replaced.
+        return check_ranges(space, range);
+    }
     check_free(writer, space, range)?;
     check_entries(writer, space, 1)?;
-    check_memory(writer, space, range)?;
+    check_memory(writer, space, [range])?;
     check_ranges(space, range)
 }
 
 /// Refuses a range outside of those that may be mapped.
-fn check_ranges(_space: &Space, _range: IovaRange) -> Result<()> {
+pub(crate) fn check_ranges(_space: &Space, _range: IovaRange) -> Result<()> {
     Ok(())
 }
 
 /// Refuses a range of which something is mapped, or leaves.
 fn check_free(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
-    let (iova, size) = (range.first, range.size());
+    check_not_unmapping(writer, range)?;
     if let Some(leaving) = writer.leaving_in(range) {
-        let mapped = leaving.mapping.range;
-        return Err(Error::Unmapping {
-            iova,
-            size,
-            mapped: mapped.first,
-            mapped_size: mapped.size(),
-        });
+        return Err(overlap(range, leaving.mapping.range));
     }
     let in_the_way = space
         .table
         .visit(range, |mapping| ControlFlow::Break(mapping.range));
     in_the_way.map_or(Ok(()), |mapped| Err(overlap(range, mapped)))
+}
+
+/// Refuses a range of which something is being unmapped.
+pub(crate) fn check_not_unmapping(writer: &Writer, range: IovaRange) -> Result<()> {
+    let mut leaving = writer.all_leaving_in(range);
+    if let Some(leaving) = leaving.find(|leaving| !leaving.state.is_vaddr()) {
+        return Err(unmapping(range, leaving));
+    }
+    Ok(())
+}
+
+pub(crate) fn unmapping(range: IovaRange, leaving: &Leaving) -> Error {
+    let mapped = leaving.mapping.range;
+    Error::Unmapping {
+        iova: range.first,
+        size: range.size(),
+        mapped: mapped.first,
+        mapped_size: mapped.size(),
+    }
 }
 
 /// Refuses ranges of which two overlap.
@@ -213,7 +208,7 @@ fn overlap(range: IovaRange, mapped: IovaRange) -> Error {
     }
 }
 
-fn check_entries(writer: &Writer, space: &Space, more: usize) -> Result<()> {
+pub(crate) fn check_entries(writer: &Writer, space: &Space, more: usize) -> Result<()> {
     let limit = space.entry_limit;
     if writer.len().saturating_add(more) > limit {
         return Err(Error::EntryLimit { limit });
@@ -221,21 +216,30 @@ fn check_entries(writer: &Writer, space: &Space, more: usize) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a range for which there is no room in the table or, while dirty pages are tracked, for their
+/// Refuses ranges for which there is no room in the table or, while dirty pages are tracked, for their
 /// marks.
-fn check_memory(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+pub(crate) fn check_memory(
+    writer: &Writer,
+    space: &Space,
+    ranges: impl IntoIterator<Item = IovaRange>,
+) -> Result<()> {
     let (bytes, limit) = (writer.table_bytes, space.table_limit);
     if bytes >= limit {
         return Err(Error::TableLimit { bytes, limit });
     }
     if writer.tracking {
-        check_log_bytes(writer.log_bytes + log_bytes(range), space.log_limit)?;
+        let more: usize = ranges.into_iter().map(log_bytes).sum();
+        check_log_bytes(writer.log_bytes + more, space.log_limit)?;
     }
     Ok(())
 }
 
 /// Refuses a mapping for more than the memory behind it allows.
-fn check_protection(range: IovaRange, backing: &Backing, prot: Permissions) -> Result<()> {
+pub(crate) fn check_protection(
+    range: IovaRange,
+    backing: &Backing,
+    prot: Permissions,
+) -> Result<()> {
     if backing.access().allow(prot) {
         return Ok(());
     }

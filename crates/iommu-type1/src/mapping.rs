@@ -11,11 +11,12 @@ use vm_memory::{Permissions, VolatileSlice};
 use crate::backing::Region;
 use crate::dirty::{DirtyLog, DirtySlice, InlineMarks};
 use crate::range::{page_shift, IovaRange};
-use crate::Backing;
+use crate::{Backing, PermissionPolicy};
 
 /// # Invariants
 ///
-/// As many bytes as `range` has lie at `host` inside the region, and allow what `allows` says.
+/// As many bytes as `range` has lie at `host` inside the region, and allow what `allows` says. Of a mapping
+/// without memory ([`Mapping::hollow`]) that is not so: nobody can find it.
 ///
 /// What an access looks at stands first, to be on one cache line or two.
 #[repr(C)]
@@ -24,7 +25,7 @@ pub(crate) struct Mapping {
     host: *mut u8,
     /// Which pages were written, while anybody wants to know.
     pub(crate) dirty: DirtyLog,
-    /// Bits of [`Need`].
+    /// Bits of [`Need`]: what accesses may do as the space's policy says, and what was asked for.
     allows: u8,
     /// Whether the region wants to know what was written.
     tracks: bool,
@@ -42,7 +43,8 @@ pub(crate) type InlineSlice<'a> = VolatileSlice<'a, InlineMarks<'a>>;
 
 /// What an access needs, as bits of [`PageWord`]s.
 ///
-/// The policy of type1: a write needs the read permission too. (Pins need just what they ask for.)
+/// What a write needs of a mapping is decided when it is made: a mapping has the bit of writes if the
+/// [`PermissionPolicy`] lets it be written. Pins need just what they ask for, whatever the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Need(usize);
 
@@ -50,10 +52,13 @@ const READ: usize = 1;
 const WRITE: usize = 2;
 /// Nobody wants to know what is written.
 const PLAIN: usize = 4;
+/// Where the bits stand of what was asked for when it was mapped; not in page words.
+const ASKED: u32 = 3;
 
 impl Need {
     pub(crate) const READ: Need = Need(READ);
-    pub(crate) const WRITE: Need = Need(READ | WRITE);
+    pub(crate) const WRITE: Need = Need(WRITE);
+    pub(crate) const READ_WRITE: Need = Need(READ | WRITE);
 
     /// What no mapping permits: of an access that is wrong in itself.
     pub(crate) const IMPOSSIBLE: Need = Need(usize::MAX);
@@ -61,27 +66,21 @@ impl Need {
     /// What an access for these permissions needs.
     #[inline]
     pub(crate) fn of(access: Permissions) -> Need {
-        match access {
-            Permissions::No => Need(0),
-            Permissions::Read => Need::READ,
-            Permissions::Write | Permissions::ReadWrite => Need::WRITE,
-        }
+        Need(bits(access))
     }
 
-    /// Exactly these permissions.
+    /// Exactly these permissions, as the mapping was made with.
     #[inline]
     pub(crate) fn exactly(permissions: Permissions) -> Need {
-        Need(bits(permissions))
+        Need(bits(permissions) << ASKED)
     }
 
-    /// The permissions that it stands for.
-    pub(crate) fn permissions(self) -> Permissions {
-        match self.0 & (READ | WRITE) {
-            0 => Permissions::No,
-            READ => Permissions::Read,
-            WRITE => Permissions::Write,
-            _ => Permissions::ReadWrite,
+    /// The permissions that a mapping must have been made with.
+    pub(crate) fn permissions(self, policy: PermissionPolicy) -> Permissions {
+        if self.writes() && policy == PermissionPolicy::WriteNeedsRead {
+            return Permissions::ReadWrite;
         }
+        permissions(self.0 | self.0 >> ASKED)
     }
 
     fn writes(self) -> bool {
@@ -90,16 +89,76 @@ impl Need {
 }
 
 impl Mapping {
-    pub(crate) fn new(range: IovaRange, prot: Permissions, backing: Backing) -> Self {
+    pub(crate) fn new(
+        range: IovaRange,
+        prot: Permissions,
+        backing: Backing,
+        policy: PermissionPolicy,
+    ) -> Self {
         let (region, host, tracks) = backing.into_parts();
+        let asked = bits(prot);
+        let access = match policy {
+            PermissionPolicy::WriteNeedsRead if asked & READ == 0 => 0,
+            _ => asked,
+        };
         Mapping {
             range,
             host,
             dirty: DirtyLog::new(),
-            allows: bits(prot) as u8,
+            allows: (access | asked << ASKED) as u8,
             tracks,
             region,
         }
+    }
+
+    /// A mapping of a part of it: the same memory for the same accesses, no marks of its own.
+    pub(crate) fn part(&self, range: IovaRange) -> Self {
+        let offset = (range.first - self.range.first) as usize;
+        Mapping {
+            range,
+            host: self.host.wrapping_add(offset),
+            dirty: DirtyLog::new(),
+            allows: self.allows,
+            tracks: self.tracks,
+            region: self.region.clone(),
+        }
+    }
+
+    /// The same without memory, for as long as nobody can find it.
+    pub(crate) fn hollow(&self) -> Self {
+        Mapping {
+            range: self.range,
+            host: ptr::null_mut(),
+            dirty: DirtyLog::new(),
+            allows: self.allows,
+            tracks: false,
+            region: Arc::new(Nowhere),
+        }
+    }
+
+    /// Whether it has no memory.
+    pub(crate) fn is_hollow(&self) -> bool {
+        self.host.is_null()
+    }
+
+    /// The same with other memory, of as many bytes, that allows as much.
+    pub(crate) fn with_memory(&self, backing: Backing) -> Self {
+        let (region, host, tracks) = backing.into_parts();
+        Mapping {
+            range: self.range,
+            host,
+            dirty: DirtyLog::new(),
+            allows: self.allows,
+            tracks,
+            region,
+        }
+    }
+
+    /// The memory of a part of it.
+    pub(crate) fn backing(&self, range: IovaRange) -> Backing {
+        let offset = (range.first - self.range.first) as usize;
+        let start = self.region_offset() + offset;
+        Backing::part(self.region.clone(), start, range.size() as usize)
     }
 
     /// The memory from `iova` to the end of the mapping, at most `len` bytes of it, for somebody who
@@ -132,9 +191,9 @@ impl Mapping {
         (self.host.wrapping_add(offset), len)
     }
 
-    /// What accesses may do.
+    /// What it was made for.
     pub(crate) fn permissions(&self) -> Permissions {
-        Need(usize::from(self.allows)).permissions()
+        permissions(usize::from(self.allows) >> ASKED)
     }
 
     /// Whether `need` is permitted.
@@ -189,6 +248,18 @@ impl Mapping {
         }
     }
 
+    /// Says that the page at `iova`, which is in the range, was written, to whoever takes the marks.
+    pub(crate) fn mark_page(&self, iova: u64) {
+        self.dirty.mark_lent((iova - self.range.first) as usize, 1);
+    }
+
+    /// Gives the marks of its pages to another mapping of the same range.
+    pub(crate) fn give_marks(&self, to: &Mapping) {
+        self.dirty.take_pages(self.pages(), |page| {
+            to.dirty.mark_lent(page << page_shift(), 1);
+        });
+    }
+
     /// Whether the byte at `offset` is known to be written.
     pub(crate) fn dirty_at(&self, offset: usize) -> bool {
         offset < self.len()
@@ -225,7 +296,7 @@ impl Mapping {
     pub(crate) fn page_word(&self, page: u64) -> PageWord {
         let offset = (page - (self.range.first >> page_shift())) << page_shift();
         let plain = if self.wants_marks() { 0 } else { PLAIN };
-        let flags = usize::from(self.allows) | plain;
+        let flags = usize::from(self.allows) & (READ | WRITE) | plain;
         let host = self.host.wrapping_add(offset as usize).cast::<()>();
         PageWord(host.map_addr(|addr| addr | flags))
     }
@@ -289,6 +360,44 @@ impl PageWord {
     }
 }
 
+/// The memory of mappings that have none.
+struct Nowhere;
+
+// SAFETY: there are no bytes that anything could be said of.
+unsafe impl Region for Nowhere {
+    fn host_address(&self) -> *mut u8 {
+        ptr::null_mut()
+    }
+
+    fn size(&self) -> usize {
+        0
+    }
+
+    fn access(&self) -> Permissions {
+        Permissions::No
+    }
+
+    fn tracks(&self) -> bool {
+        false
+    }
+
+    fn mark_dirty(&self, _offset: usize, _len: usize) {}
+
+    fn dirty_at(&self, _offset: usize) -> bool {
+        false
+    }
+}
+
+fn permissions(bits: usize) -> Permissions {
+    match bits & (READ | WRITE) {
+        0 => Permissions::No,
+        READ => Permissions::Read,
+        WRITE => Permissions::Write,
+        _ => Permissions::ReadWrite,
+    }
+}
+
+#[inline]
 fn bits(permissions: Permissions) -> usize {
     match permissions {
         Permissions::No => 0,

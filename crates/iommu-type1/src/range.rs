@@ -66,6 +66,14 @@ impl IovaRange {
         self.first <= other.last && other.first <= self.last
     }
 
+    /// The part of it in a range that it overlaps.
+    pub(crate) fn clamp(&self, to: IovaRange) -> IovaRange {
+        IovaRange {
+            first: self.first.max(to.first),
+            last: self.last.min(to.last),
+        }
+    }
+
     #[inline]
     pub(crate) fn contains(&self, iova: u64) -> bool {
         self.first <= iova && iova <= self.last

@@ -9,16 +9,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use page_pin::PinTable;
+use vm_memory::Permissions;
 
 use crate::grace::Grace;
 use crate::lease::Ledger;
+use crate::mapping::Mapping;
 use crate::membarrier;
-use crate::range::page_size;
+use crate::profile::Rules;
+use crate::range::{page_size, IovaRange};
 use crate::stats::Counters;
 use crate::sync::{lock, Mutex};
 use crate::table::Table;
 use crate::writer::Writer;
-use crate::{ReaderBarrier, UnmapOptions, UnmapPolicy};
+use crate::{Backing, PermissionPolicy, Profile, ReaderBarrier, UnmapOptions, UnmapPolicy};
 
 /// How many mappings a space may have unless told otherwise: the kernel's `dma_entry_limit`, which
 /// keeps a guest from exhausting the host's memory with them (CVE-2019-3882).
@@ -71,6 +74,16 @@ pub(crate) struct Space {
     pub(crate) table_limit: usize,
     pub(crate) log_limit: usize,
     pub(crate) unmap: UnmapOptions,
+    pub(crate) profile: Profile,
+    pub(crate) rules: &'static Rules,
+    pub(crate) permissions: PermissionPolicy,
+}
+
+impl Space {
+    /// A mapping of this space.
+    pub(crate) fn mapping(&self, range: IovaRange, prot: Permissions, backing: Backing) -> Mapping {
+        Mapping::new(range, prot, backing, self.permissions)
+    }
 }
 
 impl IoAddressSpace {
@@ -87,6 +100,8 @@ impl IoAddressSpace {
             log_limit: DIRTY_LIMIT,
             unmap: UnmapOptions::new(),
             barrier: ReaderBarrier::default(),
+            profile: Profile::default(),
+            permissions: None,
         }
     }
 
@@ -124,6 +139,11 @@ impl IoAddressSpace {
     /// How many mappings there may be.
     pub fn entry_limit(&self) -> usize {
         self.view.space.entry_limit
+    }
+
+    /// Whose rules it follows.
+    pub fn profile(&self) -> Profile {
+        self.view.space.profile
     }
 
     /// How accesses are kept apart from unmaps.
@@ -185,6 +205,8 @@ pub struct IoAddressSpaceBuilder {
     log_limit: usize,
     unmap: UnmapOptions,
     barrier: ReaderBarrier,
+    profile: Profile,
+    permissions: Option<PermissionPolicy>,
 }
 
 impl IoAddressSpaceBuilder {
@@ -236,9 +258,38 @@ impl IoAddressSpaceBuilder {
         self
     }
 
+    /// Whose rules the space follows; [`Profile::Type1v2`] by default.
+    pub fn profile(mut self, profile: Profile) -> Self {
+        self.profile = profile;
+        self
+    }
+
+    /// What a mapping has to permit for a write; what the profile says by default, whichever of the two
+    /// is called first.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace, PermissionPolicy};
+    /// use vm_memory::Permissions::Write;
+    ///
+    /// let type1 = IoAddressSpace::builder();
+    /// let strict = type1.permission_policy(PermissionPolicy::Strict);
+    /// for (builder, is_writable) in [(type1, false), (strict, true)] {
+    ///     let space = builder.build();
+    ///     space.map(0, Backing::anonymous(0x1000)?, Write)?;
+    ///     assert_eq!(space.write(0, &[1]).is_ok(), is_writable);
+    ///     assert!(space.read(0, &mut [0]).is_err());
+    /// }
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    pub fn permission_policy(mut self, policy: PermissionPolicy) -> Self {
+        self.permissions = Some(policy);
+        self
+    }
+
     /// The space.
     pub fn build(self) -> IoAddressSpace {
         let grace = Grace::new(membarrier::granted(self.barrier));
+        let rules = self.profile.rules();
         IoAddressSpace {
             view: Arc::new(View {
                 space: Arc::new(Space {
@@ -252,6 +303,9 @@ impl IoAddressSpaceBuilder {
                     table_limit: self.table_limit,
                     log_limit: self.log_limit,
                     unmap: self.unmap,
+                    profile: self.profile,
+                    rules,
+                    permissions: self.permissions.unwrap_or(rules.permissions),
                 }),
                 name: String::from("unnamed"),
                 owner: None,

@@ -12,15 +12,19 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::check::Request;
 use crate::deadline::Deadline;
 use crate::holder::HolderKind;
+use crate::map::unmapping;
 use crate::mapping::Mapping;
+use crate::profile::Cut;
 use crate::range::{check_aligned, IovaRange};
+use crate::replace;
 use crate::space::Space;
 use crate::stream;
 use crate::sync::{lock, MutexGuard};
 use crate::table::{Table, Unlinked};
-use crate::writer::Writer;
+use crate::writer::{State, Writer};
 use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
 /// What becomes of a mapping whose holders do not let go before the deadline of an unmap.
@@ -88,7 +92,8 @@ impl Default for UnmapOptions {
 
 impl IoAddressSpace {
     /// Removes every mapping inside `size` bytes from `iova` and returns the bytes removed, 0 where
-    /// nothing is mapped.
+    /// nothing is mapped. (What else [profiles](crate::Profile) do differs: bytes removed may be more
+    /// than asked for with type1 v1.)
     ///
     /// When this returns without error no access to the range is running, nothing of it is leased
     /// or pinned, and its memory is released.
@@ -99,6 +104,12 @@ impl IoAddressSpace {
     /// (EOVERFLOW), [`Error::InsideAccess`] (EDEADLK), [`Error::Bisect`] (EINVAL: type1 v2 cuts no
     /// mapping), [`Error::Unmapping`] (EBUSY: another unmap of it is running); nothing is removed by
     /// these. [`Error::Deadline`] (EDEADLK) says what was removed, and who holds the rest.
+    ///
+    /// With [`Profile::Iommufd`](crate::Profile::Iommufd) a cut is ENOENT and so is
+    /// [`Error::NothingMapped`]; address 0 and the largest size stand for everything, of which there may be
+    /// nothing. With [`Profile::Iotlb`](crate::Profile::Iotlb) a cut may meet [`Error::EntryLimit`],
+    /// [`Error::TableLimit`] or [`Error::DirtyLimit`] (ENOSPC); it waits for whoever leases anything of the
+    /// mapping that is cut.
     pub fn unmap(&self, iova: u64, size: u64) -> Result<u64> {
         self.unmap_with(iova, size, self.view.space.unmap)
     }
@@ -109,7 +120,7 @@ impl IoAddressSpace {
     ///
     /// As [`unmap`](IoAddressSpace::unmap).
     pub fn unmap_with(&self, iova: u64, size: u64, options: UnmapOptions) -> Result<u64> {
-        self.unmap_ranges(&[whole_pages(iova, size)?], options)
+        self.unmap_ranges(&[self.view.space.to_unmap(iova, size)?], options)
     }
 
     /// As [`unmap`](IoAddressSpace::unmap) of several ranges, given as address and size: they are
@@ -142,7 +153,10 @@ impl IoAddressSpace {
     ///
     /// As [`unmap_batch`](IoAddressSpace::unmap_batch).
     pub fn unmap_batch_with(&self, ranges: &[(u64, u64)], options: UnmapOptions) -> Result<u64> {
-        let ranges = ranges.iter().map(|(iova, size)| whole_pages(*iova, *size));
+        let space = &self.view.space;
+        let ranges = ranges
+            .iter()
+            .map(|(iova, size)| space.to_unmap(*iova, *size));
         self.unmap_ranges(&ranges.collect::<Result<Vec<_>>>()?, options)
     }
 
@@ -158,13 +172,17 @@ impl IoAddressSpace {
 
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {
         let space = &*self.view.space;
-        let mut revocation = Revocation::begin(space, ranges, options)?;
-        if revocation.mappings.is_empty() {
-            return Ok(0);
+        Revocation::begin(space, ranges, options)?.run()
+    }
+}
+
+impl Space {
+    /// A range as the profile takes it.
+    fn to_unmap(&self, iova: u64, size: u64) -> Result<IovaRange> {
+        if self.rules.everything == Some((iova, size)) {
+            return Ok(IovaRange::ALL);
         }
-        revocation.grace_period();
-        revocation.tell();
-        revocation.finish()
+        Request::to_unmap(iova, size).check(self.rules.unmap)
     }
 }
 
@@ -177,10 +195,7 @@ pub(crate) fn take_back(
     let mut unlinked = Unlinked::default();
     writer.revoke(&space.table, &mappings, &mut unlinked);
     drop(writer);
-    let mut revocation = Revocation::of(space, mappings, unlinked, space.unmap);
-    revocation.grace_period();
-    revocation.tell();
-    revocation.finish()
+    Revocation::of(space, mappings, unlinked, space.unmap).run()
 }
 
 /// A range as the kernel takes it.
@@ -192,9 +207,13 @@ pub(crate) fn whole_pages(iova: u64, size: u64) -> Result<IovaRange> {
 
 /// Mappings that are being removed. Dropped without [`finish`](Revocation::finish) (a notice
 /// panicked), it leaves them to the policy.
-struct Revocation<'a> {
+pub(crate) struct Revocation<'a> {
     space: &'a Space,
     mappings: Vec<Arc<Mapping>>,
+    /// Mappings that others stand in place of.
+    replaced: Vec<Replaced>,
+    /// What these were replaced by, where it can be put back.
+    undo: Option<Undo>,
     policy: UnmapPolicy,
     /// What accesses that ran when it was taken out of the table may still see.
     unlinked: Unlinked,
@@ -203,35 +222,63 @@ struct Revocation<'a> {
     deadline: Deadline,
 }
 
+/// A mapping that was replaced.
+pub(crate) struct Replaced {
+    pub(crate) mapping: Arc<Mapping>,
+    /// The part of it that is gone: pins there are told and waited for.
+    pub(crate) gone: Option<IovaRange>,
+}
+
+/// How to put back what was replaced.
+pub(crate) struct Undo {
+    pub(crate) by: Arc<Mapping>,
+    pub(crate) parts: Vec<Arc<Mapping>>,
+}
+
 impl<'a> Revocation<'a> {
     fn begin(space: &'a Space, ranges: &[IovaRange], options: UnmapOptions) -> Result<Self> {
-        if let (Some(range), true) = (ranges.first(), stream::is_inside(space)) {
-            return Err(Error::InsideAccess {
-                iova: range.first,
-                size: range.size(),
-            });
+        if let Some(range) = ranges.first() {
+            check_outside(space, *range)?;
         }
         let mut writer = lock(&space.writer);
+        let mut unlinked = Unlinked::default();
         let mut mappings = Vec::new();
-        for range in ranges {
-            inside(&writer, space, *range, &mut mappings)?;
-            check_idle(&writer, *range)?;
+        let selected = select(&mut writer, space, ranges, &mut mappings, &mut unlinked);
+        if let Err(error) = selected {
+            // Something may have been cut before.
+            writer.late.append(unlinked);
+            return Err(error);
         }
         if ranges.len() > 1 {
             // Ranges may overlap.
             mappings.sort_unstable_by_key(|mapping| mapping.range.first);
             mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
         }
-        let mut unlinked = Unlinked::default();
         writer.revoke(&space.table, &mappings, &mut unlinked);
+        let mut replaced: Vec<Arc<Mapping>> = Vec::new();
         for range in ranges {
-            writer.retry(*range, &mut mappings);
+            if !stops(&writer, space, *range) {
+                writer.retry(*range, &mut mappings);
+            }
+            for mapping in writer.replaced_in(*range) {
+                if !replaced.iter().any(|other| Arc::ptr_eq(other, mapping)) {
+                    replaced.push(mapping.clone());
+                }
+            }
         }
-        if !mappings.is_empty() {
+        if !mappings.is_empty() || !replaced.is_empty() {
             // There will be a grace period; what is late can use it too.
             unlinked.append(std::mem::take(&mut writer.late));
         }
-        Ok(Revocation::of(space, mappings, unlinked, options))
+        let mut revocation = Revocation::of(space, mappings, unlinked, options);
+        revocation.replaced = replaced
+            .into_iter()
+            .map(|mapping| Replaced {
+                mapping,
+                gone: None,
+            })
+            .collect();
+        Ok(revocation)
     }
 
     /// Of mappings that are being revoked already.
@@ -244,11 +291,37 @@ impl<'a> Revocation<'a> {
         Revocation {
             space,
             mappings,
+            replaced: Vec::new(),
+            undo: None,
             policy: options.policy,
             unlinked,
             graced: false,
             deadline: Deadline::after(options.deadline),
         }
+    }
+
+    /// Of mappings that were replaced by one.
+    pub(crate) fn of_replaced(
+        space: &'a Space,
+        replaced: Vec<Replaced>,
+        undo: Undo,
+        unlinked: Unlinked,
+        options: UnmapOptions,
+    ) -> Self {
+        let mut revocation = Revocation::of(space, Vec::new(), unlinked, options);
+        revocation.replaced = replaced;
+        revocation.undo = (options.policy == UnmapPolicy::Restore).then_some(undo);
+        revocation
+    }
+
+    /// Waits for everybody; the bytes unmapped.
+    pub(crate) fn run(mut self) -> Result<u64> {
+        if self.mappings.is_empty() && self.replaced.is_empty() {
+            return Ok(0);
+        }
+        self.grace_period();
+        self.tell();
+        self.finish()
     }
 
     /// Waits for the accesses that run.
@@ -257,26 +330,49 @@ impl<'a> Revocation<'a> {
     }
 
     fn tell(&self) {
-        for mapping in &self.mappings {
-            let range = mapping.range;
+        let gone = self.replaced.iter().filter_map(|replaced| replaced.gone);
+        for range in self
+            .mappings
+            .iter()
+            .map(|mapping| mapping.range)
+            .chain(gone)
+        {
             self.space.pins.tell(range.first, range.size());
         }
     }
 
     fn finish(mut self) -> Result<u64> {
-        let leases = &self.space.leases;
-        let leased = leases.wait_released(&self.mappings, &self.deadline);
+        let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
+        let waited: Vec<_> = replaced.chain(&self.mappings).cloned().collect();
+        let leased = self.space.leases.wait_released(&waited, &self.deadline);
+        drop(waited);
+        // Both in the same order.
         let mut leased = leased.iter().peekable();
+        let mut is_leased = |mapping: &Arc<Mapping>| {
+            let next = leased.next_if(|leased| Arc::ptr_eq(leased, mapping));
+            next.is_some()
+        };
         let mut holders = Vec::new();
+        let (mut over, mut still) = (Vec::new(), Vec::new());
+        for replaced in std::mem::take(&mut self.replaced) {
+            let mapping = &replaced.mapping;
+            let found = self.holders(mapping, replaced.gone, is_leased(mapping));
+            if found.is_empty() {
+                over.push(replaced.mapping);
+            } else {
+                holders.extend(found);
+                still.push(replaced);
+            }
+        }
         let mut free = std::mem::take(&mut self.mappings);
         let mut held = Vec::new();
         free.retain(|mapping| {
-            // Both in the same order.
-            let is_leased = leased
-                .next_if(|leased| Arc::ptr_eq(leased, mapping))
-                .is_some();
-            let found = self.holders(mapping, is_leased);
-            if found.is_empty() {
+            let found = self.holders(mapping, Some(mapping.range), is_leased(mapping));
+            // Who uses what it was a part of may use it.
+            let is_lent = still
+                .iter()
+                .any(|replaced| replaced.mapping.range.overlaps(mapping.range));
+            if found.is_empty() && !is_lent {
                 return true;
             }
             holders.extend(found);
@@ -284,17 +380,21 @@ impl<'a> Revocation<'a> {
             false
         });
         self.mappings = held;
+        self.replaced = still;
         let counters = &self.space.counters;
         counters.unmaps.add(free.len());
-        counters.stragglers.add(self.mappings.len());
+        let stragglers = self.mappings.len() + self.replaced.len();
+        counters.stragglers.add(stragglers);
         counters
             .unmap_waits
             .add(usize::from(self.deadline.was_waited_for()));
-        let unmapped = self.remove(free);
-        if self.mappings.is_empty() {
+        let unmapped = self.remove(free, over);
+        if stragglers == 0 {
             return Ok(unmapped);
         }
-        let left = total(&self.mappings);
+        let gone = self.replaced.iter().filter_map(|replaced| replaced.gone);
+        let gone = gone.map(|range| range.size());
+        let left = gone.fold(total(&self.mappings), u64::saturating_add);
         log::warn!(
             "unmap at its deadline: {left:#x} bytes are still held by {} holders",
             holders.len()
@@ -306,8 +406,9 @@ impl<'a> Revocation<'a> {
         })
     }
 
-    /// Who still holds something of the mapping when the deadline has passed.
-    fn holders(&self, mapping: &Mapping, leased: bool) -> Vec<Holder> {
+    /// Who still holds something of the mapping when the deadline has passed, or has pinned something of
+    /// `pinned`.
+    fn holders(&self, mapping: &Mapping, pinned: Option<IovaRange>, leased: bool) -> Vec<Holder> {
         let range = mapping.range;
         let mut holders = Vec::new();
         if leased {
@@ -323,6 +424,9 @@ impl<'a> Revocation<'a> {
             });
         }
         let pins = &self.space.pins;
+        let Some(range) = pinned else {
+            return holders;
+        };
         if pins.is_pinned(range.first, range.size()) {
             let pinned = pins.wait_released(range.first, range.size(), self.deadline.instant());
             holders.extend(pinned.err().into_iter().flatten().map(|pin| Holder {
@@ -336,14 +440,21 @@ impl<'a> Revocation<'a> {
         holders
     }
 
-    /// Ends the revocation of `free`, whose memory goes with the last reference to it.
-    fn remove(&mut self, free: Vec<Arc<Mapping>>) -> u64 {
+    /// Ends the revocation of `free` and the time of `over`, whose memory goes with the last reference to
+    /// it.
+    fn remove(&mut self, free: Vec<Arc<Mapping>>, over: Vec<Arc<Mapping>>) -> u64 {
+        if self.replaced.is_empty() {
+            self.undo = None;
+        }
         let mut unlinked = std::mem::take(&mut self.unlinked);
         let mut writer = lock(&self.space.writer);
         writer.forget(&free);
         if writer.tracking {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
+        }
+        for mapping in &over {
+            writer.release(&self.space.table, mapping);
         }
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
@@ -352,6 +463,91 @@ impl<'a> Revocation<'a> {
         drop(writer);
         total(&free)
     }
+}
+
+/// Refuses to wait from inside an access of the same space.
+pub(crate) fn check_outside(space: &Space, range: IovaRange) -> Result<()> {
+    if !stream::is_inside(space) {
+        return Ok(());
+    }
+    Err(Error::InsideAccess {
+        iova: range.first,
+        size: range.size(),
+    })
+}
+
+/// Adds the mappings of the table that go with these ranges, in which nothing else is being removed.
+fn select(
+    writer: &mut Writer,
+    space: &Space,
+    ranges: &[IovaRange],
+    found: &mut Vec<Arc<Mapping>>,
+    unlinked: &mut Unlinked,
+) -> Result<()> {
+    for range in ranges {
+        let before = found.len();
+        match space.rules.cut {
+            Cut::Refuse => inside(writer, space, *range, found)?,
+            Cut::Whole => beginning(writer, space, *range, found)?,
+            Cut::Split => {
+                replace::cut(writer, space, *range, unlinked)?;
+                inside(writer, space, *range, found)?;
+            }
+        }
+        check_idle(writer, *range)?;
+        let has_some = found.len() > before || writer.leaving_in(*range).is_some();
+        if space.rules.needs_something && !has_some && *range != IovaRange::ALL {
+            return Err(Error::NothingMapped {
+                iova: range.first,
+                size: range.size(),
+            });
+        }
+    }
+    if space.rules.cut == Cut::Split {
+        // A later range may have cut what an earlier one had found.
+        found.clear();
+        for range in ranges {
+            inside(writer, space, *range, found)?;
+        }
+    }
+    Ok(())
+}
+
+/// The mappings of the table that begin inside a range; none where one that begins before it ends in it.
+pub(crate) fn beginning(
+    writer: &Writer,
+    space: &Space,
+    range: IovaRange,
+    found: &mut Vec<Arc<Mapping>>,
+) -> Result<()> {
+    if let Some(leaving) = writer.leaving_in(range) {
+        if leaving.mapping.range.first < range.first && leaving.state.is_busy() {
+            return Err(unmapping(range, leaving));
+        }
+    }
+    if stops(writer, space, range) {
+        return Ok(());
+    }
+    space.table.visit(range, |mapping| {
+        found.push(Table::share(mapping));
+        ControlFlow::<()>::Continue(())
+    });
+    Ok(())
+}
+
+/// Whether nothing of a range may be unmapped, as the first mapping in it begins before it.
+pub(crate) fn stops(writer: &Writer, space: &Space, range: IovaRange) -> bool {
+    let begins_before = |mapped: IovaRange| mapped.first < range.first;
+    let live = || {
+        space
+            .table
+            .visit(range, |mapping| ControlFlow::Break(mapping.range))
+    };
+    let leaving = writer
+        .leaving_in(range)
+        .map(|leaving| leaving.mapping.range);
+    space.rules.cut == Cut::Whole
+        && (leaving.is_some_and(begins_before) || live().is_some_and(begins_before))
 }
 
 /// The mappings of the table inside a range; refuses one that has a part of a mapping, of the table or
@@ -375,6 +571,7 @@ pub(crate) fn inside(
             size: range.size(),
             mapped: mapped.first,
             mapped_size: mapped.size(),
+            errno: space.rules.cut_errno,
         }),
         None => Ok(()),
     }
@@ -383,15 +580,7 @@ pub(crate) fn inside(
 /// Refuses a range of which another unmap is under way; everything means whatever there is to take.
 fn check_idle(writer: &Writer, range: IovaRange) -> Result<()> {
     match writer.revoking_in(range) {
-        Some(leaving) if range != IovaRange::ALL => {
-            let mapped = leaving.mapping.range;
-            Err(Error::Unmapping {
-                iova: range.first,
-                size: range.size(),
-                mapped: mapped.first,
-                mapped_size: mapped.size(),
-            })
-        }
+        Some(leaving) if range != IovaRange::ALL => Err(unmapping(range, leaving)),
         _ => Ok(()),
     }
 }
@@ -404,19 +593,26 @@ fn total(mappings: &[Arc<Mapping>]) -> u64 {
 
 impl Drop for Revocation<'_> {
     fn drop(&mut self) {
-        if self.mappings.is_empty() {
+        if self.mappings.is_empty() && self.replaced.is_empty() {
             return;
         }
+        let table = &self.space.table;
         let mut writer = lock(&self.space.writer);
         writer.late.append(std::mem::take(&mut self.unlinked));
-        for mapping in &self.mappings {
+        let mut restored = Vec::new();
+        for mapping in self.mappings.drain(..) {
             match self.policy {
-                UnmapPolicy::Revoked => writer.keep_revoked(mapping),
-                UnmapPolicy::Restore => writer.publish(&self.space.table, mapping.clone()),
+                _ if mapping.is_hollow() => writer.set_state(&mapping, State::Invalid),
+                UnmapPolicy::Revoked => writer.keep_revoked(&mapping),
+                UnmapPolicy::Restore => restored.push(mapping),
             }
         }
-        if self.policy == UnmapPolicy::Restore {
-            writer.forget(&self.mappings);
+        for mapping in &restored {
+            writer.publish(table, mapping.clone());
+        }
+        writer.forget(&restored);
+        if let Some(undo) = self.undo.take() {
+            replace::undo(&mut writer, table, undo);
         }
     }
 }

@@ -3,10 +3,11 @@
 
 //! What only those who map and unmap look at: one at a time, under a lock that no access takes.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::mapping::Mapping;
-use crate::range::IovaRange;
+use crate::range::{page_shift, IovaRange};
 use crate::table::{Table, Unlinked};
 
 /// Why a mapping is not in the table any more, though it is not gone.
@@ -16,8 +17,24 @@ pub(crate) enum State {
     Revoking,
     /// An unmap has given up at its deadline; it can be tried again.
     Revoked,
+    /// Its memory is being taken away: an unmap of the address in this process only.
+    Invalidating,
+    /// It has no memory until it is given some.
+    Invalid,
     /// It is about to be forgotten.
     Gone,
+}
+
+impl State {
+    /// Whether it is still mapped, but for its memory.
+    pub(crate) fn is_vaddr(self) -> bool {
+        matches!(self, State::Invalidating | State::Invalid)
+    }
+
+    /// Whether somebody is working on it.
+    pub(crate) fn is_busy(self) -> bool {
+        matches!(self, State::Revoking | State::Invalidating)
+    }
 }
 
 /// A mapping that nobody can find, whose addresses are still taken.
@@ -28,7 +45,8 @@ pub(crate) struct Leaving {
 
 /// # Invariants
 ///
-/// The mappings of the table and of `leaving` do not overlap; `live` counts those of the table.
+/// The mappings of the table and of `leaving` do not overlap; `live` counts those of the table. Those of
+/// `replaced` have no addresses of their own any more.
 #[derive(Default)]
 pub(crate) struct Writer {
     pub(crate) live: usize,
@@ -36,6 +54,8 @@ pub(crate) struct Writer {
     pub(crate) table_bytes: usize,
     /// By address.
     leaving: Vec<Leaving>,
+    /// Mappings in whose place others are, or parts of them, and which somebody may still use.
+    pub(crate) replaced: Vec<Arc<Mapping>>,
     /// Whether mappings keep which of their pages are written.
     pub(crate) tracking: bool,
     /// Memory of what they keep.
@@ -45,14 +65,14 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Mappings whose addresses are taken.
+    /// Mappings there are, in the table and beside it.
     pub(crate) fn len(&self) -> usize {
-        self.live + self.leaving.len()
+        self.live + self.leaving()
     }
 
-    /// Of these, those that leave.
+    /// Of these, those that nobody can find.
     pub(crate) fn leaving(&self) -> usize {
-        self.leaving.len()
+        self.leaving.len() + self.replaced.len()
     }
 
     pub(crate) fn publish(&mut self, table: &Table, mapping: Arc<Mapping>) {
@@ -84,26 +104,32 @@ impl Writer {
 
     /// Adds the mappings inside `range` that left before and may be tried again; they are being revoked
     /// then.
-    pub(crate) fn retry(&mut self, range: IovaRange, revoked: &mut Vec<Arc<Mapping>>) {
+    pub(crate) fn retry(&mut self, range: IovaRange, retried: &mut Vec<Arc<Mapping>>) {
         let first = self.first_from(range.first);
         for leaving in &mut self.leaving[first..] {
             if leaving.mapping.range.first > range.last {
                 break;
             }
-            if leaving.state == State::Revoked {
+            if !leaving.state.is_busy() {
                 leaving.state = State::Revoking;
-                revoked.push(leaving.mapping.clone());
+                retried.push(leaving.mapping.clone());
             }
         }
     }
 
     /// The first mapping that leaves and shares an address with `range`.
     pub(crate) fn leaving_in(&self, range: IovaRange) -> Option<&Leaving> {
+        self.all_leaving_in(range).next()
+    }
+
+    /// The mappings that leave and share an address with `range`.
+    pub(crate) fn all_leaving_in(&self, range: IovaRange) -> impl Iterator<Item = &Leaving> {
         // One may begin before the range and end in it.
         let first = self.first_from(range.first).saturating_sub(1);
-        let near = self.leaving[first..].iter().take(2);
-        near.into_iter()
-            .find(|leaving| leaving.mapping.range.overlaps(range))
+        self.leaving[first..]
+            .iter()
+            .take_while(move |leaving| leaving.mapping.range.first <= range.last)
+            .filter(move |leaving| leaving.mapping.range.overlaps(range))
     }
 
     /// The mappings inside `range` that leave.
@@ -113,10 +139,10 @@ impl Writer {
             .take_while(move |leaving| leaving.mapping.range.first <= range.last)
     }
 
-    /// Whether an unmap of something inside `range` is under way.
+    /// Whether somebody is working on something inside `range`.
     pub(crate) fn revoking_in(&self, range: IovaRange) -> Option<&Leaving> {
         self.leaving_inside(range)
-            .find(|leaving| leaving.state == State::Revoking)
+            .find(|leaving| leaving.state.is_busy())
     }
 
     /// A mapping that leaves and has bytes both inside and outside of `range`.
@@ -146,8 +172,88 @@ impl Writer {
 
     /// Ends a revocation in vain: the mapping may be tried again.
     pub(crate) fn keep_revoked(&mut self, mapping: &Mapping) {
+        self.set_state(mapping, State::Revoked);
+    }
+
+    pub(crate) fn set_state(&mut self, mapping: &Mapping, state: State) {
         if let Some(leaving) = self.find_leaving(mapping) {
-            leaving.state = State::Revoked;
+            leaving.state = state;
+        }
+    }
+
+    /// Takes mappings out of the table and puts others in their place.
+    pub(crate) fn exchange(
+        &mut self,
+        table: &Table,
+        before: &[Arc<Mapping>],
+        after: impl IntoIterator<Item = Arc<Mapping>>,
+        unlinked: &mut Unlinked,
+    ) {
+        self.live -= before.len();
+        for mapping in before {
+            self.replaced.push(table.remove(mapping, unlinked));
+        }
+        for mapping in after {
+            self.publish(table, mapping);
+        }
+    }
+
+    /// The mappings that were replaced and had addresses of `range`.
+    pub(crate) fn replaced_in(&self, range: IovaRange) -> impl Iterator<Item = &Arc<Mapping>> {
+        let replaced = self.replaced.iter();
+        replaced.filter(move |mapping| mapping.range.overlaps(range))
+    }
+
+    /// Forgets a replaced mapping that no access and no lease uses, unless somebody has a reference to
+    /// it beside the caller: pages of it that are still mapped may be pinned, and be written.
+    pub(crate) fn release(&mut self, table: &Table, mapping: &Arc<Mapping>) {
+        let at = self
+            .replaced
+            .iter()
+            .position(|other| Arc::ptr_eq(other, mapping));
+        if let (Some(at), 2) = (at, Arc::strong_count(mapping)) {
+            self.move_marks(table, mapping);
+            if self.tracking {
+                self.log_bytes -= mapping.log_bytes();
+            }
+            self.replaced.swap_remove(at);
+        }
+    }
+
+    /// Gives the marks of replaced mappings to those that have their addresses.
+    pub(crate) fn settle_marks(&self, table: &Table) {
+        for mapping in &self.replaced {
+            self.move_marks(table, mapping);
+        }
+    }
+
+    fn move_marks(&self, table: &Table, from: &Mapping) {
+        from.dirty.take_pages(from.pages(), |page| {
+            let iova = from.range.first + ((page as u64) << page_shift());
+            let at = IovaRange {
+                first: iova,
+                last: iova,
+            };
+            if let Some(leaving) = self.leaving_in(at) {
+                leaving.mapping.mark_page(iova);
+            }
+            table.visit(at, |mapping| {
+                mapping.mark_page(iova);
+                ControlFlow::Break(())
+            });
+        });
+    }
+
+    /// Has a mapping without memory stand for one whose memory was taken away, marks and all.
+    pub(crate) fn hollow_out(&mut self, mapping: &Mapping) {
+        let hollow = Arc::new(mapping.hollow());
+        if self.tracking {
+            hollow.dirty.start(hollow.pages());
+        }
+        mapping.give_marks(&hollow);
+        if let Some(leaving) = self.find_leaving(mapping) {
+            leaving.mapping = hollow;
+            leaving.state = State::Invalid;
         }
     }
 

@@ -159,7 +159,7 @@ impl Backing {
     }
 
     /// INVARIANT: callers have checked that `offset + len` is at most the region's size.
-    fn part(region: Arc<dyn Region>, offset: usize, len: usize) -> Self {
+    pub(crate) fn part(region: Arc<dyn Region>, offset: usize, len: usize) -> Self {
         Backing {
             address: region.host_address().wrapping_add(offset),
             len,

@@ -113,6 +113,16 @@ impl DirtyLog {
         });
     }
 
+    /// As `take`, one page at a time.
+    pub(crate) fn take_pages(&self, pages: usize, mut taken: impl FnMut(usize)) {
+        self.take(pages, |index, marks| {
+            let is_marked = |bit: &usize| marks >> bit & 1 == 1;
+            (0..WORD)
+                .filter(is_marked)
+                .for_each(|bit| taken(index * WORD + bit));
+        });
+    }
+
     /// Sets marks that were taken.
     pub(super) fn put_back(&self, index: usize, marks: u64) {
         self.for_each_word_of(index * WORD..=index * WORD, |_, word, _| {

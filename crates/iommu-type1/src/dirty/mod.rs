@@ -113,6 +113,7 @@ impl IoAddressSpace {
         }
         let mut live = Vec::new();
         inside(&writer, space, range, &mut live)?;
+        writer.settle_marks(&space.table);
         let leaving = writer.leaving_inside(range).map(|leaving| &leaving.mapping);
         live.iter().chain(leaving).for_each(|mapping| {
             mapping.dirty.take(mapping.pages(), |index, marks| {
@@ -153,7 +154,7 @@ fn settle(space: &Space) -> Result<()> {
     })
 }
 
-/// Visits every mapping, with whether it is in the table or leaves.
+/// Visits every mapping, with whether it is in the table.
 fn for_each(writer: &Writer, space: &Space, mut visit: impl FnMut(&Mapping, bool)) {
     let mut live = Vec::new();
     space.table.visit(IovaRange::ALL, |mapping| {
@@ -165,6 +166,9 @@ fn for_each(writer: &Writer, space: &Space, mut visit: impl FnMut(&Mapping, bool
     }
     for leaving in writer.leaving_inside(IovaRange::ALL) {
         visit(&leaving.mapping, false);
+    }
+    for mapping in &writer.replaced {
+        visit(mapping, false);
     }
 }
 

@@ -443,7 +443,12 @@ mod tests {
                 .visit(range, |mapping| ControlFlow::Break(mapping.range));
             assert_eq!(found.is_some(), self.overlap(range).is_some());
             if found.is_none() {
-                let mapping = Mapping::new(range, Permissions::Read, Backing::for_model(()));
+                let mapping = Mapping::new(
+                    range,
+                    Permissions::Read,
+                    Backing::for_model(()),
+                    crate::PermissionPolicy::Strict,
+                );
                 let mapping = Arc::new(mapping);
                 self.expected
                     .insert(range.first, (range.last, Arc::as_ptr(&mapping)));

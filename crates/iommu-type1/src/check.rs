@@ -1,0 +1,84 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can be wrong with a request whatever is mapped. In which order it is looked at is a rule of the
+//! profile.
+
+use vm_memory::Permissions;
+
+use crate::range::{check_aligned, IovaRange};
+use crate::{Backing, Error, Result};
+
+/// One thing that is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Check {
+    NotEmpty,
+    Fits,
+    HostFits,
+    /// Neither the address nor the size is the largest number.
+    BelowMax,
+    Permits,
+    AddressAligned,
+    SizeAligned,
+    HostAligned,
+}
+
+/// What somebody wants, as the kernel is told.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request {
+    pub(crate) iova: u64,
+    pub(crate) size: u64,
+    pub(crate) host: u64,
+    pub(crate) prot: Permissions,
+}
+
+impl Request {
+    pub(crate) fn to_map(iova: u64, backing: &Backing, prot: Permissions) -> Self {
+        Request {
+            iova,
+            size: backing.len() as u64,
+            host: backing.host_address().addr() as u64,
+            prot,
+        }
+    }
+
+    /// Of addresses alone.
+    pub(crate) fn to_unmap(iova: u64, size: u64) -> Self {
+        Request {
+            iova,
+            size,
+            host: 0,
+            prot: Permissions::ReadWrite,
+        }
+    }
+
+    /// The range, if nothing is wrong with it.
+    pub(crate) fn check(&self, checks: &[Check]) -> Result<IovaRange> {
+        checks.iter().try_for_each(|check| self.look_at(*check))?;
+        IovaRange::new(self.iova, self.size)
+    }
+
+    fn look_at(&self, check: Check) -> Result<()> {
+        let (iova, size) = (self.iova, self.size);
+        // Of nothing, and so never beyond the end.
+        let length = size.saturating_sub(1);
+        match check {
+            Check::NotEmpty if size == 0 => Err(Error::Empty { iova }),
+            Check::Fits if iova.checked_add(length).is_none() => {
+                Err(Error::Overflow { iova, size })
+            }
+            Check::HostFits if self.host.checked_add(length).is_none() => {
+                let host = self.host;
+                Err(Error::HostOverflow { host, size })
+            }
+            Check::BelowMax if iova == u64::MAX || size == u64::MAX => {
+                Err(Error::Overflow { iova, size })
+            }
+            Check::Permits if self.prot == Permissions::No => Err(Error::NoPermissions { iova }),
+            Check::AddressAligned => check_aligned("address", iova),
+            Check::SizeAligned => check_aligned("size", size),
+            Check::HostAligned => check_aligned("host address", self.host),
+            _ => Ok(()),
+        }
+    }
+}

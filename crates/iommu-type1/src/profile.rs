@@ -1,0 +1,164 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Whose rules a space follows, as data: what differs between the profiles stands here and nowhere else.
+
+use crate::check::Check;
+
+/// Whose rules an [`IoAddressSpace`](crate::IoAddressSpace) follows.
+///
+/// ```
+/// use iommu_type1::{Backing, IoAddressSpace, Profile};
+/// use vm_memory::Permissions::ReadWrite;
+///
+/// let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
+/// space.map(0x1000, Backing::anonymous(0x3000)?, ReadWrite)?;
+/// // An update replaces what is there, an invalidate cuts it.
+/// space.map(0x2000, Backing::anonymous(0x1000)?, ReadWrite)?;
+/// assert_eq!(space.unmap(0x1000, 0x1000)?, 0x1000);
+/// assert_eq!(space.mappings(), 2);
+/// # Ok::<(), iommu_type1::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Profile {
+    /// `VFIO_TYPE1_IOMMU`. An unmap takes away whole every mapping that begins in its range, and stops
+    /// at once at one that begins before it.
+    Type1v1,
+    /// `VFIO_TYPE1v2_IOMMU`: an unmap cuts no mapping.
+    #[default]
+    Type1v2,
+    /// `IOMMU_IOAS_MAP` and its neighbours: as v2, but what is not there is ENOENT, and so is a cut. The
+    /// smallest unit is the host page, as in the others; the kernel's may be smaller. Where the kernel
+    /// has removed some areas before it meets the one that would be cut, here none is.
+    Iommufd,
+    /// The device IOTLB of vhost: a map replaces what it overlaps, an unmap cuts.
+    Iotlb,
+}
+
+/// What a mapping has to permit for a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PermissionPolicy {
+    /// Reads and writes, as type1's `vfio_dma_rw` wants it: nobody can use a mapping for writes only.
+    WriteNeedsRead,
+    /// Writes.
+    Strict,
+}
+
+/// What an unmap does with a mapping of which its range has a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// It fails, and nothing is removed.
+    Refuse,
+    /// It takes it away whole if it begins in the range, and nothing at all if it begins before.
+    Whole,
+    /// It takes away the part.
+    Split,
+}
+
+/// What a map does where something is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overlapping {
+    Refuse,
+    Replace,
+}
+
+#[derive(Debug)]
+pub(crate) struct Rules {
+    /// What is looked at before a map, in order.
+    pub(crate) map: &'static [Check],
+    /// What is looked at before an unmap, in order.
+    pub(crate) unmap: &'static [Check],
+    pub(crate) overlapping: Overlapping,
+    pub(crate) cut: Cut,
+    /// The errno of a cut that is refused.
+    pub(crate) cut_errno: i32,
+    /// Whether an unmap that finds nothing fails.
+    pub(crate) needs_something: bool,
+    /// The address and size that stand for everything in an unmap.
+    pub(crate) everything: Option<(u64, u64)>,
+    /// The errno of an access where nothing is mapped.
+    pub(crate) hole_errno: i32,
+    pub(crate) permissions: PermissionPolicy,
+    /// Whether memory can be taken away from mappings and given back.
+    pub(crate) vaddr: bool,
+}
+
+const MAP: &[Check] = &[
+    Check::NotEmpty,
+    Check::Fits,
+    Check::HostFits,
+    Check::Permits,
+    Check::AddressAligned,
+    Check::SizeAligned,
+    Check::HostAligned,
+];
+
+const UNMAP: &[Check] = &[
+    Check::AddressAligned,
+    Check::SizeAligned,
+    Check::NotEmpty,
+    Check::Fits,
+];
+
+static TYPE1_V2: Rules = Rules {
+    map: MAP,
+    unmap: UNMAP,
+    overlapping: Overlapping::Refuse,
+    cut: Cut::Refuse,
+    cut_errno: libc::EINVAL,
+    needs_something: false,
+    everything: None,
+    hole_errno: libc::EINVAL,
+    permissions: PermissionPolicy::WriteNeedsRead,
+    vaddr: true,
+};
+
+static TYPE1_V1: Rules = Rules {
+    cut: Cut::Whole,
+    ..TYPE1_V2
+};
+
+static IOMMUFD: Rules = Rules {
+    map: &[
+        Check::BelowMax,
+        Check::Permits,
+        Check::NotEmpty,
+        Check::AddressAligned,
+        Check::SizeAligned,
+        Check::HostAligned,
+        Check::Fits,
+        Check::HostFits,
+    ],
+    // Whatever is not the whole of areas is a cut.
+    unmap: &[Check::NotEmpty, Check::Fits],
+    cut_errno: libc::ENOENT,
+    needs_something: true,
+    everything: Some((0, u64::MAX)),
+    hole_errno: libc::ENOENT,
+    permissions: PermissionPolicy::Strict,
+    vaddr: false,
+    ..TYPE1_V2
+};
+
+static IOTLB: Rules = Rules {
+    overlapping: Overlapping::Replace,
+    cut: Cut::Split,
+    // A miss: whoever can answer it is asked, and the access tried again.
+    hole_errno: libc::EAGAIN,
+    permissions: PermissionPolicy::Strict,
+    vaddr: false,
+    ..TYPE1_V2
+};
+
+impl Profile {
+    pub(crate) fn rules(self) -> &'static Rules {
+        match self {
+            Profile::Type1v1 => &TYPE1_V1,
+            Profile::Type1v2 => &TYPE1_V2,
+            Profile::Iommufd => &IOMMUFD,
+            Profile::Iotlb => &IOTLB,
+        }
+    }
+}

@@ -1,0 +1,246 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Putting mappings in the place of others: replacements, and cuts.
+//!
+//! What is replaced leaves the table, and what replaces it comes, during one turn as the writer. An access
+//! that finds nothing in between looks again when that turn is over (`Space::look_again`): at every
+//! address it finds what was there or what is there, and never a hole. What was replaced has no addresses
+//! any more, but whoever has found it before may use it; it stays among the `replaced` until nobody does,
+//! and the marks of its pages go to what has its addresses.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use vm_memory::Permissions;
+
+use crate::check::Request;
+use crate::map::{
+    check_entries, check_memory, check_not_unmapping, check_protection, check_ranges, unmapping,
+};
+use crate::mapping::Mapping;
+use crate::range::IovaRange;
+use crate::space::Space;
+use crate::sync::lock;
+use crate::table::{Table, Unlinked};
+use crate::unmap::{check_outside, Replaced, Revocation, Undo};
+use crate::writer::{Leaving, Writer};
+use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
+
+impl IoAddressSpace {
+    /// Has other memory and permissions stand in the place of exactly one mapping, of as many bytes.
+    ///
+    /// Accesses find the memory before or the memory after, never nothing. Dirty pages of the range stay
+    /// dirty. When this returns without error nobody uses the memory before any more: accesses, leases
+    /// and pins are waited for, and told, as by an unmap. (Pins are known by their address: who pins pages
+    /// of the new memory before this has returned is waited for too.)
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions::ReadWrite;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0x4000, Backing::anonymous(0x2000)?, ReadWrite)?;
+    /// space.write(0x4000, &[1])?;
+    /// space.replace(0x4000, Backing::anonymous(0x2000)?, ReadWrite)?;
+    /// let mut byte = [1];
+    /// space.read(0x4000, &mut byte)?;
+    /// assert_eq!(byte, [0]);
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// What [`map`](IoAddressSpace::map) says of a request that is wrong in itself;
+    /// [`Error::InsideAccess`] (EDEADLK); [`Error::Unmapping`] (EBUSY); [`Error::VaddrInvalid`] (EBUSY);
+    /// [`Error::NothingMapped`] (ENOENT); [`Error::Bisect`] (as of an unmap) where it is not exactly one
+    /// mapping; [`Error::EntryLimit`], [`Error::TableLimit`], [`Error::DirtyLimit`] (ENOSPC); [`Error::BackingProtection`]
+    /// (EFAULT). Nothing is replaced by these. [`Error::Deadline`] (EDEADLK) names who uses the memory
+    /// before: with [`UnmapPolicy::Revoked`](crate::UnmapPolicy::Revoked) it is replaced nevertheless, and
+    /// waited for again by the next unmap; with [`UnmapPolicy::Restore`](crate::UnmapPolicy::Restore) it is
+    /// there again, unless what replaced it was unmapped or replaced meanwhile.
+    pub fn replace(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
+        self.replace_with(iova, backing, prot, self.view.space.unmap)
+    }
+
+    /// As [`replace`](IoAddressSpace::replace), with a deadline and policy of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`replace`](IoAddressSpace::replace).
+    pub fn replace_with(
+        &self,
+        iova: u64,
+        backing: Backing,
+        prot: Permissions,
+        options: UnmapOptions,
+    ) -> Result<()> {
+        let space = &*self.view.space;
+        let range = Request::to_map(iova, &backing, prot).check(space.rules.map)?;
+        check_outside(space, range)?;
+        let mut writer = lock(&space.writer);
+        check_not_unmapping(&writer, range)?;
+        if writer.leaving_in(range).is_some() {
+            return Err(Error::VaddrInvalid {
+                iova,
+                completed: 0,
+                errno: libc::EBUSY,
+            });
+        }
+        let before = overlapping(space, range);
+        let Some(first) = before.first() else {
+            return Err(Error::NothingMapped {
+                iova,
+                size: range.size(),
+            });
+        };
+        if let Some(other) = before.iter().find(|mapping| mapping.range != range) {
+            return Err(Error::Bisect {
+                iova,
+                size: range.size(),
+                mapped: other.range.first,
+                mapped_size: other.range.size(),
+                errno: space.rules.cut_errno,
+            });
+        }
+        // As many as before, but for those that are replaced and still used.
+        check_entries(&writer, space, 0)?;
+        check_memory(&writer, space, [range])?;
+        check_protection(range, &backing, prot)?;
+        let by = Arc::new(space.mapping(range, prot, backing));
+        let undo = Undo {
+            by: by.clone(),
+            parts: vec![Arc::new(first.part(range))],
+        };
+        let mut unlinked = Unlinked::default();
+        writer.exchange(&space.table, &before, [by], &mut unlinked);
+        drop(writer);
+        let replaced = before.into_iter().map(|mapping| Replaced {
+            mapping,
+            gone: Some(range),
+        });
+        let replaced = replaced.collect();
+        Revocation::of_replaced(space, replaced, undo, unlinked, options).run()?;
+        Ok(())
+    }
+}
+
+/// Maps over whatever is there: parts outside of the ranges stay.
+pub(crate) fn update(
+    space: &Space,
+    mappings: Vec<(IovaRange, Backing, Permissions)>,
+) -> Result<()> {
+    for (range, backing, prot) in mappings {
+        let mut writer = lock(&space.writer);
+        check_not_unmapping(&writer, range)?;
+        let before = overlapping(space, range);
+        let mut after: Vec<_> = before
+            .iter()
+            .flat_map(|mapping| {
+                let outside = outside(mapping.range, range).into_iter().flatten();
+                outside.map(|part| Arc::new(mapping.part(part)))
+            })
+            .collect();
+        // As many entries as there are in the end.
+        check_entries(
+            &writer,
+            space,
+            (after.len() + 1).saturating_sub(before.len()),
+        )?;
+        let ranges = after.iter().map(|mapping| mapping.range);
+        check_memory(&writer, space, ranges.chain([range]))?;
+        check_ranges(space, range)?;
+        check_protection(range, &backing, prot)?;
+        if !before.is_empty() {
+            check_outside(space, range)?;
+        }
+        let by = Arc::new(space.mapping(range, prot, backing));
+        after.push(by.clone());
+        let mut unlinked = Unlinked::default();
+        writer.exchange(&space.table, &before, after, &mut unlinked);
+        space.counters.maps.add(1);
+        drop(writer);
+        let mut parts = Vec::new();
+        let mut replaced = Vec::new();
+        for mapping in before {
+            let gone = mapping.range.clamp(range);
+            parts.push(Arc::new(mapping.part(gone)));
+            replaced.push(Replaced {
+                mapping,
+                gone: Some(gone),
+            });
+        }
+        let undo = Undo { by, parts };
+        Revocation::of_replaced(space, replaced, undo, unlinked, space.unmap).run()?;
+    }
+    Ok(())
+}
+
+/// Has mappings begin and end where `range` does, of which nothing is being removed then. Their memory
+/// stays what it is.
+pub(crate) fn cut(
+    writer: &mut Writer,
+    space: &Space,
+    range: IovaRange,
+    unlinked: &mut Unlinked,
+) -> Result<()> {
+    let is_in_the_way =
+        |leaving: &&Leaving| leaving.state.is_busy() || !range.contains_all(leaving.mapping.range);
+    match writer.all_leaving_in(range).find(is_in_the_way) {
+        Some(leaving) if range != IovaRange::ALL => return Err(unmapping(range, leaving)),
+        _ => {}
+    }
+    let mut before = overlapping(space, range);
+    before.retain(|mapping| !range.contains_all(mapping.range));
+    if before.is_empty() {
+        return Ok(());
+    }
+    let mut after = Vec::new();
+    for mapping in &before {
+        let [left, right] = outside(mapping.range, range);
+        let parts = [left, Some(mapping.range.clamp(range)), right];
+        let parts = parts.into_iter().flatten();
+        after.extend(parts.map(|part| Arc::new(mapping.part(part))));
+    }
+    check_entries(writer, space, after.len() - before.len())?;
+    check_memory(writer, space, after.iter().map(|mapping| mapping.range))?;
+    writer.exchange(&space.table, &before, after, unlinked);
+    Ok(())
+}
+
+/// Puts back what was replaced, if what has replaced it is still there.
+pub(crate) fn undo(writer: &mut Writer, table: &Table, undo: Undo) {
+    let by = &undo.by;
+    let is_there = table.visit(by.range, |mapping| {
+        ControlFlow::Break(std::ptr::eq(mapping, Arc::as_ptr(by)))
+    });
+    if is_there == Some(true) {
+        let mut unlinked = Unlinked::default();
+        let by = std::slice::from_ref(by);
+        writer.exchange(table, by, undo.parts, &mut unlinked);
+        writer.late.append(unlinked);
+    }
+}
+
+/// The mappings of the table that share an address with a range.
+fn overlapping(space: &Space, range: IovaRange) -> Vec<Arc<Mapping>> {
+    let mut found = Vec::new();
+    space.table.visit(range, |mapping| {
+        found.push(Table::share(mapping));
+        ControlFlow::<()>::Continue(())
+    });
+    found
+}
+
+/// The parts of a mapped range before and behind another that it overlaps.
+fn outside(mapped: IovaRange, range: IovaRange) -> [Option<IovaRange>; 2] {
+    let before = (mapped.first < range.first).then(|| IovaRange {
+        first: mapped.first,
+        last: range.first - 1,
+    });
+    let behind = (mapped.last > range.last).then(|| IovaRange {
+        first: range.last + 1,
+        last: mapped.last,
+    });
+    [before, behind]
+}

@@ -1,0 +1,114 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Mapping what one space has mapped into another, as `IOMMU_IOAS_COPY` does.
+
+use std::ops::ControlFlow;
+
+use vm_memory::Permissions;
+
+use crate::check::Request;
+use crate::map::unmapping;
+use crate::mapping::Need;
+use crate::range::IovaRange;
+use crate::sync::lock;
+use crate::{Backing, Error, IoAddressSpace, Result};
+
+impl IoAddressSpace {
+    /// Maps the memory of `size` bytes from `iova` at `to_iova` of another space, or of this one, for accesses
+    /// that `prot` permits. Both then have the same memory; unmapping one changes nothing in the other.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace, Profile};
+    /// use vm_memory::Permissions::{Read, ReadWrite};
+    ///
+    /// let one = IoAddressSpace::builder().profile(Profile::Iommufd).build();
+    /// let other = IoAddressSpace::builder().profile(Profile::Iommufd).build();
+    /// one.map(0x4000, Backing::anonymous(0x2000)?, ReadWrite)?;
+    /// one.copy_to(0x5000, 0x1000, &other, 0x8000, Read)?;
+    /// one.write(0x5000, b"shared")?;
+    /// let mut bytes = [0; 6];
+    /// other.read(0x8000, &mut bytes)?;
+    /// assert_eq!(&bytes, b"shared");
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// First of what is copied: what [`map`](IoAddressSpace::map) says of a request that is wrong in itself;
+    /// [`Error::Unmapping`] or [`Error::VaddrInvalid`] (EBUSY); [`Error::NothingMapped`] (ENOENT) of the
+    /// first part that is not mapped; [`Error::Permission`] (EPERM) where more is asked for than it was
+    /// mapped for. Then those of [`map_batch`](IoAddressSpace::map_batch).
+    pub fn copy_to(
+        &self,
+        iova: u64,
+        size: u64,
+        to: &IoAddressSpace,
+        to_iova: u64,
+        prot: Permissions,
+    ) -> Result<()> {
+        let space = &*self.view.space;
+        let request = Request {
+            prot,
+            ..Request::to_unmap(iova, size)
+        };
+        let range = request.check(space.rules.map)?;
+        let parts = self.parts(range, prot)?;
+        let to_range = Request {
+            iova: to_iova,
+            ..request
+        };
+        let to_range = to_range.check(to.view.space.rules.map)?;
+        to.map_batch(parts.into_iter().map(|(part, backing)| {
+            let offset = part.first - range.first;
+            (to_range.first + offset, backing, prot)
+        }))
+    }
+
+    /// The memory of a range, all of which is mapped for `prot` at least.
+    fn parts(&self, range: IovaRange, prot: Permissions) -> Result<Vec<(IovaRange, Backing)>> {
+        let space = &*self.view.space;
+        let writer = lock(&space.writer);
+        if let Some(leaving) = writer.leaving_in(range) {
+            return Err(match leaving.state.is_vaddr() {
+                true => Error::VaddrInvalid {
+                    iova: leaving.mapping.range.first,
+                    completed: 0,
+                    errno: libc::EBUSY,
+                },
+                false => unmapping(range, leaving),
+            });
+        }
+        let mut parts = Vec::new();
+        // The first address that is not found yet; none behind the last one there is.
+        let mut next = Some(range.first);
+        let hole = |next: u64| Error::NothingMapped {
+            iova: next,
+            size: range.last - next + 1,
+        };
+        let refused = space.table.visit(range, |mapping| {
+            let part = mapping.range.clamp(range);
+            if next != Some(part.first) {
+                return ControlFlow::Break(next.map(hole));
+            }
+            if !mapping.allows(Need::exactly(prot)) {
+                return ControlFlow::Break(Some(Error::Permission {
+                    iova: part.first,
+                    needed: prot,
+                    allowed: mapping.permissions(),
+                    completed: 0,
+                }));
+            }
+            parts.push((part, mapping.backing(part)));
+            next = part.last.checked_add(1);
+            ControlFlow::Continue(())
+        });
+        if let Some(error) = refused.flatten() {
+            return Err(error);
+        }
+        match next {
+            Some(next) if next <= range.last => Err(hole(next)),
+            _ => Ok(parts),
+        }
+    }
+}

@@ -1,0 +1,250 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Taking the memory of mappings away and giving them other memory: what a VMM does that is replaced by
+//! another process while its devices live on.
+//!
+//! A mapping without memory is not in the table: it stands among those that leave, and nothing blocks.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use vm_memory::Permissions;
+
+use crate::check::Request;
+use crate::deadline::Deadline;
+use crate::map::{check_protection, unmapping};
+use crate::mapping::Mapping;
+use crate::profile::Cut;
+use crate::range::IovaRange;
+use crate::space::Space;
+use crate::sync::lock;
+use crate::table::Unlinked;
+use crate::unmap::{beginning, check_outside, inside, stops};
+use crate::writer::{State, Writer};
+use crate::{Backing, Error, IoAddressSpace, Result};
+
+impl IoAddressSpace {
+    /// Takes the memory away from every mapping inside `size` bytes from `iova`, as
+    /// `VFIO_DMA_UNMAP_FLAG_VADDR` does, and returns the bytes that are without.
+    ///
+    /// Accesses to them and pins of their pages fail at once with [`Error::VaddrInvalid`] until
+    /// [`resume_vaddr`](IoAddressSpace::resume_vaddr). They stay mapped: with their addresses, permissions
+    /// and dirty pages, and they can be unmapped. When this returns without error nobody uses the
+    /// memory any more: accesses and leases are waited for as by an unmap.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions::ReadWrite;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0x4000, Backing::anonymous(0x2000)?, ReadWrite)?;
+    /// space.invalidate_vaddr(0x4000, 0x2000)?;
+    /// assert_eq!(space.read(0x4000, &mut [0]).unwrap_err().errno(), libc::EBUSY);
+    /// space.resume_vaddr(0x4000, 0x2000, Backing::anonymous(0x2000)?)?;
+    /// space.read(0x4000, &mut [0])?;
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// All or nothing. [`Error::NotInProfile`] (EINVAL); what [`unmap`](IoAddressSpace::unmap) says of a
+    /// request that is wrong in itself; [`Error::InsideAccess`] (EDEADLK), [`Error::Bisect`] (EINVAL),
+    /// [`Error::Unmapping`] (EBUSY), [`Error::VaddrInvalid`] (EINVAL: one of them has no memory already),
+    /// [`Error::Pinned`] (EBUSY: who pins pages wants to use them as long as they are mapped),
+    /// [`Error::AccessRuns`] (EBUSY) and [`Error::Deadline`] (EDEADLK).
+    pub fn invalidate_vaddr(&self, iova: u64, size: u64) -> Result<u64> {
+        let rules = self.view.space.rules;
+        check_profile(&self.view.space)?;
+        self.invalidate(Request::to_unmap(iova, size).check(rules.unmap)?)
+    }
+
+    /// As [`invalidate_vaddr`](IoAddressSpace::invalidate_vaddr) of every mapping.
+    ///
+    /// # Errors
+    ///
+    /// As [`invalidate_vaddr`](IoAddressSpace::invalidate_vaddr).
+    pub fn invalidate_all_vaddr(&self) -> Result<u64> {
+        check_profile(&self.view.space)?;
+        self.invalidate(IovaRange::ALL)
+    }
+
+    /// Gives a mapping without memory other memory, as `VFIO_DMA_MAP_FLAG_VADDR` does; it permits what it
+    /// did before, and its dirty pages stay dirty.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotInProfile`] (EINVAL); [`Error::Empty`] (EINVAL), [`Error::Overflow`] or
+    /// [`Error::HostOverflow`] (EOVERFLOW), [`Error::Misaligned`] (EINVAL); [`Error::NothingMapped`]
+    /// (ENOENT); [`Error::Unmapping`] (EBUSY); [`Error::VaddrValid`] (EINVAL) where it is not exactly a
+    /// mapping without memory; [`Error::BackingRange`] (of other than `size` bytes),
+    /// [`Error::BackingProtection`] (EFAULT). The mapping stays without memory then.
+    pub fn resume_vaddr(&self, iova: u64, size: u64, backing: Backing) -> Result<()> {
+        let space = &*self.view.space;
+        check_profile(space)?;
+        let request = Request {
+            size,
+            ..Request::to_map(iova, &backing, Permissions::ReadWrite)
+        };
+        let range = request.check(space.rules.map)?;
+        let mut writer = lock(&space.writer);
+        let hollow = hollow_at(&writer, space, range)?;
+        if backing.len() as u64 != size {
+            return Err(Error::BackingRange {
+                offset: 0,
+                len: size,
+                size: backing.len() as u64,
+            });
+        }
+        check_protection(range, &backing, hollow.permissions())?;
+        let mapping = Arc::new(hollow.with_memory(backing));
+        writer.publish(&space.table, mapping.clone());
+        hollow.give_marks(&mapping);
+        writer.forget(&[mapping]);
+        if writer.tracking {
+            writer.log_bytes -= hollow.log_bytes();
+        }
+        Ok(())
+    }
+
+    fn invalidate(&self, range: IovaRange) -> Result<u64> {
+        let space = &*self.view.space;
+        check_outside(space, range)?;
+        let mut writer = lock(&space.writer);
+        let mut mappings = Vec::new();
+        match space.rules.cut {
+            Cut::Whole => beginning(&writer, space, range, &mut mappings)?,
+            Cut::Refuse | Cut::Split => inside(&writer, space, range, &mut mappings)?,
+        }
+        if !stops(&writer, space, range) {
+            check_valid(&writer, range)?;
+        }
+        check_unpinned(space, &mappings)?;
+        let mut unlinked = Unlinked::default();
+        writer.revoke(&space.table, &mappings, &mut unlinked);
+        let mut used = mappings.clone();
+        for mapping in &mappings {
+            writer.set_state(mapping, State::Invalidating);
+            // The same memory may have been replaced here, and put back.
+            used.extend(writer.replaced_in(mapping.range).cloned());
+        }
+        drop(writer);
+        let deadline = Deadline::after(space.unmap.longest());
+        let graced = mappings.is_empty() || space.grace.synchronize(&deadline);
+        let outcome = unused(space, &mappings, &used, &deadline, graced);
+        drop(used);
+
+        let mut writer = lock(&space.writer);
+        if graced {
+            writer.table_bytes -= unlinked.bytes();
+        } else {
+            writer.late.append(std::mem::take(&mut unlinked));
+        }
+        if outcome.is_ok() {
+            mappings
+                .iter()
+                .for_each(|mapping| writer.hollow_out(mapping));
+        } else {
+            for mapping in &mappings {
+                writer.publish(&space.table, mapping.clone());
+            }
+            writer.forget(&mappings);
+        }
+        drop(writer);
+        let sizes = mappings.iter().map(|mapping| mapping.range.size());
+        outcome.map(|()| sizes.fold(0, u64::saturating_add))
+    }
+}
+
+fn check_profile(space: &Space) -> Result<()> {
+    match space.rules.vaddr {
+        true => Ok(()),
+        false => Err(Error::NotInProfile("an invalidation of addresses")),
+    }
+}
+
+/// Refuses a range in which a mapping has no memory, or is being unmapped.
+fn check_valid(writer: &Writer, range: IovaRange) -> Result<()> {
+    match writer.leaving_inside(range).next() {
+        Some(leaving) if leaving.state == State::Invalid => Err(Error::VaddrInvalid {
+            iova: leaving.mapping.range.first,
+            completed: 0,
+            errno: libc::EINVAL,
+        }),
+        Some(leaving) => Err(unmapping(range, leaving)),
+        None => Ok(()),
+    }
+}
+
+fn check_unpinned(space: &Space, mappings: &[Arc<Mapping>]) -> Result<()> {
+    let pinned = mappings
+        .iter()
+        .map(|mapping| mapping.range)
+        .find(|range| space.pins.is_pinned(range.first, range.size()));
+    pinned.map_or(Ok(()), |range| {
+        Err(Error::Pinned {
+            iova: range.first,
+            size: range.size(),
+        })
+    })
+}
+
+/// Waits for the leases of what is `used`, after the grace period; refuses mappings that somebody uses.
+fn unused(
+    space: &Space,
+    mappings: &[Arc<Mapping>],
+    used: &[Arc<Mapping>],
+    deadline: &Deadline,
+    graced: bool,
+) -> Result<()> {
+    if !graced {
+        return Err(Error::AccessRuns {
+            waited: deadline.age(),
+        });
+    }
+    // Of accesses that were running when it was looked at before.
+    check_unpinned(space, mappings)?;
+    let leased = space.leases.wait_released(used, deadline);
+    if leased.is_empty() {
+        return Ok(());
+    }
+    let holders = leased
+        .iter()
+        .flat_map(|leased| space.leases.holders(leased));
+    Err(Error::Deadline {
+        unmapped: 0,
+        left: leased
+            .iter()
+            .map(|leased| leased.range.size())
+            .fold(0, u64::saturating_add),
+        holders: holders.collect(),
+    })
+}
+
+/// The mapping without memory that is exactly at `range`.
+fn hollow_at(writer: &Writer, space: &Space, range: IovaRange) -> Result<Arc<Mapping>> {
+    let leaving = writer.leaving_in(range);
+    if let Some(leaving) = leaving.filter(|leaving| leaving.state != State::Invalid) {
+        return Err(unmapping(range, leaving));
+    }
+    let hollow = leaving.map(|leaving| &leaving.mapping);
+    match hollow {
+        Some(hollow) if hollow.range == range => return Ok(hollow.clone()),
+        _ => {}
+    }
+    let live = space
+        .table
+        .visit(range, |mapping| ControlFlow::Break(mapping.range));
+    let Some(mapped) = hollow.map(|hollow| hollow.range).or(live) else {
+        return Err(Error::NothingMapped {
+            iova: range.first,
+            size: range.size(),
+        });
+    };
+    Err(Error::VaddrValid {
+        iova: range.first,
+        size: range.size(),
+        mapped: mapped.first,
+        mapped_size: mapped.size(),
+    })
+}
