@@ -251,6 +251,27 @@ pub enum Error {
         /// Its size in bytes.
         size: u64,
     },
+    /// A map or unmap from inside a call to a [`Listener`](crate::Listener) of the same space: it would wait
+    /// for itself.
+    #[error(
+        "{size:#x} bytes at {iova:#x} cannot be mapped or unmapped from inside a listener of the same space"
+    )]
+    InsideListener {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A [`Listener`](crate::Listener) did not want the mapping.
+    #[error("the mapping of {size:#x} bytes at {iova:#x} was refused: {source}")]
+    Refused {
+        /// Start of the mapping.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// What the listener said.
+        source: io::Error,
+    },
     /// Dirty pages were asked for while nobody keeps them.
     #[error("{size:#x} bytes at {iova:#x}: which pages are written is not tracked")]
     NotTracking {
@@ -315,8 +336,12 @@ impl Error {
             | Error::Pinned { .. }
             | Error::AccessRuns { .. } => libc::EBUSY,
             Error::Permission { .. } => libc::EPERM,
-            Error::Deadline { .. } | Error::InsideAccess { .. } => libc::EDEADLK,
-            Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::Deadline { .. } | Error::InsideAccess { .. } | Error::InsideListener { .. } => {
+                libc::EDEADLK
+            }
+            Error::Stream { source, .. } | Error::Refused { source, .. } => {
+                source.raw_os_error().unwrap_or(libc::EIO)
+            }
             Error::Pin(error) => error.errno(),
         }
     }

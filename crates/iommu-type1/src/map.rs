@@ -4,6 +4,7 @@
 //! Adding mappings: the checks of `VFIO_IOMMU_MAP_DMA`, in its order.
 
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 
 use vm_memory::Permissions;
@@ -82,11 +83,14 @@ impl IoAddressSpace {
         if space.rules.overlapping == Overlapping::Replace {
             return replace::update(space, vec![(range, backing, prot)]);
         }
-        let mut writer = lock(&space.writer);
-        check_room(&writer, space, range)?;
+        let turn = space.turn(range)?;
+        check_room(&turn, space, range)?;
         check_protection(range, &backing, prot)?;
         let mapping = Arc::new(space.mapping(range, prot, backing));
-        writer.publish(&space.table, mapping);
+        let new = slice::from_ref(&mapping);
+        let (mut turn, agreed) = turn.ask(&[], new, |writer| check_room(writer, space, range));
+        agreed?;
+        turn.publish(&space.table, mapping);
         space.counters.maps.add(1);
         Ok(())
     }
@@ -117,27 +121,35 @@ impl IoAddressSpace {
         if space.rules.overlapping == Overlapping::Replace {
             return replace::update(space, mappings);
         }
-        let mut writer = lock(&space.writer);
+        let Some((first, ..)) = mappings.first() else {
+            return Ok(());
+        };
+        let turn = space.turn(*first)?;
         check_apart(mappings.iter().map(|(range, ..)| *range).collect())?;
         for (range, ..) in &mappings {
-            check_free(&writer, space, *range)?;
+            check_free(&turn, space, *range)?;
         }
-        check_entries(&writer, space, mappings.len())?;
+        check_entries(&turn, space, mappings.len())?;
         for (range, backing, prot) in &mappings {
             check_ranges(space, *range)?;
             check_protection(*range, backing, *prot)?;
         }
-        let mut published = Vec::with_capacity(mappings.len());
-        for (range, backing, prot) in mappings {
-            if let Err(full) = check_memory(&writer, space, [range]) {
-                if let Err(error) = take_back(space, writer, published) {
+        let mappings = mappings
+            .into_iter()
+            .map(|(range, backing, prot)| Arc::new(space.mapping(range, prot, backing)));
+        let mut mappings: Vec<_> = mappings.collect();
+        let (mut turn, agreed) = turn.ask(&[], &mappings, |_| Ok(()));
+        agreed?;
+        for (published, mapping) in mappings.iter().enumerate() {
+            if let Err(full) = check_memory(&turn, space, [mapping.range]) {
+                let turn = turn.report(&mappings, &[]);
+                mappings.truncate(published);
+                if let Err(error) = take_back(space, turn, mappings) {
                     log::warn!("what a batch has mapped before it failed: {error}");
                 }
                 return Err(full);
             }
-            let mapping = Arc::new(space.mapping(range, prot, backing));
-            published.push(mapping.clone());
-            writer.publish(&space.table, mapping);
+            turn.publish(&space.table, mapping.clone());
             space.counters.maps.add(1);
         }
         Ok(())

@@ -10,6 +10,7 @@
 //! and the marks of its pages go to what has its addresses.
 
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 
 use vm_memory::Permissions;
@@ -21,9 +22,9 @@ use crate::map::{
 use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::lock;
 use crate::table::{Table, Unlinked};
-use crate::unmap::{check_outside, Replaced, Revocation, Undo};
+use crate::turn::Turn;
+use crate::unmap::{check_outside, Cuts, Replaced, Revocation, Undo};
 use crate::writer::{Leaving, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
 
@@ -78,7 +79,7 @@ impl IoAddressSpace {
         let space = &*self.view.space;
         let range = Request::to_map(iova, &backing, prot).check(space.rules.map)?;
         check_outside(space, range)?;
-        let mut writer = lock(&space.writer);
+        let writer = space.turn(range)?;
         check_not_unmapping(&writer, range)?;
         if writer.leaving_in(range).is_some() {
             return Err(Error::VaddrInvalid {
@@ -112,6 +113,10 @@ impl IoAddressSpace {
             by: by.clone(),
             parts: vec![Arc::new(first.part(range))],
         };
+        let new = slice::from_ref(&by);
+        let room = |writer: &Writer| check_memory(writer, space, [range]);
+        let (mut writer, agreed) = writer.ask(&before, new, room);
+        agreed?;
         let mut unlinked = Unlinked::default();
         writer.exchange(&space.table, &before, [by], &mut unlinked);
         drop(writer);
@@ -131,7 +136,7 @@ pub(crate) fn update(
     mappings: Vec<(IovaRange, Backing, Permissions)>,
 ) -> Result<()> {
     for (range, backing, prot) in mappings {
-        let mut writer = lock(&space.writer);
+        let writer = space.turn(range)?;
         check_not_unmapping(&writer, range)?;
         let before = overlapping(space, range);
         let mut after: Vec<_> = before
@@ -156,6 +161,12 @@ pub(crate) fn update(
         }
         let by = Arc::new(space.mapping(range, prot, backing));
         after.push(by.clone());
+        let room = |writer: &Writer| {
+            let ranges = after.iter().map(|mapping| mapping.range);
+            check_memory(writer, space, ranges)
+        };
+        let (mut writer, agreed) = writer.ask(&before, &after, room);
+        agreed?;
         let mut unlinked = Unlinked::default();
         writer.exchange(&space.table, &before, after, &mut unlinked);
         space.counters.maps.add(1);
@@ -183,6 +194,7 @@ pub(crate) fn cut(
     space: &Space,
     range: IovaRange,
     unlinked: &mut Unlinked,
+    cuts: &mut Cuts,
 ) -> Result<()> {
     let is_in_the_way =
         |leaving: &&Leaving| leaving.state.is_busy() || !range.contains_all(leaving.mapping.range);
@@ -204,19 +216,23 @@ pub(crate) fn cut(
     }
     check_entries(writer, space, after.len() - before.len())?;
     check_memory(writer, space, after.iter().map(|mapping| mapping.range))?;
+    cuts.before.extend_from_slice(&before);
+    cuts.after.extend_from_slice(&after);
     writer.exchange(&space.table, &before, after, unlinked);
     Ok(())
 }
 
 /// Puts back what was replaced, if what has replaced it is still there.
-pub(crate) fn undo(writer: &mut Writer, table: &Table, undo: Undo) {
+pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) {
     let by = &undo.by;
     let is_there = table.visit(by.range, |mapping| {
         ControlFlow::Break(std::ptr::eq(mapping, Arc::as_ptr(by)))
     });
     if is_there == Some(true) {
         let mut unlinked = Unlinked::default();
-        let by = std::slice::from_ref(by);
+        let by = slice::from_ref(by);
+        // Nobody else can change it while those who listen are told.
+        let mut writer = turn.report(by, &undo.parts);
         writer.exchange(table, by, undo.parts, &mut unlinked);
         writer.late.append(unlinked);
     }

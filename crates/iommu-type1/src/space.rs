@@ -13,6 +13,7 @@ use vm_memory::Permissions;
 
 use crate::grace::Grace;
 use crate::lease::Ledger;
+use crate::listen::Listeners;
 use crate::mapping::Mapping;
 use crate::membarrier;
 use crate::profile::Rules;
@@ -67,6 +68,7 @@ pub(crate) struct Space {
     pub(crate) table: Table,
     pub(crate) grace: Grace,
     pub(crate) writer: Mutex<Writer>,
+    pub(crate) listeners: Mutex<Listeners>,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
     pub(crate) counters: Counters,
@@ -297,6 +299,7 @@ impl IoAddressSpaceBuilder {
                     leases: Ledger::new(&grace),
                     grace,
                     writer: Mutex::new(Writer::default()),
+                    listeners: Mutex::new(Listeners::default()),
                     pins: PinTable::new(page_size()),
                     counters: Counters::default(),
                     entry_limit: self.entry_limit,

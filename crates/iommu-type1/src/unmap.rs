@@ -8,7 +8,9 @@
 //!    are told, then leases and pins in the range are waited for.
 //! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
 
+use std::collections::HashSet;
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,8 +24,9 @@ use crate::range::{check_aligned, IovaRange};
 use crate::replace;
 use crate::space::Space;
 use crate::stream;
-use crate::sync::{lock, MutexGuard};
+use crate::sync::lock;
 use crate::table::{Table, Unlinked};
+use crate::turn::Turn;
 use crate::writer::{State, Writer};
 use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
@@ -186,15 +189,15 @@ impl Space {
     }
 }
 
-/// Unmaps what the caller has mapped during its turn as the writer.
+/// Unmaps what the caller has mapped during its turn, and of which those who listen were told.
 pub(crate) fn take_back(
     space: &Space,
-    mut writer: MutexGuard<'_, Writer>,
+    mut turn: Turn<'_>,
     mappings: Vec<Arc<Mapping>>,
 ) -> Result<u64> {
     let mut unlinked = Unlinked::default();
-    writer.revoke(&space.table, &mappings, &mut unlinked);
-    drop(writer);
+    turn.revoke(&space.table, &mappings, &mut unlinked);
+    drop(turn);
     Revocation::of(space, mappings, unlinked, space.unmap).run()
 }
 
@@ -237,16 +240,27 @@ pub(crate) struct Undo {
 
 impl<'a> Revocation<'a> {
     fn begin(space: &'a Space, ranges: &[IovaRange], options: UnmapOptions) -> Result<Self> {
-        if let Some(range) = ranges.first() {
-            check_outside(space, *range)?;
-        }
-        let mut writer = lock(&space.writer);
+        let none = Revocation::of(space, Vec::new(), Unlinked::default(), options);
+        let Some(first) = ranges.first() else {
+            return Ok(none);
+        };
+        check_outside(space, *first)?;
+        let mut writer = space.turn(*first)?;
         let mut unlinked = Unlinked::default();
         let mut mappings = Vec::new();
-        let selected = select(&mut writer, space, ranges, &mut mappings, &mut unlinked);
+        let mut cuts = Cuts::default();
+        let selected = select(
+            &mut writer,
+            space,
+            ranges,
+            &mut mappings,
+            &mut unlinked,
+            &mut cuts,
+        );
         if let Err(error) = selected {
             // Something may have been cut before.
             writer.late.append(unlinked);
+            cuts.tell(writer, &[]);
             return Err(error);
         }
         if ranges.len() > 1 {
@@ -255,6 +269,10 @@ impl<'a> Revocation<'a> {
             mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
         }
         writer.revoke(&space.table, &mappings, &mut unlinked);
+        let revoked = match writer.is_heard {
+            true => mappings.clone(),
+            false => Vec::new(),
+        };
         let mut replaced: Vec<Arc<Mapping>> = Vec::new();
         for range in ranges {
             if !stops(&writer, space, *range) {
@@ -270,6 +288,8 @@ impl<'a> Revocation<'a> {
             // There will be a grace period; what is late can use it too.
             unlinked.append(std::mem::take(&mut writer.late));
         }
+        cuts.tell(writer, &revoked);
+        drop(revoked);
         let mut revocation = Revocation::of(space, mappings, unlinked, options);
         revocation.replaced = replaced
             .into_iter()
@@ -483,6 +503,7 @@ fn select(
     ranges: &[IovaRange],
     found: &mut Vec<Arc<Mapping>>,
     unlinked: &mut Unlinked,
+    cuts: &mut Cuts,
 ) -> Result<()> {
     for range in ranges {
         let before = found.len();
@@ -490,7 +511,7 @@ fn select(
             Cut::Refuse => inside(writer, space, *range, found)?,
             Cut::Whole => beginning(writer, space, *range, found)?,
             Cut::Split => {
-                replace::cut(writer, space, *range, unlinked)?;
+                replace::cut(writer, space, *range, unlinked, cuts)?;
                 inside(writer, space, *range, found)?;
             }
         }
@@ -591,13 +612,64 @@ fn total(mappings: &[Arc<Mapping>]) -> u64 {
     sizes.fold(0, u64::saturating_add)
 }
 
+/// Has mappings that were revoked be in the table again; those that a listener refuses stay revoked.
+pub(crate) fn put_back<'a>(
+    mut turn: Turn<'a>,
+    space: &Space,
+    revoked: Vec<Arc<Mapping>>,
+) -> Turn<'a> {
+    let mut restored = Vec::with_capacity(revoked.len());
+    for mapping in revoked {
+        let (next, agreed) = turn.ask(&[], slice::from_ref(&mapping), |_| Ok(()));
+        turn = next;
+        match agreed {
+            Ok(()) => {
+                turn.publish(&space.table, mapping.clone());
+                restored.push(mapping);
+            }
+            Err(error) => {
+                log::warn!("a mapping stays revoked: {error}");
+                turn.keep_revoked(&mapping);
+            }
+        }
+    }
+    turn.forget(&restored);
+    turn
+}
+
+/// Mappings that were cut, and their parts.
+#[derive(Default)]
+pub(crate) struct Cuts {
+    pub(crate) before: Vec<Arc<Mapping>>,
+    pub(crate) after: Vec<Arc<Mapping>>,
+}
+
+impl Cuts {
+    /// Tells those who listen of what was mapped before the turn and what is left at its end, when `revoked`
+    /// has gone.
+    fn tell(self, turn: Turn<'_>, revoked: &[Arc<Mapping>]) {
+        if !turn.is_heard {
+            return;
+        }
+        let address = |mapping: &Arc<Mapping>| Arc::as_ptr(mapping);
+        let came: HashSet<_> = self.after.iter().map(address).collect();
+        let gone = self.before.iter().chain(revoked);
+        let went: HashSet<_> = gone.clone().map(address).collect();
+        let before = gone.filter(|mapping| !came.contains(&address(mapping)));
+        let before: Vec<_> = before.cloned().collect();
+        let after = self.after.iter();
+        let after = after.filter(|mapping| !went.contains(&address(mapping)));
+        let after: Vec<_> = after.cloned().collect();
+        turn.report(&before, &after);
+    }
+}
+
 impl Drop for Revocation<'_> {
     fn drop(&mut self) {
         if self.mappings.is_empty() && self.replaced.is_empty() {
             return;
         }
-        let table = &self.space.table;
-        let mut writer = lock(&self.space.writer);
+        let mut writer = self.space.another_turn();
         writer.late.append(std::mem::take(&mut self.unlinked));
         let mut restored = Vec::new();
         for mapping in self.mappings.drain(..) {
@@ -607,12 +679,9 @@ impl Drop for Revocation<'_> {
                 UnmapPolicy::Restore => restored.push(mapping),
             }
         }
-        for mapping in &restored {
-            writer.publish(table, mapping.clone());
-        }
-        writer.forget(&restored);
+        let writer = put_back(writer, self.space, restored);
         if let Some(undo) = self.undo.take() {
-            replace::undo(&mut writer, table, undo);
+            replace::undo(writer, &self.space.table, undo);
         }
     }
 }

@@ -56,6 +56,8 @@ pub(crate) struct Writer {
     leaving: Vec<Leaving>,
     /// Mappings in whose place others are, or parts of them, and which somebody may still use.
     pub(crate) replaced: Vec<Arc<Mapping>>,
+    /// Whether anybody listens, and so has to be told of changes (`Turn`).
+    pub(crate) is_heard: bool,
     /// Whether mappings keep which of their pages are written.
     pub(crate) tracking: bool,
     /// Memory of what they keep.
