@@ -262,6 +262,20 @@ pub enum Error {
         /// Its size in bytes.
         size: u64,
     },
+    /// A [`MappingSet`](crate::MappingSet) has nothing to do with a mapping of the range.
+    #[error(
+        "{size:#x} bytes at {iova:#x} touch the mapping of {mapped_size:#x} bytes at {mapped:#x}, which belongs to others"
+    )]
+    NotOwned {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Start of the mapping.
+        mapped: u64,
+        /// Its size in bytes.
+        mapped_size: u64,
+    },
     /// A [`Listener`](crate::Listener) did not want the mapping.
     #[error("the mapping of {size:#x} bytes at {iova:#x} was refused: {source}")]
     Refused {
@@ -335,7 +349,7 @@ impl Error {
             | Error::Revoked { .. }
             | Error::Pinned { .. }
             | Error::AccessRuns { .. } => libc::EBUSY,
-            Error::Permission { .. } => libc::EPERM,
+            Error::Permission { .. } | Error::NotOwned { .. } => libc::EPERM,
             Error::Deadline { .. } | Error::InsideAccess { .. } | Error::InsideListener { .. } => {
                 libc::EDEADLK
             }

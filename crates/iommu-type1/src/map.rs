@@ -81,12 +81,12 @@ impl IoAddressSpace {
     fn map_checked(&self, range: IovaRange, backing: Backing, prot: Permissions) -> Result<()> {
         let space = &*self.view.space;
         if space.rules.overlapping == Overlapping::Replace {
-            return replace::update(space, vec![(range, backing, prot)]);
+            return replace::update(space, vec![(range, backing, prot)], self.view.set);
         }
         let turn = space.turn(range)?;
         check_room(&turn, space, range)?;
         check_protection(range, &backing, prot)?;
-        let mapping = Arc::new(space.mapping(range, prot, backing));
+        let mapping = Arc::new(space.mapping(range, prot, backing, self.view.set));
         let new = slice::from_ref(&mapping);
         let (mut turn, agreed) = turn.ask(&[], new, |writer| check_room(writer, space, range));
         agreed?;
@@ -119,7 +119,7 @@ impl IoAddressSpace {
         });
         let mappings = checked.collect::<Result<Vec<_>>>()?;
         if space.rules.overlapping == Overlapping::Replace {
-            return replace::update(space, mappings);
+            return replace::update(space, mappings, self.view.set);
         }
         let Some((first, ..)) = mappings.first() else {
             return Ok(());
@@ -134,9 +134,9 @@ impl IoAddressSpace {
             check_ranges(space, *range)?;
             check_protection(*range, backing, *prot)?;
         }
-        let mappings = mappings
-            .into_iter()
-            .map(|(range, backing, prot)| Arc::new(space.mapping(range, prot, backing)));
+        let mappings = mappings.into_iter().map(|(range, backing, prot)| {
+            Arc::new(space.mapping(range, prot, backing, self.view.set))
+        });
         let mut mappings: Vec<_> = mappings.collect();
         let (mut turn, agreed) = turn.ask(&[], &mappings, |_| Ok(()));
         agreed?;

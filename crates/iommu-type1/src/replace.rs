@@ -20,11 +20,12 @@ use crate::map::{
     check_entries, check_memory, check_not_unmapping, check_protection, check_ranges, unmapping,
 };
 use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
 use crate::turn::Turn;
-use crate::unmap::{check_outside, Cuts, Replaced, Revocation, Undo};
+use crate::unmap::{check_outside, check_owned, Cuts, Replaced, Revocation, Undo};
 use crate::writer::{Leaving, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
 
@@ -108,7 +109,7 @@ impl IoAddressSpace {
         check_entries(&writer, space, 0)?;
         check_memory(&writer, space, [range])?;
         check_protection(range, &backing, prot)?;
-        let by = Arc::new(space.mapping(range, prot, backing));
+        let by = Arc::new(space.mapping(range, prot, backing, self.view.set));
         let undo = Undo {
             by: by.clone(),
             parts: vec![Arc::new(first.part(range))],
@@ -134,10 +135,12 @@ impl IoAddressSpace {
 pub(crate) fn update(
     space: &Space,
     mappings: Vec<(IovaRange, Backing, Permissions)>,
+    set: SetId,
 ) -> Result<()> {
     for (range, backing, prot) in mappings {
         let writer = space.turn(range)?;
         check_not_unmapping(&writer, range)?;
+        check_owned(&writer, space, range, set)?;
         let before = overlapping(space, range);
         let mut after: Vec<_> = before
             .iter()
@@ -159,7 +162,7 @@ pub(crate) fn update(
         if !before.is_empty() {
             check_outside(space, range)?;
         }
-        let by = Arc::new(space.mapping(range, prot, backing));
+        let by = Arc::new(space.mapping(range, prot, backing, set));
         after.push(by.clone());
         let room = |writer: &Writer| {
             let ranges = after.iter().map(|mapping| mapping.range);

@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::grace::Grace;
 use crate::lease::Ledger;
 use crate::listen::Listeners;
 use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
 use crate::membarrier;
 use crate::profile::Rules;
 use crate::range::{page_size, IovaRange};
@@ -55,6 +57,8 @@ pub struct IoAddressSpace {
 pub(crate) struct View {
     pub(crate) space: Arc<Space>,
     pub(crate) name: String,
+    /// With what it signs the mappings that are made through it, and which ones it may unmap.
+    pub(crate) set: SetId,
     /// Only held, never looked at: its drop is what counts.
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -69,6 +73,8 @@ pub(crate) struct Space {
     pub(crate) grace: Grace,
     pub(crate) writer: Mutex<Writer>,
     pub(crate) listeners: Mutex<Listeners>,
+    /// How many sets of mappings there have been.
+    sets: AtomicU64,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
     pub(crate) counters: Counters,
@@ -83,8 +89,14 @@ pub(crate) struct Space {
 
 impl Space {
     /// A mapping of this space.
-    pub(crate) fn mapping(&self, range: IovaRange, prot: Permissions, backing: Backing) -> Mapping {
-        Mapping::new(range, prot, backing, self.permissions)
+    pub(crate) fn mapping(
+        &self,
+        range: IovaRange,
+        prot: Permissions,
+        backing: Backing,
+        set: SetId,
+    ) -> Mapping {
+        Mapping::new(range, prot, backing, self.permissions, set)
     }
 }
 
@@ -153,11 +165,25 @@ impl IoAddressSpace {
         self.view.space.grace.barrier()
     }
 
+    /// The same space, for a set of mappings.
+    pub(crate) fn signing(&self) -> Self {
+        let number = self.view.space.sets.fetch_add(1, Ordering::Relaxed);
+        IoAddressSpace {
+            view: Arc::new(View {
+                space: self.view.space.clone(),
+                name: self.view.name.clone(),
+                set: SetId::new(number + 1),
+                owner: self.view.owner.clone(),
+            }),
+        }
+    }
+
     fn derive(&self, name: String, owner: Option<Arc<dyn Any + Send + Sync>>) -> Self {
         IoAddressSpace {
             view: Arc::new(View {
                 space: self.view.space.clone(),
                 name,
+                set: self.view.set,
                 owner,
             }),
         }
@@ -300,6 +326,7 @@ impl IoAddressSpaceBuilder {
                     grace,
                     writer: Mutex::new(Writer::default()),
                     listeners: Mutex::new(Listeners::default()),
+                    sets: AtomicU64::new(0),
                     pins: PinTable::new(page_size()),
                     counters: Counters::default(),
                     entry_limit: self.entry_limit,
@@ -311,6 +338,7 @@ impl IoAddressSpaceBuilder {
                     permissions: self.permissions.unwrap_or(rules.permissions),
                 }),
                 name: String::from("unnamed"),
+                set: SetId::NONE,
                 owner: None,
             }),
         }

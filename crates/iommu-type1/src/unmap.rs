@@ -19,6 +19,7 @@ use crate::deadline::Deadline;
 use crate::holder::HolderKind;
 use crate::map::unmapping;
 use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
 use crate::profile::Cut;
 use crate::range::{check_aligned, IovaRange};
 use crate::replace;
@@ -175,7 +176,7 @@ impl IoAddressSpace {
 
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {
         let space = &*self.view.space;
-        Revocation::begin(space, ranges, options)?.run()
+        Revocation::begin(space, ranges, options, self.view.set)?.run()
     }
 }
 
@@ -239,13 +240,21 @@ pub(crate) struct Undo {
 }
 
 impl<'a> Revocation<'a> {
-    fn begin(space: &'a Space, ranges: &[IovaRange], options: UnmapOptions) -> Result<Self> {
+    fn begin(
+        space: &'a Space,
+        ranges: &[IovaRange],
+        options: UnmapOptions,
+        set: SetId,
+    ) -> Result<Self> {
         let none = Revocation::of(space, Vec::new(), Unlinked::default(), options);
         let Some(first) = ranges.first() else {
             return Ok(none);
         };
         check_outside(space, *first)?;
         let mut writer = space.turn(*first)?;
+        for range in ranges {
+            check_owned(&writer, space, *range, set)?;
+        }
         let mut unlinked = Unlinked::default();
         let mut mappings = Vec::new();
         let mut cuts = Cuts::default();
@@ -298,6 +307,39 @@ impl<'a> Revocation<'a> {
                 gone: None,
             })
             .collect();
+        Ok(revocation)
+    }
+
+    /// Of whatever was made through a set.
+    pub(crate) fn of_set(space: &'a Space, set: SetId, options: UnmapOptions) -> Result<Self> {
+        check_outside(space, IovaRange::ALL)?;
+        let mut turn = space.turn(IovaRange::ALL)?;
+        let mut mappings = Vec::new();
+        space.table.visit(IovaRange::ALL, |mapping| {
+            if mapping.set == set {
+                mappings.push(Table::share(mapping));
+            }
+            ControlFlow::<()>::Continue(())
+        });
+        let leaving = turn.leaving_inside(IovaRange::ALL);
+        let left = leaving.filter(|leaving| leaving.mapping.set == set);
+        let left: Vec<_> = left.map(|leaving| leaving.mapping.range).collect();
+        let replaced = turn.replaced.iter();
+        let replaced = replaced.filter(|mapping| mapping.set == set);
+        let replaced = replaced.map(|mapping| Replaced {
+            mapping: mapping.clone(),
+            gone: None,
+        });
+        let replaced = replaced.collect();
+        let mut unlinked = Unlinked::default();
+        turn.revoke(&space.table, &mappings, &mut unlinked);
+        let mut turn = turn.report(&mappings, &[]);
+        for range in left {
+            turn.retry(range, &mut mappings);
+        }
+        drop(turn);
+        let mut revocation = Revocation::of(space, mappings, unlinked, options);
+        revocation.replaced = replaced;
         Ok(revocation)
     }
 
@@ -493,6 +535,37 @@ pub(crate) fn check_outside(space: &Space, range: IovaRange) -> Result<()> {
     Err(Error::InsideAccess {
         iova: range.first,
         size: range.size(),
+    })
+}
+
+/// Refuses a set a range in which there is something that was not made through it.
+pub(crate) fn check_owned(
+    writer: &Writer,
+    space: &Space,
+    range: IovaRange,
+    set: SetId,
+) -> Result<()> {
+    if set == SetId::NONE {
+        return Ok(());
+    }
+    let live = space
+        .table
+        .visit(range, |mapping| match mapping.set == set {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(mapping.range),
+        });
+    let mut leaving = writer.all_leaving_in(range);
+    let other = live.or_else(|| {
+        let other = leaving.find(|leaving| leaving.mapping.set != set)?;
+        Some(other.mapping.range)
+    });
+    other.map_or(Ok(()), |mapped| {
+        Err(Error::NotOwned {
+            iova: range.first,
+            size: range.size(),
+            mapped: mapped.first,
+            mapped_size: mapped.size(),
+        })
     })
 }
 
