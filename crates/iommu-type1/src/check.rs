@@ -7,6 +7,7 @@
 use vm_memory::Permissions;
 
 use crate::range::{check_aligned, IovaRange};
+use crate::space::Space;
 use crate::{Backing, Error, Result};
 
 /// One thing that is looked at.
@@ -53,12 +54,15 @@ impl Request {
     }
 
     /// The range, if nothing is wrong with it.
-    pub(crate) fn check(&self, checks: &[Check]) -> Result<IovaRange> {
-        checks.iter().try_for_each(|check| self.look_at(*check))?;
+    pub(crate) fn check(&self, space: &Space, checks: &[Check]) -> Result<IovaRange> {
+        let unit = space.unit();
+        checks
+            .iter()
+            .try_for_each(|check| self.look_at(*check, unit))?;
         IovaRange::new(self.iova, self.size)
     }
 
-    fn look_at(&self, check: Check) -> Result<()> {
+    fn look_at(&self, check: Check, unit: u64) -> Result<()> {
         let (iova, size) = (self.iova, self.size);
         // Of nothing, and so never beyond the end.
         let length = size.saturating_sub(1);
@@ -75,9 +79,9 @@ impl Request {
                 Err(Error::Overflow { iova, size })
             }
             Check::Permits if self.prot == Permissions::No => Err(Error::NoPermissions { iova }),
-            Check::AddressAligned => check_aligned("address", iova),
-            Check::SizeAligned => check_aligned("size", size),
-            Check::HostAligned => check_aligned("host address", self.host),
+            Check::AddressAligned => check_aligned("address", iova, unit),
+            Check::SizeAligned => check_aligned("size", size, unit),
+            Check::HostAligned => check_aligned("host address", self.host, unit),
             _ => Ok(()),
         }
     }

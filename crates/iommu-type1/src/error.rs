@@ -311,6 +311,119 @@ pub enum Error {
         /// What the reader or writer said.
         source: io::Error,
     },
+    /// A range of addresses that ends before it begins, or where it begins.
+    #[error("{first:#x} to {last:#x} is no range of addresses that may be mapped")]
+    EmptyRange {
+        /// Its first address.
+        first: u64,
+        /// Its last address.
+        last: u64,
+    },
+    /// Two ranges of one list overlap.
+    #[error("the ranges {first:#x} to {last:#x} and from {other:#x} overlap")]
+    RangesOverlap {
+        /// First address of the one.
+        first: u64,
+        /// Last address of the one.
+        last: u64,
+        /// First address of the other.
+        other: u64,
+    },
+    /// A range of addresses that may not be as something else has, or is mapped at, a part of it.
+    #[error("{first:#x} to {last:#x} is in the way of {other:#x} to {other_last:#x}")]
+    RangeInUse {
+        /// First address of the range.
+        first: u64,
+        /// Last address of the range.
+        last: u64,
+        /// First address of what is in its way.
+        other: u64,
+        /// Last address of what is in its way.
+        other_last: u64,
+    },
+    /// A mapping that may be anywhere, and no gap is large enough.
+    #[error("no room for {size:#x} bytes at a multiple of {alignment:#x}")]
+    NoRoom {
+        /// Its size in bytes.
+        size: u64,
+        /// What its address has to be a multiple of.
+        alignment: u64,
+    },
+    /// A mapping of addresses that may not be mapped.
+    #[error("{size:#x} bytes at {iova:#x} are outside of the ranges that may be mapped")]
+    OutsideRanges {
+        /// Start of the mapping.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A bitmap of dirty pages whose bits stand for something else than pages of the smallest size.
+    #[error("a bitmap of pages of {page_size:#x} bytes, not {unit:#x}")]
+    BitmapPageSize {
+        /// Bytes that a bit stands for.
+        page_size: u64,
+        /// Bytes that it has to stand for.
+        unit: u64,
+    },
+    /// A bitmap of dirty pages that is empty, too small or too large.
+    #[error("a bitmap of {bytes:#x} bytes for {pages:#x} pages")]
+    BitmapSize {
+        /// Pages that it is of.
+        pages: u64,
+        /// Bytes that it has.
+        bytes: u64,
+    },
+    /// A mapping of more pages than can be kept whether they are dirty.
+    #[error("{pages:#x} pages of the mapping at {iova:#x} cannot be tracked, at most {limit:#x}")]
+    DirtyMapping {
+        /// Start of the mapping.
+        iova: u64,
+        /// Its pages.
+        pages: u64,
+        /// Most pages of one.
+        limit: u64,
+    },
+    /// Flags of an ioctl that are not known, or not together.
+    #[error("the flags {flags:#x} of {what}")]
+    Flags {
+        /// Of which ioctl.
+        what: &'static str,
+        /// The flags.
+        flags: u32,
+    },
+    /// An unmap of everything that also says what to unmap.
+    #[error("{size:#x} bytes at {iova:#x} are given where everything is meant")]
+    UnmapAllRange {
+        /// The address that was given.
+        iova: u64,
+        /// The size that was given.
+        size: u64,
+    },
+    /// Dirty pages of a type1 v1 IOMMU, which keeps none.
+    #[error("a type1 v1 IOMMU does not keep dirty pages")]
+    NoDirtyPages,
+    /// The argument of an ioctl is shorter than its struct.
+    #[error("an argument of {argsz} bytes, of at least {min}")]
+    ArgumentSize {
+        /// Bytes it says that it has.
+        argsz: u32,
+        /// Bytes it has to have.
+        min: u32,
+    },
+    /// The argument of an ioctl is not all there.
+    #[error("an argument of {len:#x} bytes where {needed:#x} are looked for")]
+    ArgumentMemory {
+        /// Bytes that are looked for.
+        needed: u64,
+        /// Bytes that are there.
+        len: u64,
+    },
+    /// The answer to `VFIO_IOMMU_GET_INFO` is not what it should be.
+    #[error("the capabilities of an IOMMU are wrong at offset {offset:#x}")]
+    InfoChain {
+        /// Where.
+        offset: usize,
+    },
     /// Pinning or unpinning was refused.
     #[error(transparent)]
     Pin(#[from] page_pin::Error),
@@ -326,6 +439,16 @@ impl Error {
             Error::Empty { .. }
             | Error::Misaligned { .. }
             | Error::NoPermissions { .. }
+            | Error::EmptyRange { .. }
+            | Error::BitmapPageSize { .. }
+            | Error::BitmapSize { .. }
+            | Error::DirtyMapping { .. }
+            | Error::Flags { .. }
+            | Error::UnmapAllRange { .. }
+            | Error::RangesOverlap { .. }
+            | Error::OutsideRanges { .. }
+            | Error::ArgumentSize { .. }
+            | Error::InfoChain { .. }
             | Error::VaddrValid { .. }
             | Error::NotInProfile(_)
             | Error::NotTracking { .. } => libc::EINVAL,
@@ -342,13 +465,17 @@ impl Error {
                 _ => libc::EINVAL,
             },
             Error::Overlap { .. } => libc::EEXIST,
-            Error::EntryLimit { .. } | Error::TableLimit { .. } | Error::DirtyLimit { .. } => {
-                libc::ENOSPC
-            }
+            Error::EntryLimit { .. }
+            | Error::TableLimit { .. }
+            | Error::DirtyLimit { .. }
+            | Error::NoRoom { .. } => libc::ENOSPC,
             Error::Unmapping { .. }
             | Error::Revoked { .. }
             | Error::Pinned { .. }
             | Error::AccessRuns { .. } => libc::EBUSY,
+            Error::NoDirtyPages => libc::EACCES,
+            Error::ArgumentMemory { .. } => libc::EFAULT,
+            Error::RangeInUse { .. } => libc::EADDRINUSE,
             Error::Permission { .. } | Error::NotOwned { .. } => libc::EPERM,
             Error::Deadline { .. } | Error::InsideAccess { .. } | Error::InsideListener { .. } => {
                 libc::EDEADLK

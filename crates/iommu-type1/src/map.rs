@@ -10,11 +10,13 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use crate::check::Request;
+use crate::dirty::check_pages;
 use crate::mapping::log_bytes;
 use crate::profile::Overlapping;
 use crate::range::IovaRange;
 use crate::replace;
 use crate::space::Space;
+#[cfg(feature = "uapi")]
 use crate::sync::lock;
 use crate::unmap::take_back;
 use crate::writer::{Leaving, Writer};
@@ -33,14 +35,15 @@ impl IoAddressSpace {
     /// [`Error::NoPermissions`] (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
     /// [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`] (EBUSY) where the mapping in the way is being
     /// unmapped, [`Error::EntryLimit`], [`Error::TableLimit`] or, while dirty pages are tracked,
-    /// [`Error::DirtyLimit`] (ENOSPC), [`Error::BackingProtection`] (EFAULT).
+    /// [`Error::DirtyMapping`] (EINVAL) and [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL),
+    /// [`Error::BackingProtection`] (EFAULT).
     ///
     /// Other [profiles](crate::Profile) check in other orders. With [`Profile::Iotlb`](crate::Profile::Iotlb)
     /// what is in the way is no error but replaced, as [`replace`](IoAddressSpace::replace) does it, and
     /// parts of it outside of the range stay; then there may also be what `replace` says.
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
         let request = Request::to_map(iova, &backing, prot);
-        let range = request.check(self.view.space.rules.map)?;
+        let range = request.check(&self.view.space, self.view.space.rules.map)?;
         self.map_checked(range, backing, prot)
     }
 
@@ -49,7 +52,7 @@ impl IoAddressSpace {
     ///
     /// It runs without a lock, as it may be the caller's code and slow. So what was checked before is
     /// checked again after it: if somebody has mapped there meanwhile, that mapping came first.
-    #[allow(dead_code)] // Used by the layer that takes addresses of the process.
+    #[cfg(feature = "uapi")]
     pub(crate) fn map_resolved(
         &self,
         iova: u64,
@@ -64,7 +67,7 @@ impl IoAddressSpace {
             host,
             prot,
         };
-        let range = request.check(self.view.space.rules.map)?;
+        let range = request.check(&self.view.space, self.view.space.rules.map)?;
         check_room(&lock(&self.view.space.writer), &self.view.space, range)?;
         let backing = resolve()?;
         if backing.len() as u64 != size {
@@ -114,7 +117,7 @@ impl IoAddressSpace {
     ) -> Result<()> {
         let space = &*self.view.space;
         let checked = mappings.into_iter().map(|(iova, backing, prot)| {
-            let range = Request::to_map(iova, &backing, prot).check(space.rules.map)?;
+            let range = Request::to_map(iova, &backing, prot).check(space, space.rules.map)?;
             Ok((range, backing, prot))
         });
         let mappings = checked.collect::<Result<Vec<_>>>()?;
@@ -131,14 +134,17 @@ impl IoAddressSpace {
         }
         check_entries(&turn, space, mappings.len())?;
         for (range, backing, prot) in &mappings {
-            check_ranges(space, *range)?;
+            turn.ranges.check(*range)?;
             check_protection(*range, backing, *prot)?;
         }
         let mappings = mappings.into_iter().map(|(range, backing, prot)| {
             Arc::new(space.mapping(range, prot, backing, self.view.set))
         });
         let mut mappings: Vec<_> = mappings.collect();
-        let (mut turn, agreed) = turn.ask(&[], &mappings, |_| Ok(()));
+        let (mut turn, agreed) = turn.ask(&[], &mappings, |writer| {
+            let mut ranges = mappings.iter().map(|mapping| mapping.range);
+            ranges.try_for_each(|range| writer.ranges.check(range))
+        });
         agreed?;
         for (published, mapping) in mappings.iter().enumerate() {
             if let Err(full) = check_memory(&turn, space, [mapping.range]) {
@@ -160,17 +166,12 @@ impl IoAddressSpace {
 fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
     if space.rules.overlapping == Overlapping::Replace {
         // What there has to be room for depends on what is replaced.
-        return check_ranges(space, range);
+        return writer.ranges.check(range);
     }
     check_free(writer, space, range)?;
     check_entries(writer, space, 1)?;
-    check_memory(writer, space, [range])?;
-    check_ranges(space, range)
-}
-
-/// Refuses a range outside of those that may be mapped.
-pub(crate) fn check_ranges(_space: &Space, _range: IovaRange) -> Result<()> {
-    Ok(())
+    writer.ranges.check(range)?;
+    check_memory(writer, space, [range])
 }
 
 /// Refuses a range of which something is mapped, or leaves.
@@ -240,7 +241,11 @@ pub(crate) fn check_memory(
         return Err(Error::TableLimit { bytes, limit });
     }
     if writer.tracking {
-        let more: usize = ranges.into_iter().map(log_bytes).sum();
+        let mut more = 0;
+        for range in ranges {
+            check_pages(range)?;
+            more += log_bytes(range);
+        }
         check_log_bytes(writer.log_bytes + more, space.log_limit)?;
     }
     Ok(())

@@ -87,6 +87,15 @@ impl MappingSet {
         self.space.map_batch(mappings)
     }
 
+    /// As [`IoAddressSpace::map_anywhere`]; the mapping belongs to the set.
+    ///
+    /// # Errors
+    ///
+    /// As [`IoAddressSpace::map_anywhere`].
+    pub fn map_anywhere(&self, backing: Backing, prot: Permissions) -> Result<u64> {
+        self.space.map_anywhere(backing, prot)
+    }
+
     /// As [`IoAddressSpace::unmap`], where every mapping of the range belongs to the set.
     ///
     /// # Errors
@@ -113,7 +122,7 @@ impl MappingSet {
     /// As [`IoAddressSpace::unmap_all`].
     pub fn unmap_all(&self) -> Result<u64> {
         let view = &self.space.view;
-        Revocation::of_set(&view.space, view.set, view.space.unmap)?.run()
+        Revocation::of_set(&view.space, view.set, view.space.unmap)?.run(None)
     }
 
     /// Unmaps all that belongs to the set, as its drop does, which can only log what goes wrong.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use page_pin::{Access, Interest, PinGuard, PinPages, UnmapNotice};
 use vm_memory::{Permissions, VolatileSlice};
 
-use crate::dirty::DirtySlice;
+use crate::dirty::{mark_pinned, DirtySlice};
 use crate::mapping::{Mapping, Need};
 use crate::range::page_size;
 use crate::space::View;
@@ -88,8 +88,11 @@ impl Pinner {
                     mappings.push(Table::share(mapping));
                 },
             )?;
+            let guard = self.access.pin(iova, npages)?;
+            // After they are pinned: whoever takes dirty pages then finds the mark or the pin.
+            mark_pinned(space, &mappings, iova, len);
             Ok(PinnedPages {
-                guard: self.access.pin(iova, npages)?,
+                guard,
                 mappings,
                 view: self.view.clone(),
             })

@@ -83,6 +83,10 @@ pub(crate) struct Rules {
     pub(crate) permissions: PermissionPolicy,
     /// Whether memory can be taken away from mappings and given back.
     pub(crate) vaddr: bool,
+    /// Whether dirty pages are kept.
+    pub(crate) dirty_pages: bool,
+    /// Whether what is pinned is dirty.
+    pub(crate) pinned_is_dirty: bool,
 }
 
 const MAP: &[Check] = &[
@@ -113,10 +117,13 @@ static TYPE1_V2: Rules = Rules {
     hole_errno: libc::EINVAL,
     permissions: PermissionPolicy::WriteNeedsRead,
     vaddr: true,
+    dirty_pages: true,
+    pinned_is_dirty: true,
 };
 
 static TYPE1_V1: Rules = Rules {
     cut: Cut::Whole,
+    dirty_pages: false,
     ..TYPE1_V2
 };
 
@@ -139,6 +146,7 @@ static IOMMUFD: Rules = Rules {
     hole_errno: libc::ENOENT,
     permissions: PermissionPolicy::Strict,
     vaddr: false,
+    pinned_is_dirty: false,
     ..TYPE1_V2
 };
 
@@ -149,6 +157,7 @@ static IOTLB: Rules = Rules {
     hole_errno: libc::EAGAIN,
     permissions: PermissionPolicy::Strict,
     vaddr: false,
+    pinned_is_dirty: false,
     ..TYPE1_V2
 };
 

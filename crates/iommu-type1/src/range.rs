@@ -80,9 +80,8 @@ impl IovaRange {
     }
 }
 
-/// Refuses a value that is not a multiple of the page size.
-pub(crate) fn check_aligned(what: &'static str, value: u64) -> Result<()> {
-    let unit = 1 << page_shift();
+/// Refuses a value that is not a multiple of the unit.
+pub(crate) fn check_aligned(what: &'static str, value: u64, unit: u64) -> Result<()> {
     if value % unit == 0 {
         Ok(())
     } else {

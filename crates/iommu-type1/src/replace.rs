@@ -16,9 +16,7 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use crate::check::Request;
-use crate::map::{
-    check_entries, check_memory, check_not_unmapping, check_protection, check_ranges, unmapping,
-};
+use crate::map::{check_entries, check_memory, check_not_unmapping, check_protection, unmapping};
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
 use crate::range::IovaRange;
@@ -78,7 +76,7 @@ impl IoAddressSpace {
         options: UnmapOptions,
     ) -> Result<()> {
         let space = &*self.view.space;
-        let range = Request::to_map(iova, &backing, prot).check(space.rules.map)?;
+        let range = Request::to_map(iova, &backing, prot).check(space, space.rules.map)?;
         check_outside(space, range)?;
         let writer = space.turn(range)?;
         check_not_unmapping(&writer, range)?;
@@ -126,7 +124,7 @@ impl IoAddressSpace {
             gone: Some(range),
         });
         let replaced = replaced.collect();
-        Revocation::of_replaced(space, replaced, undo, unlinked, options).run()?;
+        Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;
         Ok(())
     }
 }
@@ -157,7 +155,7 @@ pub(crate) fn update(
         )?;
         let ranges = after.iter().map(|mapping| mapping.range);
         check_memory(&writer, space, ranges.chain([range]))?;
-        check_ranges(space, range)?;
+        writer.ranges.check(range)?;
         check_protection(range, &backing, prot)?;
         if !before.is_empty() {
             check_outside(space, range)?;
@@ -166,6 +164,7 @@ pub(crate) fn update(
         after.push(by.clone());
         let room = |writer: &Writer| {
             let ranges = after.iter().map(|mapping| mapping.range);
+            writer.ranges.check(range)?;
             check_memory(writer, space, ranges)
         };
         let (mut writer, agreed) = writer.ask(&before, &after, room);
@@ -185,7 +184,7 @@ pub(crate) fn update(
             });
         }
         let undo = Undo { by, parts };
-        Revocation::of_replaced(space, replaced, undo, unlinked, space.unmap).run()?;
+        Revocation::of_replaced(space, replaced, undo, unlinked, space.unmap).run(None)?;
     }
     Ok(())
 }

@@ -52,13 +52,13 @@ impl IoAddressSpace {
             prot,
             ..Request::to_unmap(iova, size)
         };
-        let range = request.check(space.rules.map)?;
+        let range = request.check(space, space.rules.map)?;
         let parts = self.parts(range, prot)?;
         let to_range = Request {
             iova: to_iova,
             ..request
         };
-        let to_range = to_range.check(to.view.space.rules.map)?;
+        let to_range = to_range.check(&to.view.space, to.view.space.rules.map)?;
         to.map_batch(parts.into_iter().map(|(part, backing)| {
             let offset = part.first - range.first;
             (to_range.first + offset, backing, prot)

@@ -24,7 +24,9 @@ use crate::stats::Counters;
 use crate::sync::{lock, Mutex};
 use crate::table::Table;
 use crate::writer::Writer;
-use crate::{Backing, PermissionPolicy, Profile, ReaderBarrier, UnmapOptions, UnmapPolicy};
+use crate::{
+    Backing, IovaRanges, PermissionPolicy, Profile, ReaderBarrier, UnmapOptions, UnmapPolicy,
+};
 
 /// How many mappings a space may have unless told otherwise: the kernel's `dma_entry_limit`, which
 /// keeps a guest from exhausting the host's memory with them (CVE-2019-3882).
@@ -78,6 +80,7 @@ pub(crate) struct Space {
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
     pub(crate) counters: Counters,
+    pub(crate) page_sizes: u64,
     pub(crate) entry_limit: usize,
     pub(crate) table_limit: usize,
     pub(crate) log_limit: usize,
@@ -98,6 +101,11 @@ impl Space {
     ) -> Mapping {
         Mapping::new(range, prot, backing, self.permissions, set)
     }
+
+    /// The unit of mappings in bytes: the smallest size of pages.
+    pub(crate) fn unit(&self) -> u64 {
+        self.page_sizes & self.page_sizes.wrapping_neg()
+    }
 }
 
 impl IoAddressSpace {
@@ -109,6 +117,8 @@ impl IoAddressSpace {
     /// An empty space with limits of one's own.
     pub fn builder() -> IoAddressSpaceBuilder {
         IoAddressSpaceBuilder {
+            page_sizes: u64::MAX,
+            ranges: IovaRanges::default(),
             entry_limit: DMA_ENTRY_LIMIT,
             table_limit: TABLE_LIMIT,
             log_limit: DIRTY_LIMIT,
@@ -225,9 +235,11 @@ impl fmt::Debug for View {
 ///     .build();
 /// assert_eq!(space.entry_limit(), 1024);
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[must_use]
 pub struct IoAddressSpaceBuilder {
+    page_sizes: u64,
+    ranges: IovaRanges,
     entry_limit: usize,
     table_limit: usize,
     log_limit: usize,
@@ -238,6 +250,30 @@ pub struct IoAddressSpaceBuilder {
 }
 
 impl IoAddressSpaceBuilder {
+    /// The sizes of pages, a bit each; all by default. The lowest is the unit of mappings. Sizes below the
+    /// host page are left out; the host page is taken where nothing is left or one of them was there, as the
+    /// kernel does.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions::ReadWrite;
+    ///
+    /// let space = IoAddressSpace::builder().page_sizes(1 << 21 | 1 << 30).build();
+    /// let error = space.map(0x1000, Backing::anonymous(0x1000)?, ReadWrite).unwrap_err();
+    /// assert_eq!(error.errno(), libc::EINVAL);
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    pub fn page_sizes(mut self, sizes: u64) -> Self {
+        self.page_sizes = sizes;
+        self
+    }
+
+    /// The addresses that may be mapped; all by default.
+    pub fn iova_ranges(mut self, ranges: IovaRanges) -> Self {
+        self.ranges = ranges;
+        self
+    }
+
     /// Most mappings at a time; [`DMA_ENTRY_LIMIT`] by default.
     pub fn entry_limit(mut self, limit: usize) -> Self {
         self.entry_limit = limit;
@@ -300,7 +336,7 @@ impl IoAddressSpaceBuilder {
     /// use vm_memory::Permissions::Write;
     ///
     /// let type1 = IoAddressSpace::builder();
-    /// let strict = type1.permission_policy(PermissionPolicy::Strict);
+    /// let strict = type1.clone().permission_policy(PermissionPolicy::Strict);
     /// for (builder, is_writable) in [(type1, false), (strict, true)] {
     ///     let space = builder.build();
     ///     space.map(0, Backing::anonymous(0x1000)?, Write)?;
@@ -324,11 +360,12 @@ impl IoAddressSpaceBuilder {
                     table: Table::new(),
                     leases: Ledger::new(&grace),
                     grace,
-                    writer: Mutex::new(Writer::default()),
+                    writer: Mutex::new(Writer::new(self.ranges)),
                     listeners: Mutex::new(Listeners::default()),
                     sets: AtomicU64::new(0),
                     pins: PinTable::new(page_size()),
                     counters: Counters::default(),
+                    page_sizes: from_host_page(self.page_sizes),
                     entry_limit: self.entry_limit,
                     table_limit: self.table_limit,
                     log_limit: self.log_limit,
@@ -343,4 +380,14 @@ impl IoAddressSpaceBuilder {
             }),
         }
     }
+}
+
+/// Sizes of pages that the host page can serve, at least one.
+fn from_host_page(sizes: u64) -> u64 {
+    let host = page_size();
+    let smaller = host - 1;
+    if sizes & smaller != 0 || sizes & !smaller == 0 {
+        return sizes & !smaller | host;
+    }
+    sizes
 }

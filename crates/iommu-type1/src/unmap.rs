@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use crate::check::Request;
 use crate::deadline::Deadline;
+use crate::dirty::check_tracking;
 use crate::holder::HolderKind;
 use crate::map::unmapping;
 use crate::mapping::Mapping;
@@ -29,7 +30,7 @@ use crate::sync::lock;
 use crate::table::{Table, Unlinked};
 use crate::turn::Turn;
 use crate::writer::{State, Writer};
-use crate::{Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
+use crate::{DirtyPages, Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
 /// What becomes of a mapping whose holders do not let go before the deadline of an unmap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -174,9 +175,39 @@ impl IoAddressSpace {
         self.unmap_ranges(&[IovaRange::ALL], self.view.space.unmap)
     }
 
+    /// As [`unmap`](IoAddressSpace::unmap), with the pages that were written since they were last taken
+    /// ([`take_dirty`](IoAddressSpace::take_dirty)): of what is removed, no write is missed.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0x1000, Backing::anonymous(0x4000)?, Permissions::ReadWrite)?;
+    /// space.start_dirty_tracking()?;
+    /// space.write(0x2000, &[1])?;
+    /// let (bytes, dirty) = space.unmap_dirty(0x1000, 0x4000)?;
+    /// assert_eq!(bytes, 0x4000);
+    /// assert!(dirty.iter().eq([0x2000]));
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`unmap`](IoAddressSpace::unmap), and [`Error::NotTracking`] (EINVAL) before [`Error::Bisect`]. At the
+    /// deadline nothing is removed, as the pages would be lost: all of it is left to the policy.
+    pub fn unmap_dirty(&self, iova: u64, size: u64) -> Result<(u64, DirtyPages)> {
+        let space = &*self.view.space;
+        let ranges = [space.to_unmap(iova, size)?];
+        let mut pages = DirtyPages::default();
+        let bytes = Revocation::begin(space, &ranges, space.unmap, self.view.set, true)?
+            .run(Some(&mut pages))?;
+        Ok((bytes, pages))
+    }
+
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {
         let space = &*self.view.space;
-        Revocation::begin(space, ranges, options, self.view.set)?.run()
+        Revocation::begin(space, ranges, options, self.view.set, false)?.run(None)
     }
 }
 
@@ -186,7 +217,7 @@ impl Space {
         if self.rules.everything == Some((iova, size)) {
             return Ok(IovaRange::ALL);
         }
-        Request::to_unmap(iova, size).check(self.rules.unmap)
+        Request::to_unmap(iova, size).check(self, self.rules.unmap)
     }
 }
 
@@ -199,13 +230,13 @@ pub(crate) fn take_back(
     let mut unlinked = Unlinked::default();
     turn.revoke(&space.table, &mappings, &mut unlinked);
     drop(turn);
-    Revocation::of(space, mappings, unlinked, space.unmap).run()
+    Revocation::of(space, mappings, unlinked, space.unmap).run(None)
 }
 
 /// A range as the kernel takes it.
-pub(crate) fn whole_pages(iova: u64, size: u64) -> Result<IovaRange> {
-    check_aligned("address", iova)?;
-    check_aligned("size", size)?;
+pub(crate) fn whole_pages(space: &Space, iova: u64, size: u64) -> Result<IovaRange> {
+    check_aligned("address", iova, space.unit())?;
+    check_aligned("size", size, space.unit())?;
     IovaRange::new(iova, size)
 }
 
@@ -245,6 +276,7 @@ impl<'a> Revocation<'a> {
         ranges: &[IovaRange],
         options: UnmapOptions,
         set: SetId,
+        marked: bool,
     ) -> Result<Self> {
         let none = Revocation::of(space, Vec::new(), Unlinked::default(), options);
         let Some(first) = ranges.first() else {
@@ -254,6 +286,9 @@ impl<'a> Revocation<'a> {
         let mut writer = space.turn(*first)?;
         for range in ranges {
             check_owned(&writer, space, *range, set)?;
+        }
+        if marked {
+            check_tracking(&writer, *first)?;
         }
         let mut unlinked = Unlinked::default();
         let mut mappings = Vec::new();
@@ -376,14 +411,14 @@ impl<'a> Revocation<'a> {
         revocation
     }
 
-    /// Waits for everybody; the bytes unmapped.
-    pub(crate) fn run(mut self) -> Result<u64> {
+    /// Waits for everybody; the bytes unmapped. The marks of what is unmapped go to `marks`.
+    pub(crate) fn run(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
         if self.mappings.is_empty() && self.replaced.is_empty() {
             return Ok(0);
         }
         self.grace_period();
         self.tell();
-        self.finish()
+        self.finish(marks)
     }
 
     /// Waits for the accesses that run.
@@ -403,7 +438,7 @@ impl<'a> Revocation<'a> {
         }
     }
 
-    fn finish(mut self) -> Result<u64> {
+    fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
         let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
         let waited: Vec<_> = replaced.chain(&self.mappings).cloned().collect();
         let leased = self.space.leases.wait_released(&waited, &self.deadline);
@@ -441,6 +476,16 @@ impl<'a> Revocation<'a> {
             held.push(mapping.clone());
             false
         });
+        if let Some(marks) = marks {
+            if held.is_empty() && still.is_empty() {
+                // Nobody can write to them any more.
+                lock(&self.space.writer).settle_marks(&self.space.table);
+                free.sort_unstable_by_key(|mapping| mapping.range.first);
+                free.iter().for_each(|mapping| marks.take_last(mapping));
+            } else {
+                held.append(&mut free);
+            }
+        }
         self.mappings = held;
         self.replaced = still;
         let counters = &self.space.counters;

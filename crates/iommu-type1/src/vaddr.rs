@@ -19,6 +19,8 @@ use crate::mapping::Mapping;
 use crate::profile::Cut;
 use crate::range::IovaRange;
 use crate::space::Space;
+#[cfg(feature = "uapi")]
+use crate::sync::lock;
 use crate::table::Unlinked;
 use crate::unmap::{beginning, check_outside, inside, put_back, stops};
 use crate::writer::{State, Writer};
@@ -56,7 +58,7 @@ impl IoAddressSpace {
     pub fn invalidate_vaddr(&self, iova: u64, size: u64) -> Result<u64> {
         let rules = self.view.space.rules;
         check_profile(&self.view.space)?;
-        self.invalidate(Request::to_unmap(iova, size).check(rules.unmap)?)
+        self.invalidate(Request::to_unmap(iova, size).check(&self.view.space, rules.unmap)?)
     }
 
     /// As [`invalidate_vaddr`](IoAddressSpace::invalidate_vaddr) of every mapping.
@@ -86,7 +88,7 @@ impl IoAddressSpace {
             size,
             ..Request::to_map(iova, &backing, Permissions::ReadWrite)
         };
-        let range = request.check(space.rules.map)?;
+        let range = request.check(space, space.rules.map)?;
         let writer = space.turn(range)?;
         let hollow = hollow_at(&writer, space, range)?;
         if backing.len() as u64 != size {
@@ -109,6 +111,27 @@ impl IoAddressSpace {
         Ok(())
     }
 
+    /// As [`resume_vaddr`](IoAddressSpace::resume_vaddr) with memory at an address of somebody: `resolve` finds
+    /// it, for what the mapping permits, when nothing else is wrong. It runs without a lock.
+    #[cfg(feature = "uapi")]
+    pub(crate) fn resume_resolved(
+        &self,
+        iova: u64,
+        size: u64,
+        host: u64,
+        resolve: impl FnOnce(Permissions) -> Result<Backing>,
+    ) -> Result<()> {
+        let space = &*self.view.space;
+        check_profile(space)?;
+        let request = Request {
+            host,
+            ..Request::to_unmap(iova, size)
+        };
+        let range = request.check(space, space.rules.map)?;
+        let prot = hollow_at(&lock(&space.writer), space, range)?.permissions();
+        self.resume_vaddr(iova, size, resolve(prot)?)
+    }
+
     fn invalidate(&self, range: IovaRange) -> Result<u64> {
         let space = &*self.view.space;
         check_outside(space, range)?;
@@ -118,9 +141,11 @@ impl IoAddressSpace {
             Cut::Whole => beginning(&writer, space, range, &mut mappings)?,
             Cut::Refuse | Cut::Split => inside(&writer, space, range, &mut mappings)?,
         }
-        if !stops(&writer, space, range) {
-            check_valid(&writer, range)?;
+        if stops(&writer, space, range) {
+            // Nothing behind is looked at either, whatever its state.
+            return Ok(0);
         }
+        check_valid(&writer, range)?;
         check_unpinned(space, &mappings)?;
         let mut unlinked = Unlinked::default();
         writer.revoke(&space.table, &mappings, &mut unlinked);

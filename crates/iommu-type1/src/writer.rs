@@ -6,9 +6,11 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use crate::gaps::Gaps;
 use crate::mapping::Mapping;
 use crate::range::{page_shift, IovaRange};
 use crate::table::{Table, Unlinked};
+use crate::IovaRanges;
 
 /// Why a mapping is not in the table any more, though it is not gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +58,10 @@ pub(crate) struct Writer {
     leaving: Vec<Leaving>,
     /// Mappings in whose place others are, or parts of them, and which somebody may still use.
     pub(crate) replaced: Vec<Arc<Mapping>>,
+    /// Which addresses may be mapped.
+    pub(crate) ranges: IovaRanges,
+    /// Where there may be room, if somebody has asked.
+    pub(crate) gaps: Option<Gaps>,
     /// Whether anybody listens, and so has to be told of changes (`Turn`).
     pub(crate) is_heard: bool,
     /// Whether mappings keep which of their pages are written.
@@ -67,6 +73,14 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
+    /// Of a space where these addresses may be mapped.
+    pub(crate) fn new(ranges: IovaRanges) -> Self {
+        Writer {
+            ranges,
+            ..Writer::default()
+        }
+    }
+
     /// Mappings there are, in the table and beside it.
     pub(crate) fn len(&self) -> usize {
         self.live + self.leaving()
@@ -160,6 +174,11 @@ impl Writer {
 
     /// Ends the revocation of mappings, which leave no more.
     pub(crate) fn forget(&mut self, mappings: &[Arc<Mapping>]) {
+        if let Some(gaps) = &mut self.gaps {
+            for mapping in mappings {
+                gaps.freed(mapping.range, &self.ranges);
+            }
+        }
         for mapping in mappings {
             if let Some(leaving) = self.find_leaving(mapping) {
                 leaving.state = State::Gone;

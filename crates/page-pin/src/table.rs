@@ -163,6 +163,24 @@ impl PinTable {
             })
     }
 
+    /// Visits each page of the range that anyone holds a pin on now, by its address, ascending. It is
+    /// called under the lock of the table: it must not pin or unpin.
+    pub fn for_each_pinned(&self, iova: u64, size: u64, mut visit: impl FnMut(u64)) {
+        let Some(range) = self.shared.covering(iova, size) else {
+            return;
+        };
+        let mut last = None;
+        for (page, _) in lock(&self.shared.state)
+            .pins
+            .range(range.keys())
+            .map(|(key, _)| key)
+        {
+            if last.replace(*page) != Some(*page) {
+                visit(*page * self.shared.page_size);
+            }
+        }
+    }
+
     /// Whether anyone holds a pin in the range now.
     pub fn is_pinned(&self, iova: u64, size: u64) -> bool {
         self.shared

@@ -72,7 +72,7 @@ impl Container {
             return Err(Error::NoDriver { iommu_type });
         }
         state.iommu = Some(Arc::new(Iommu {
-            space: self.shared.options.build(),
+            space: self.shared.options.clone().build(),
         }));
         Ok(())
     }

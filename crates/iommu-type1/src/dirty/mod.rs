@@ -3,14 +3,18 @@
 
 //! Dirty pages by I/O virtual address: which were written since they were last asked for.
 
+mod bitmap;
 mod log;
 mod slice;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use vm_memory::Permissions;
 
 use crate::deadline::Deadline;
 use crate::map::check_log_bytes;
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, Need};
 use crate::range::{page_shift, page_size, IovaRange};
 use crate::space::Space;
 use crate::sync::lock;
@@ -19,13 +23,17 @@ use crate::unmap::{inside, whole_pages};
 use crate::writer::Writer;
 use crate::{Error, IoAddressSpace, Result};
 
+pub use bitmap::DirtyBitmap;
 pub(crate) use log::DirtyLog;
 pub(crate) use slice::InlineMarks;
 pub use slice::{Dirty, DirtySlice};
 
+/// Most pages of a mapping whose dirty pages are kept.
+const DIRTY_MAPPING_PAGES: u64 = i32::MAX as u64;
+
 impl IoAddressSpace {
-    /// Begins to keep which pages are written through the space, none of them yet; nothing is done where
-    /// that is kept already.
+    /// Begins to keep which pages are written through the space, none of them yet but those that are
+    /// pinned; nothing is done where that is kept already.
     ///
     /// Every write that begins after this has returned is marked. Of those that were running, inline ones
     /// mark their bytes or have them in memory by then. Whoever writes through a slice that was lent
@@ -48,6 +56,8 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
+    /// [`Error::NoDirtyPages`] (EACCES): a space by the rules of type1 v1 keeps none.
+    /// [`Error::DirtyMapping`] (EINVAL): a mapping has more than 2^31 - 1 pages; nothing is tracked.
     /// [`Error::DirtyLimit`] (ENOSPC): there are more pages than may be kept; nothing is tracked.
     /// [`Error::AccessRuns`] (EBUSY): an access that began before did not end within the space's
     /// deadline for unmaps, or the kernel refuses a barrier
@@ -55,15 +65,26 @@ impl IoAddressSpace {
     /// marked. Tracking has begun; starting it again waits again.
     pub fn start_dirty_tracking(&self) -> Result<()> {
         let space = &*self.view.space;
+        if !space.rules.dirty_pages {
+            return Err(Error::NoDirtyPages);
+        }
         let mut writer = lock(&space.writer);
         if !writer.tracking {
             let mut bytes = 0;
-            for_each(&writer, space, |mapping, _| bytes += mapping.log_bytes());
+            let mut countable = Ok(());
+            for_each(&writer, space, |mapping, _| {
+                bytes += mapping.log_bytes();
+                if countable.is_ok() {
+                    countable = check_pages(mapping.range);
+                }
+            });
+            countable?;
             check_log_bytes(bytes, space.log_limit)?;
             writer.log_bytes = bytes;
             writer.tracking = true;
             for_each(&writer, space, |mapping, is_live| {
                 mapping.dirty.start(mapping.pages());
+                mark_what_is_pinned(space, mapping);
                 if is_live {
                     space.table.refresh(mapping);
                 }
@@ -94,8 +115,10 @@ impl IoAddressSpace {
     /// The pages of `size` bytes from `iova` that were written since tracking began or since they were
     /// last taken. What was written to them is in memory when this returns.
     ///
-    /// Slices of guards, lists and pins count from the time they are written through. What is written
-    /// without them (by host address, or by hardware) is not known. The marks of a mapping go with it.
+    /// Slices of guards and lists count from the time they are written through. Pages that are pinned count
+    /// each time, as in the kernel: who has pinned them says nothing. Otherwise, what is written by host
+    /// address or by hardware is known from [`mark_dirty`](IoAddressSpace::mark_dirty) only. The marks of a
+    /// mapping go with it, or to [`unmap_dirty`](IoAddressSpace::unmap_dirty).
     ///
     /// # Errors
     ///
@@ -104,43 +127,147 @@ impl IoAddressSpace {
     /// [`Error::AccessRuns`] (EBUSY) as in
     /// [`start_dirty_tracking`](IoAddressSpace::start_dirty_tracking): nothing was taken, try again.
     pub fn take_dirty(&self, iova: u64, size: u64) -> Result<DirtyPages> {
-        let range = whole_pages(iova, size)?;
         let space = &*self.view.space;
-        let mut taken = Vec::new();
+        let range = whole_pages(space, iova, size)?;
         let writer = lock(&space.writer);
-        if !writer.tracking {
-            return Err(Error::NotTracking { iova, size });
-        }
-        let mut live = Vec::new();
-        inside(&writer, space, range, &mut live)?;
+        check_tracking(&writer, range)?;
+        let mut mappings = Vec::new();
+        inside(&writer, space, range, &mut mappings)?;
         writer.settle_marks(&space.table);
-        let leaving = writer.leaving_inside(range).map(|leaving| &leaving.mapping);
-        live.iter().chain(leaving).for_each(|mapping| {
+        let leaving = writer.leaving_inside(range);
+        mappings.extend(leaving.map(|leaving| leaving.mapping.clone()));
+        mappings.sort_unstable_by_key(|mapping| mapping.range.first);
+        let mut taken = Vec::new();
+        for mapping in &mappings {
             mapping.dirty.take(mapping.pages(), |index, marks| {
-                taken.push((mapping.clone(), index, marks));
+                taken.push((mapping, index, marks));
             });
-        });
+            mark_what_is_pinned(space, mapping);
+        }
         drop(writer);
-        if taken.is_empty() {
-            // No access can have relied on a mark that was taken.
-            return Ok(DirtyPages { words: Vec::new() });
-        }
-        if let Err(error) = settle(space) {
-            for (mapping, index, marks) in taken {
-                mapping.dirty.put_back(index, marks);
+        // Where there was no mark, no access can have relied on one that was taken.
+        if !taken.is_empty() {
+            if let Err(error) = settle(space) {
+                for (mapping, index, marks) in taken {
+                    mapping.dirty.put_back(index, marks);
+                }
+                return Err(error);
             }
-            return Err(error);
         }
-        let address = |mapping: &Mapping, index| {
-            mapping.range.first + ((index * log::WORD) as u64 * page_size())
-        };
-        let words = taken.iter();
-        Ok(DirtyPages {
-            words: words
-                .map(|(mapping, index, marks)| (address(mapping, *index), *marks))
-                .collect(),
+        let mut pages = DirtyPages::default();
+        let ranges = mappings.iter().map(|mapping| mapping.range);
+        pages.mapped.extend(ranges);
+        for (mapping, index, marks) in taken {
+            pages.add(mapping, index, marks);
+        }
+        Ok(pages)
+    }
+
+    /// As [`take_dirty`](IoAddressSpace::take_dirty) of the range of a bitmap, into that bitmap.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BitmapPageSize`] (EINVAL): a bit does not stand for the smallest size of pages of the space.
+    /// Otherwise as [`take_dirty`](IoAddressSpace::take_dirty).
+    pub fn take_dirty_bitmap(&self, bitmap: &mut DirtyBitmap<'_>) -> Result<()> {
+        check_page_size(&self.view.space, bitmap.page_size())?;
+        let pages = self.take_dirty(bitmap.iova(), bitmap.size())?;
+        bitmap.fill(&pages);
+        Ok(())
+    }
+
+    /// Says that `len` bytes from `iova` were written by somebody of whom the space does not know: by host
+    /// address, or by hardware. It is said after the bytes are written.
+    ///
+    /// They are marked for [`take_dirty`](IoAddressSpace::take_dirty), while that is tracked, and in the bitmaps
+    /// of the memory regions behind.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0x1000, Backing::anonymous(0x4000)?, Permissions::ReadWrite)?;
+    /// space.start_dirty_tracking()?;
+    /// space.mark_dirty(0x1fff, 2)?;
+    /// assert!(space.take_dirty(0x1000, 0x4000)?.iter().eq([0x1000, 0x2000]));
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Overflow`] (EOVERFLOW) before anything is marked; [`Error::NotMapped`] (EINVAL),
+    /// [`Error::Revoked`] (EBUSY), or [`Error::Permission`] (EPERM) where nobody may write, with the bytes
+    /// marked before.
+    pub fn mark_dirty(&self, iova: u64, len: usize) -> Result<()> {
+        let space = &*self.view.space;
+        let need = Need::exactly(Permissions::Write);
+        space.grace.enter_shared(|inside| {
+            space.for_each_chunk(inside, iova, len, need, |mapping, at, n, _| {
+                // Nobody waits for such a writer: its marks are those of somebody who has a slice.
+                mapping.mark_lent((at - mapping.range.first) as usize, n);
+            })
         })
     }
+}
+
+/// Marks pages that have just been pinned: `len` bytes from `iova`, of mappings that follow each other.
+pub(crate) fn mark_pinned(space: &Space, mappings: &[Arc<Mapping>], iova: u64, len: usize) {
+    if !space.rules.pinned_is_dirty {
+        return;
+    }
+    let pinned_last = iova + (len as u64 - 1);
+    for mapping in mappings {
+        let range = mapping.range;
+        let (first, last) = (range.first.max(iova), range.last.min(pinned_last));
+        let len = (last - first) as usize + 1;
+        mapping.dirty.mark_lent((first - range.first) as usize, len);
+    }
+}
+
+/// Marks what is pinned of a mapping: who has pinned a page may write it at any time, and says nothing.
+fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
+    if !space.rules.pinned_is_dirty {
+        return;
+    }
+    let range = mapping.range;
+    let pins = &space.pins;
+    pins.for_each_pinned(range.first, range.size(), |iova| {
+        mapping.dirty.mark_lent((iova - range.first) as usize, 1);
+    });
+}
+
+/// Refuses a mapping of more pages than the kernel counts in a bitmap.
+pub(crate) fn check_pages(range: IovaRange) -> Result<()> {
+    let pages = (range.last - range.first) / page_size() + 1;
+    if pages > DIRTY_MAPPING_PAGES {
+        return Err(Error::DirtyMapping {
+            iova: range.first,
+            pages,
+            limit: DIRTY_MAPPING_PAGES,
+        });
+    }
+    Ok(())
+}
+
+/// Refuses a range whose dirty pages nobody keeps.
+pub(crate) fn check_tracking(writer: &Writer, range: IovaRange) -> Result<()> {
+    if writer.tracking {
+        return Ok(());
+    }
+    Err(Error::NotTracking {
+        iova: range.first,
+        size: range.size(),
+    })
+}
+
+/// Refuses a bitmap whose bits do not stand for the smallest size of pages.
+pub(crate) fn check_page_size(space: &Space, page_size: u64) -> Result<()> {
+    let unit = space.unit();
+    if page_size == unit {
+        return Ok(());
+    }
+    Err(Error::BitmapPageSize { page_size, unit })
 }
 
 /// Waits for the accesses that run.
@@ -175,11 +302,26 @@ fn for_each(writer: &Writer, space: &Space, mut visit: impl FnMut(&Mapping, bool
 /// Pages that were written; from [`IoAddressSpace::take_dirty`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DirtyPages {
+    /// The mappings they are of, ascending.
+    mapped: Vec<IovaRange>,
     /// The address of a page, and a bit for it and each of the 63 behind it; no word without a bit.
     words: Vec<(u64, u64)>,
 }
 
 impl DirtyPages {
+    /// Adds the marks of a mapping that nobody can write to any more, one behind those before.
+    pub(crate) fn take_last(&mut self, mapping: &Mapping) {
+        self.mapped.push(mapping.range);
+        let pages = mapping.pages();
+        let taken = |index, marks| self.add(mapping, index, marks);
+        mapping.dirty.take(pages, taken);
+    }
+
+    fn add(&mut self, mapping: &Mapping, index: usize, marks: u64) {
+        let offset = (index * log::WORD) as u64 * page_size();
+        self.words.push((mapping.range.first + offset, marks));
+    }
+
     /// The I/O virtual addresses of the pages, ascending inside each mapping.
     pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
         self.words.iter().flat_map(|(first, marks)| {

@@ -22,6 +22,7 @@ mod map;
 mod membarrier;
 mod page_word;
 mod reader;
+mod replace;
 mod unmap;
 
 use std::sync::Arc;
@@ -223,7 +224,10 @@ fn refused(result: Result<(), Error>) {
 fn is_refusal(error: &Error) -> bool {
     matches!(
         error,
-        Error::NotMapped { .. } | Error::Revoked { .. } | Error::Unmapping { .. }
+        Error::NotMapped { .. }
+            | Error::Revoked { .. }
+            | Error::Unmapping { .. }
+            | Error::VaddrInvalid { .. }
     )
 }
 
@@ -262,6 +266,8 @@ fn bounded(model: impl Fn() + Send + Sync + 'static) {
 fn bounded_by(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
+    // Replacements change the table twice.
+    builder.max_branches = 10_000;
     builder.check(model);
 }
 

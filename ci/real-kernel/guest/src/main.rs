@@ -1,0 +1,53 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The first process of a guest: does the same operations on the kernel's own VFIO type1 and on our crate,
+//! and says on the serial line where they differ.
+
+mod compare;
+mod explained;
+mod generate;
+mod init;
+mod live;
+mod memory;
+mod op;
+mod ours;
+mod rates;
+mod rules;
+mod sequences;
+mod setup;
+mod vfio;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let first = std::process::id() == 1;
+    let done = run();
+    match &done {
+        Ok(()) => println!("finished: well"),
+        Err(error) => println!("finished: {error}"),
+    }
+    if first {
+        init::end();
+    }
+    if done.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn run() -> Result<(), String> {
+    let said = |error: std::io::Error| error.to_string();
+    let given = init::prepare().map_err(said)?;
+    memory::make().map_err(said)?;
+    let operations = init::parameter("operations")
+        .map_err(said)?
+        .unwrap_or(20_000);
+    let seed = init::parameter("seed").map_err(said)?.unwrap_or(1);
+    println!(
+        "device {} of group {}, seed {seed}",
+        given.name, given.group
+    );
+    sequences::run(&given, operations, seed)
+}
