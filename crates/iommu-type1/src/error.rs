@@ -424,6 +424,9 @@ pub enum Error {
         /// Where.
         offset: usize,
     },
+    /// A space cannot be made of a snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] crate::SnapshotError),
     /// Pinning or unpinning was refused.
     #[error(transparent)]
     Pin(#[from] page_pin::Error),
@@ -443,6 +446,7 @@ impl Error {
             | Error::BitmapPageSize { .. }
             | Error::BitmapSize { .. }
             | Error::DirtyMapping { .. }
+            | Error::Snapshot(_)
             | Error::Flags { .. }
             | Error::UnmapAllRange { .. }
             | Error::RangesOverlap { .. }

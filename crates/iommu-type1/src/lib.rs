@@ -104,6 +104,7 @@ mod range;
 mod replace;
 mod sg;
 mod share;
+mod snapshot;
 mod space;
 mod stats;
 mod stream;
@@ -137,6 +138,10 @@ pub use pin::{PinnedPages, Pinner};
 pub use profile::{PermissionPolicy, Profile};
 pub use range::page_size;
 pub use sg::ScatterList;
+pub use snapshot::{
+    BackingRef, Place, SavedAccess, SavedLimits, SavedMapping, Snapshot, SnapshotError,
+    SnapshotMemory, SNAPSHOT_VERSION,
+};
 pub use space::{
     IoAddressSpace, IoAddressSpaceBuilder, DIRTY_LIMIT, DMA_ENTRY_LIMIT, TABLE_LIMIT,
     UNMAP_DEADLINE,

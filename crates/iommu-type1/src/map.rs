@@ -206,7 +206,7 @@ pub(crate) fn unmapping(range: IovaRange, leaving: &Leaving) -> Error {
 }
 
 /// Refuses ranges of which two overlap.
-fn check_apart(mut ranges: Vec<IovaRange>) -> Result<()> {
+pub(crate) fn check_apart(mut ranges: Vec<IovaRange>) -> Result<()> {
     ranges.sort_unstable_by_key(|range| range.first);
     let met = ranges.windows(2).find(|pair| pair[1].first <= pair[0].last);
     met.map_or(Ok(()), |pair| Err(overlap(pair[1], pair[0])))

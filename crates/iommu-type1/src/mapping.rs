@@ -92,6 +92,16 @@ impl Need {
 }
 
 impl Mapping {
+    /// One without memory.
+    pub(crate) fn without_memory(
+        range: IovaRange,
+        prot: Permissions,
+        policy: PermissionPolicy,
+    ) -> Self {
+        let nowhere = Backing::part(Arc::new(Nowhere), 0, 0);
+        Mapping::new(range, prot, nowhere, policy, SetId::NONE)
+    }
+
     pub(crate) fn new(
         range: IovaRange,
         prot: Permissions,

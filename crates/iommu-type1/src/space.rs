@@ -350,6 +350,17 @@ impl IoAddressSpaceBuilder {
         self
     }
 
+    /// Most entries, bytes of the table, and bytes of marks.
+    pub(crate) fn limits(&self) -> [usize; 3] {
+        [self.entry_limit, self.table_limit, self.log_limit]
+    }
+
+    pub(crate) fn with_limits(self, [entries, table, log]: [usize; 3]) -> Self {
+        self.entry_limit(entries)
+            .table_limit(table)
+            .dirty_limit(log)
+    }
+
     /// The space.
     pub fn build(self) -> IoAddressSpace {
         let grace = Grace::new(membarrier::granted(self.barrier));

@@ -265,6 +265,17 @@ impl Writer {
         });
     }
 
+    /// Adds a mapping without memory.
+    pub(crate) fn insert_hollow(&mut self, mapping: Arc<Mapping>) {
+        if self.tracking {
+            self.log_bytes += mapping.log_bytes();
+            mapping.dirty.start(mapping.pages());
+        }
+        let at = self.first_from(mapping.range.first);
+        let state = State::Invalid;
+        self.leaving.insert(at, Leaving { mapping, state });
+    }
+
     /// Has a mapping without memory stand for one whose memory was taken away, marks and all.
     pub(crate) fn hollow_out(&mut self, mapping: &Mapping) {
         let hollow = Arc::new(mapping.hollow());

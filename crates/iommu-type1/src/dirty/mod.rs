@@ -226,7 +226,7 @@ pub(crate) fn mark_pinned(space: &Space, mappings: &[Arc<Mapping>], iova: u64, l
 }
 
 /// Marks what is pinned of a mapping: who has pinned a page may write it at any time, and says nothing.
-fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
+pub(crate) fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
     if !space.rules.pinned_is_dirty {
         return;
     }
