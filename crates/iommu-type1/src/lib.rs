@@ -102,8 +102,10 @@ mod holder;
 mod info;
 mod iova_ranges;
 mod lease;
+mod listen;
 mod map;
 mod mapping;
+mod mapping_set;
 mod membarrier;
 mod memlock;
 mod pin;
@@ -112,11 +114,13 @@ mod range;
 mod replace;
 mod sg;
 mod share;
+mod snapshot;
 mod space;
 mod stats;
 mod stream;
 mod sync;
 mod table;
+mod turn;
 #[cfg(feature = "uapi")]
 pub mod uapi;
 mod unmap;
@@ -136,6 +140,8 @@ pub use handle::DmaHandle;
 pub use holder::{Holder, HolderKind};
 pub use info::{Info, Migration};
 pub use iova_ranges::IovaRanges;
+pub use listen::{Listener, Listening, MappingInfo};
+pub use mapping_set::MappingSet;
 pub use membarrier::ReaderBarrier;
 pub use memlock::MemlockLimit;
 pub use page_pin::{Interest, PinOptions, PinPages, UnmapNotice};
@@ -143,6 +149,10 @@ pub use pin::{PinnedPages, Pinner};
 pub use profile::{PermissionPolicy, Profile};
 pub use range::page_size;
 pub use sg::ScatterList;
+pub use snapshot::{
+    BackingRef, Place, SavedAccess, SavedLimits, SavedMapping, Snapshot, SnapshotError,
+    SnapshotMemory, SNAPSHOT_VERSION,
+};
 pub use space::{
     IoAddressSpace, IoAddressSpaceBuilder, DIRTY_LIMIT, DMA_ENTRY_LIMIT, TABLE_LIMIT,
     UNMAP_DEADLINE, UNMAP_REMINDERS,

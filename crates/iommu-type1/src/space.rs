@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,9 @@ use vm_memory::Permissions;
 
 use crate::grace::Grace;
 use crate::lease::Ledger;
+use crate::listen::Listeners;
 use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
 use crate::membarrier;
 use crate::profile::Rules;
 use crate::range::{page_size, IovaRange};
@@ -60,6 +63,8 @@ pub struct IoAddressSpace {
 pub(crate) struct View {
     pub(crate) space: Arc<Space>,
     pub(crate) name: String,
+    /// With what it signs the mappings that are made through it, and which ones it may unmap.
+    pub(crate) set: SetId,
     /// Only held, never looked at: its drop is what counts.
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -76,6 +81,9 @@ pub(crate) struct Space {
     /// put back: a mapping that is gone could not have them back.
     pub(crate) harvest: Mutex<()>,
     pub(crate) writer: Mutex<Writer>,
+    pub(crate) listeners: Mutex<Listeners>,
+    /// How many sets of mappings there have been.
+    sets: AtomicU64,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
     pub(crate) counters: Counters,
@@ -92,8 +100,14 @@ pub(crate) struct Space {
 
 impl Space {
     /// A mapping of this space.
-    pub(crate) fn mapping(&self, range: IovaRange, prot: Permissions, backing: Backing) -> Mapping {
-        Mapping::new(range, prot, backing, self.permissions)
+    pub(crate) fn mapping(
+        &self,
+        range: IovaRange,
+        prot: Permissions,
+        backing: Backing,
+        set: SetId,
+    ) -> Mapping {
+        Mapping::new(range, prot, backing, self.permissions, set)
     }
 
     /// The unit of mappings in bytes: the smallest size of pages.
@@ -172,11 +186,25 @@ impl IoAddressSpace {
         self.view.space.grace.barrier()
     }
 
+    /// The same space, for a set of mappings.
+    pub(crate) fn signing(&self) -> Self {
+        let number = self.view.space.sets.fetch_add(1, Ordering::Relaxed);
+        IoAddressSpace {
+            view: Arc::new(View {
+                space: self.view.space.clone(),
+                name: self.view.name.clone(),
+                set: SetId::new(number + 1),
+                owner: self.view.owner.clone(),
+            }),
+        }
+    }
+
     fn derive(&self, name: String, owner: Option<Arc<dyn Any + Send + Sync>>) -> Self {
         IoAddressSpace {
             view: Arc::new(View {
                 space: self.view.space.clone(),
                 name,
+                set: self.view.set,
                 owner,
             }),
         }
@@ -356,6 +384,17 @@ impl IoAddressSpaceBuilder {
         self
     }
 
+    /// Most entries, bytes of the table, and bytes of marks.
+    pub(crate) fn limits(&self) -> [usize; 3] {
+        [self.entry_limit, self.table_limit, self.log_limit]
+    }
+
+    pub(crate) fn with_limits(self, [entries, table, log]: [usize; 3]) -> Self {
+        self.entry_limit(entries)
+            .table_limit(table)
+            .dirty_limit(log)
+    }
+
     /// The space.
     pub fn build(self) -> IoAddressSpace {
         let grace = Grace::new(membarrier::granted(self.barrier));
@@ -368,6 +407,8 @@ impl IoAddressSpaceBuilder {
                     grace,
                     harvest: Mutex::new(()),
                     writer: Mutex::new(Writer::new(self.ranges)),
+                    listeners: Mutex::new(Listeners::default()),
+                    sets: AtomicU64::new(0),
                     pins: PinTable::with_options(page_size(), self.pins),
                     counters: Counters::default(),
                     page_sizes: from_host_page(self.page_sizes),
@@ -381,6 +422,7 @@ impl IoAddressSpaceBuilder {
                     reminders: self.reminders,
                 }),
                 name: String::from("unnamed"),
+                set: SetId::NONE,
                 owner: None,
             }),
         }

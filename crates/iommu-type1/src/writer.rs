@@ -62,6 +62,8 @@ pub(crate) struct Writer {
     pub(crate) ranges: IovaRanges,
     /// Where there may be room, if somebody has asked.
     pub(crate) gaps: Option<Gaps>,
+    /// Whether anybody listens, and so has to be told of changes (`Turn`).
+    pub(crate) is_heard: bool,
     /// Whether mappings keep which of their pages are written.
     pub(crate) tracking: bool,
     /// Memory of what they keep.
@@ -264,6 +266,17 @@ impl Writer {
                 ControlFlow::Break(())
             });
         });
+    }
+
+    /// Adds a mapping without memory.
+    pub(crate) fn insert_hollow(&mut self, mapping: Arc<Mapping>) {
+        if self.tracking {
+            self.log_bytes += mapping.log_bytes();
+            mapping.dirty.start(mapping.pages());
+        }
+        let at = self.first_from(mapping.range.first);
+        let state = State::Invalid;
+        self.leaving.insert(at, Leaving { mapping, state });
     }
 
     /// Has a mapping without memory stand for one whose memory was taken away, marks and all.

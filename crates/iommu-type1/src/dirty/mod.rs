@@ -221,7 +221,7 @@ pub(crate) fn mark_pinned(space: &Space, mapping: &Mapping, iova: u64) {
 }
 
 /// Marks what is pinned of a mapping: who has pinned a page may write it at any time, and says nothing.
-fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
+pub(crate) fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
     if !space.rules.pinned_is_dirty {
         return;
     }

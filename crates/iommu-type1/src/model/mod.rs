@@ -18,6 +18,7 @@ mod dirty;
 mod handle;
 mod holder;
 pub(crate) mod kernel;
+mod listen;
 mod map;
 mod marks;
 mod membarrier;
