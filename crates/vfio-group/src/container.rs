@@ -81,7 +81,7 @@ impl Container {
             _ => return Err(Error::NoDriver { iommu_type }),
         };
         state.driver = Some(Driver::Type1(Arc::new(Iommu {
-            space: self.shared.options.profile(profile).build(),
+            space: self.shared.options.clone().profile(profile).build(),
         })));
         Ok(())
     }
