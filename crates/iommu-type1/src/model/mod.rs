@@ -268,8 +268,6 @@ fn bounded(model: impl Fn() + Send + Sync + 'static) {
 fn bounded_by(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
-    // Replacements change the table twice.
-    builder.max_branches = 10_000;
     builder.check(model);
 }
 
