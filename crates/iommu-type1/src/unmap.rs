@@ -550,8 +550,8 @@ fn select(
             }
         }
         check_idle(writer, *range)?;
-        let has_some = found.len() > before || writer.leaving_in(*range).is_some();
-        if space.rules.needs_something && !has_some && *range != IovaRange::ALL {
+        let must_have_some = space.rules.needs_something && *range != IovaRange::ALL;
+        if must_have_some && found.len() == before && writer.leaving_in(*range).is_none() {
             return Err(Error::NothingMapped {
                 iova: range.first,
                 size: range.size(),
@@ -592,17 +592,17 @@ pub(crate) fn beginning(
 
 /// Whether nothing of a range may be unmapped, as the first mapping in it begins before it.
 pub(crate) fn stops(writer: &Writer, space: &Space, range: IovaRange) -> bool {
+    if space.rules.cut != Cut::Whole {
+        return false;
+    }
     let begins_before = |mapped: IovaRange| mapped.first < range.first;
-    let live = || {
-        space
-            .table
-            .visit(range, |mapping| ControlFlow::Break(mapping.range))
-    };
     let leaving = writer
         .leaving_in(range)
         .map(|leaving| leaving.mapping.range);
-    space.rules.cut == Cut::Whole
-        && (leaving.is_some_and(begins_before) || live().is_some_and(begins_before))
+    let live = space
+        .table
+        .visit(range, |mapping| ControlFlow::Break(mapping.range));
+    leaving.is_some_and(begins_before) || live.is_some_and(begins_before)
 }
 
 /// The mappings of the table inside a range; refuses one that has a part of a mapping, of the table or

@@ -355,6 +355,19 @@ fn memory_is_not_taken_away_from_pinned_pages() {
     }
 }
 
+/// As an unmap, it stops at what begins before its range, whatever lies behind.
+#[test]
+fn memory_is_taken_away_from_nothing_where_v1_stops() {
+    let p = page_size();
+    let space = space(Type1v1);
+    space.map(p, pages(2), ReadWrite).unwrap();
+    space.map(3 * p, pages(1), ReadWrite).unwrap();
+    assert_eq!(space.invalidate_vaddr(3 * p, p).unwrap(), p);
+    assert_eq!(space.invalidate_vaddr(2 * p, 2 * p).unwrap(), 0);
+    assert_eq!(errno(space.invalidate_vaddr(p, 3 * p)), EINVAL);
+    space.read(p, &mut [0]).unwrap();
+}
+
 /// Whoever has taken it away may unmap it, and the memory is released at once.
 #[test]
 fn memory_that_is_taken_away_is_released() {
