@@ -256,6 +256,28 @@ fn addresses_that_leave_are_not_given_away() {
     assert_eq!(space.map_anywhere(page(), ReadWrite).unwrap(), first);
 }
 
+/// What is known of gaps is a hint: others map where they like, and leave.
+#[test]
+fn gaps_that_are_none_any_more_are_not_given_away() {
+    let p = page_size();
+    let space = within(ranges(&[(0, 4)], &[]));
+    assert_eq!(space.map_anywhere(page(), ReadWrite).unwrap(), p);
+    space.map(2 * p, pages(3), ReadWrite).unwrap();
+    let list = space.scatter(2 * p, 1, ReadWrite).unwrap();
+    let at_once = UnmapOptions::new().deadline(Duration::ZERO);
+    space.unmap_with(2 * p, 3 * p, at_once).unwrap_err();
+    let error = space.map_anywhere(page(), ReadWrite).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    drop(list);
+    space.unmap_all().unwrap();
+
+    // A gap behind address 0 is found again, too.
+    space.map(0, pages(5), ReadWrite).unwrap();
+    space.map_anywhere(page(), ReadWrite).unwrap_err();
+    space.unmap_all().unwrap();
+    assert_eq!(space.map_anywhere(page(), ReadWrite).unwrap(), p);
+}
+
 /// One place is free at a time, in a space of many.
 #[test]
 fn a_space_that_is_nearly_full_goes_on() {

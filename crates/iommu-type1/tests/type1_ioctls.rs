@@ -457,7 +457,7 @@ fn dirty_pages_of_v2() {
     let size = 68 * 0x1000;
     for (iova, size, pgsize, bytes, expected) in [
         (IOVA, 0, 0x1000, 24, EINVAL),
-        (TOP, 0x2000, 0x1000, 8, libc::EOVERFLOW),
+        (TOP, 0x2000, 0x1000, 0, libc::EOVERFLOW),
         (IOVA, size, 0x1000, 0, EINVAL),
         (IOVA, size, 0x1000, 8, EINVAL),
         (IOVA, size, 0x1000, (256 << 20) + 1, EINVAL),
