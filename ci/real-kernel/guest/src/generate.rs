@@ -260,8 +260,9 @@ impl Generator {
         };
         // The kernel takes any address for what it gives back, and looks only when it pins. Ours needs memory, so
         // there is some wherever the rest is right.
-        let right = mapped.invalid && (map.iova, map.size) == (mapped.iova, mapped.size);
-        map.vaddr = if right {
+        let meant =
+            |mapped: &Mapped| mapped.invalid && (map.iova, map.size) == (mapped.iova, mapped.size);
+        map.vaddr = if self.live.all().iter().any(meant) {
             PRIVATE.first
         } else {
             self.pick(&[PRIVATE.first, HOLE.first])
