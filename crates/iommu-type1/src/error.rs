@@ -424,6 +424,24 @@ pub enum Error {
         /// Where.
         offset: usize,
     },
+    /// A pinner that is attached to no space, or on its way to another.
+    #[error("{name} is not attached to a space")]
+    NotAttached {
+        /// Name of the pinner.
+        name: String,
+    },
+    /// A pinner that is attached to a space already.
+    #[error("{name} is attached to a space already")]
+    Attached {
+        /// Name of the pinner.
+        name: String,
+    },
+    /// A pinner that another call is moving.
+    #[error("{name} is on its way to another space")]
+    Moving {
+        /// Name of the pinner.
+        name: String,
+    },
     /// A space cannot be made of a snapshot.
     #[error(transparent)]
     Snapshot(#[from] crate::SnapshotError),
@@ -454,6 +472,7 @@ impl Error {
             | Error::ArgumentSize { .. }
             | Error::InfoChain { .. }
             | Error::VaddrValid { .. }
+            | Error::Attached { .. }
             | Error::NotInProfile(_)
             | Error::NotTracking { .. } => libc::EINVAL,
             Error::Bisect { errno, .. }
@@ -476,7 +495,9 @@ impl Error {
             Error::Unmapping { .. }
             | Error::Revoked { .. }
             | Error::Pinned { .. }
-            | Error::AccessRuns { .. } => libc::EBUSY,
+            | Error::AccessRuns { .. }
+            | Error::Moving { .. } => libc::EBUSY,
+            Error::NotAttached { .. } => libc::ENOENT,
             Error::NoDirtyPages => libc::EACCES,
             Error::ArgumentMemory { .. } => libc::EFAULT,
             Error::RangeInUse { .. } => libc::EADDRINUSE,

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_pin::PinTable;
+use page_pin::{PinOptions, PinTable};
 use vm_memory::Permissions;
 
 use crate::grace::Grace;
@@ -44,6 +44,10 @@ pub const DIRTY_LIMIT: usize = 128 << 20;
 /// up on a vfio-user server.
 pub const UNMAP_DEADLINE: Duration = Duration::from_secs(1);
 
+/// How often an unmap tells holders of pins again, over the time until its deadline, unless told otherwise:
+/// with the first notice as often as the kernel does before it gives up.
+pub const UNMAP_REMINDERS: u32 = 9;
+
 /// An IO address space: mappings from I/O virtual addresses to memory.
 ///
 /// A cheap reference: clones are the same space. It can be shared between threads; accesses
@@ -73,6 +77,9 @@ pub(crate) struct View {
 pub(crate) struct Space {
     pub(crate) table: Table,
     pub(crate) grace: Grace,
+    /// Taken before `writer` by whoever takes marks of dirty pages, until it is certain that they need not be
+    /// put back: a mapping that is gone could not have them back.
+    pub(crate) harvest: Mutex<()>,
     pub(crate) writer: Mutex<Writer>,
     pub(crate) listeners: Mutex<Listeners>,
     /// How many sets of mappings there have been.
@@ -88,6 +95,7 @@ pub(crate) struct Space {
     pub(crate) profile: Profile,
     pub(crate) rules: &'static Rules,
     pub(crate) permissions: PermissionPolicy,
+    pub(crate) reminders: u32,
 }
 
 impl Space {
@@ -126,6 +134,9 @@ impl IoAddressSpace {
             barrier: ReaderBarrier::default(),
             profile: Profile::default(),
             permissions: None,
+            // In a model time passes once.
+            reminders: if cfg!(loom) { 0 } else { UNMAP_REMINDERS },
+            pins: PinOptions::new(),
         }
     }
 
@@ -247,6 +258,8 @@ pub struct IoAddressSpaceBuilder {
     barrier: ReaderBarrier,
     profile: Profile,
     permissions: Option<PermissionPolicy>,
+    reminders: u32,
+    pins: PinOptions,
 }
 
 impl IoAddressSpaceBuilder {
@@ -302,6 +315,27 @@ impl IoAddressSpaceBuilder {
     /// [`UnmapPolicy::Revoked`] by default.
     pub fn unmap_policy(mut self, policy: UnmapPolicy) -> Self {
         self.unmap = self.unmap.policy(policy);
+        self
+    }
+
+    /// How often an unmap tells holders of pins again; [`UNMAP_REMINDERS`] by default.
+    pub fn unmap_reminders(mut self, times: u32) -> Self {
+        self.reminders = times;
+        self
+    }
+
+    /// How pins are counted and limited.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use iommu_type1::{IoAddressSpace, PinOptions};
+    ///
+    /// let options = PinOptions::new().max_pages(32).exact_unpin(true);
+    /// let space = IoAddressSpace::builder().pin_options(options).build();
+    /// assert_eq!(space.max_pin_pages(), 32);
+    /// ```
+    pub fn pin_options(mut self, options: PinOptions) -> Self {
+        self.pins = options;
         self
     }
 
@@ -371,10 +405,11 @@ impl IoAddressSpaceBuilder {
                     table: Table::new(),
                     leases: Ledger::new(&grace),
                     grace,
+                    harvest: Mutex::new(()),
                     writer: Mutex::new(Writer::new(self.ranges)),
                     listeners: Mutex::new(Listeners::default()),
                     sets: AtomicU64::new(0),
-                    pins: PinTable::new(page_size()),
+                    pins: PinTable::with_options(page_size(), self.pins),
                     counters: Counters::default(),
                     page_sizes: from_host_page(self.page_sizes),
                     entry_limit: self.entry_limit,
@@ -384,6 +419,7 @@ impl IoAddressSpaceBuilder {
                     profile: self.profile,
                     rules,
                     permissions: self.permissions.unwrap_or(rules.permissions),
+                    reminders: self.reminders,
                 }),
                 name: String::from("unnamed"),
                 set: SetId::NONE,

@@ -7,6 +7,9 @@
 //! 2. With no lock held, the accesses that run are waited for (the grace period), those interested
 //!    are told, then leases and pins in the range are waited for.
 //! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
+//!
+//! What was replaced ([`crate::replace`]) is waited for in the same way, though its addresses are not
+//! removed: by whoever has replaced it, and by every unmap that meets its addresses.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
@@ -436,6 +439,18 @@ impl<'a> Revocation<'a> {
         {
             self.space.pins.tell(range.first, range.size());
         }
+        self.remind();
+    }
+
+    /// Tells those again who have pins and do not let go; whoever still does is found in the end.
+    fn remind(&self) {
+        let (pins, times) = (&self.space.pins, self.space.reminders);
+        for range in self.mappings.iter().map(|mapping| mapping.range) {
+            if times > 0 && pins.is_pinned(range.first, range.size()) {
+                let deadline = self.deadline.instant();
+                let _holders = pins.remind(range.first, range.size(), times, deadline);
+            }
+        }
     }
 
     fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
@@ -479,6 +494,7 @@ impl<'a> Revocation<'a> {
         if let Some(marks) = marks {
             if held.is_empty() && still.is_empty() {
                 // Nobody can write to them any more.
+                let _harvest = lock(&self.space.harvest);
                 lock(&self.space.writer).settle_marks(&self.space.table);
                 free.sort_unstable_by_key(|mapping| mapping.range.first);
                 free.iter().for_each(|mapping| marks.take_last(mapping));
@@ -560,14 +576,17 @@ impl<'a> Revocation<'a> {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        for mapping in &over {
-            writer.release(&self.space.table, mapping);
-        }
+        let over = over.into_iter();
+        let table = &self.space.table;
+        let released: Vec<_> = over
+            .filter_map(|mapping| writer.release(table, mapping))
+            .collect();
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));
         }
         drop(writer);
+        drop(released);
         total(&free)
     }
 }
@@ -634,8 +653,8 @@ fn select(
             }
         }
         check_idle(writer, *range)?;
-        let has_some = found.len() > before || writer.leaving_in(*range).is_some();
-        if space.rules.needs_something && !has_some && *range != IovaRange::ALL {
+        let must_have_some = space.rules.needs_something && *range != IovaRange::ALL;
+        if must_have_some && found.len() == before && writer.leaving_in(*range).is_none() {
             return Err(Error::NothingMapped {
                 iova: range.first,
                 size: range.size(),
@@ -676,17 +695,17 @@ pub(crate) fn beginning(
 
 /// Whether nothing of a range may be unmapped, as the first mapping in it begins before it.
 pub(crate) fn stops(writer: &Writer, space: &Space, range: IovaRange) -> bool {
+    if space.rules.cut != Cut::Whole {
+        return false;
+    }
     let begins_before = |mapped: IovaRange| mapped.first < range.first;
-    let live = || {
-        space
-            .table
-            .visit(range, |mapping| ControlFlow::Break(mapping.range))
-    };
     let leaving = writer
         .leaving_in(range)
         .map(|leaving| leaving.mapping.range);
-    space.rules.cut == Cut::Whole
-        && (leaving.is_some_and(begins_before) || live().is_some_and(begins_before))
+    let live = space
+        .table
+        .visit(range, |mapping| ControlFlow::Break(mapping.range));
+    leaving.is_some_and(begins_before) || live.is_some_and(begins_before)
 }
 
 /// The mappings of the table inside a range; refuses one that has a part of a mapping, of the table or
@@ -801,5 +820,7 @@ impl Drop for Revocation<'_> {
         if let Some(undo) = self.undo.take() {
             replace::undo(writer, &self.space.table, undo);
         }
+        // During this turn: who else waits for them may be the last then.
+        self.replaced.clear();
     }
 }

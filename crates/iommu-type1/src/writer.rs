@@ -225,20 +225,23 @@ impl Writer {
         replaced.filter(move |mapping| mapping.range.overlaps(range))
     }
 
-    /// Forgets a replaced mapping that no access and no lease uses, unless somebody has a reference to
-    /// it beside the caller: pages of it that are still mapped may be pinned, and be written.
-    pub(crate) fn release(&mut self, table: &Table, mapping: &Arc<Mapping>) {
-        let at = self
-            .replaced
-            .iter()
-            .position(|other| Arc::ptr_eq(other, mapping));
-        if let (Some(at), 2) = (at, Arc::strong_count(mapping)) {
-            self.move_marks(table, mapping);
-            if self.tracking {
-                self.log_bytes -= mapping.log_bytes();
-            }
-            self.replaced.swap_remove(at);
+    /// Forgets a replaced mapping that no access and no lease uses, unless somebody else has a reference to
+    /// it: who waits for it too forgets it then, and pages of it that are still mapped may be pinned, and
+    /// be written. Its memory goes with what is returned.
+    pub(crate) fn release(&mut self, table: &Table, mapping: Arc<Mapping>) -> Option<Arc<Mapping>> {
+        let mut replaced = self.replaced.iter();
+        let at = replaced.position(|other| Arc::ptr_eq(other, &mapping))?;
+        // During this turn, so that of several who have waited one is the last.
+        drop(mapping);
+        if Arc::strong_count(&self.replaced[at]) > 1 {
+            return None;
         }
+        let last = self.replaced.swap_remove(at);
+        self.move_marks(table, &last);
+        if self.tracking {
+            self.log_bytes -= last.log_bytes();
+        }
+        Some(last)
     }
 
     /// Gives the marks of replaced mappings to those that have their addresses.

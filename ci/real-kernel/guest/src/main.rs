@@ -5,10 +5,13 @@
 //! and says on the serial line where they differ.
 
 mod compare;
+mod edu;
 mod explained;
 mod generate;
 mod init;
+mod lifetime;
 mod live;
+mod memlock;
 mod memory;
 mod op;
 mod ours;
@@ -49,5 +52,19 @@ fn run() -> Result<(), String> {
         "device {} of group {}, seed {seed}",
         given.name, given.group
     );
-    sequences::run(&given, operations, seed)
+    let setup = sequences::setup(given.group)?;
+    println!("{setup:x?}");
+    // All of them, whatever the others find.
+    let parts = [
+        edu::run(&given, &setup, seed),
+        lifetime::run(&given, seed),
+        memlock::run(&given),
+        sequences::run(&given, &setup, operations, seed),
+    ];
+    let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(failed.join("; "))
+    }
 }

@@ -20,6 +20,7 @@ mod holder;
 pub(crate) mod kernel;
 mod listen;
 mod map;
+mod marks;
 mod membarrier;
 mod page_word;
 mod reader;
