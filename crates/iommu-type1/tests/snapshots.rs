@@ -47,12 +47,20 @@ fn of_same(memory: &SnapshotMemory, backing: &BackingRef) -> Result<Backing> {
                 access,
             )
         }
-        Place::Anonymous { .. } => Backing::anonymous(backing.size as usize),
+        Place::Anonymous { region, offset } => {
+            memory.anonymous[region as usize].slice(offset as usize, backing.size as usize)
+        }
     }
 }
 
+/// With the same files, and new memory where there is no file.
 fn restore(snapshot: &Snapshot, memory: &SnapshotMemory) -> Result<IoAddressSpace> {
-    IoAddressSpace::builder().restore(snapshot, |backing| of_same(memory, backing))
+    let mut fresh = SnapshotMemory::default();
+    fresh.files = memory.files.clone();
+    for size in &snapshot.anonymous {
+        fresh.anonymous.push(Backing::anonymous(*size as usize)?);
+    }
+    IoAddressSpace::builder().restore(snapshot, |backing| of_same(&fresh, backing))
 }
 
 #[derive(Clone, Debug)]
