@@ -31,7 +31,7 @@ pub fn compare(ops: &[Op], kernel: &mut dyn Machine, other: &mut dyn Machine) ->
 }
 
 /// The shortest sequence that can be had from one by leaving operations out, such that `differs`.
-pub fn shrink(ops: &[Op], mut differs: impl FnMut(&[Op]) -> bool) -> Vec<Op> {
+pub fn shrink<T: Clone>(ops: &[T], mut differs: impl FnMut(&[T]) -> bool) -> Vec<T> {
     let mut ops = ops.to_vec();
     let mut chunk = ops.len().div_ceil(2);
     while chunk > 0 && !ops.is_empty() {

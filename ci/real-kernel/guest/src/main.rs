@@ -8,6 +8,7 @@ mod compare;
 mod explained;
 mod generate;
 mod init;
+mod iommufd;
 mod live;
 mod memory;
 mod op;
@@ -44,5 +45,8 @@ fn run() -> Result<(), String> {
     let operations = init::parameter("operations").map_err(said)?.unwrap_or(20_000);
     let seed = init::parameter("seed").map_err(said)?.unwrap_or(1);
     println!("device {} of group {}, seed {seed}", given.name, given.group);
-    sequences::run(&given, operations, seed)
+    let type1 = sequences::run(&given, operations, seed);
+    // Whatever differs there is said, and this is looked at too.
+    let iommufd = iommufd::run(&given, operations, seed);
+    type1.and(iommufd)
 }

@@ -1,0 +1,182 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Generated sequences on the IOASes of an iommufd, one of them with a device, and on our spaces by its
+//! rules.
+
+mod explained;
+mod generate;
+mod op;
+mod ours;
+mod rates;
+mod rules;
+mod uapi;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+
+use crate::compare::shrink;
+use crate::init::Given;
+use crate::memory::PAGE;
+
+use explained::Explained;
+use generate::Generator;
+use op::{Op, Outcome, ATTACHED};
+use ours::Ours;
+use rates::Rates;
+use rules::{around, Rules};
+use uapi::{Kernel, DEV_IOMMU};
+
+/// Pages of the file that is mapped.
+const FILE_PAGES: u64 = 8;
+
+/// Operations on an iommufd before a fresh one is taken.
+const SEQUENCE: u64 = 200;
+
+/// Differences that are shrunk and printed; those after them are only counted.
+const PRINTED: usize = 10;
+
+/// Most ranges that a device can reach.
+const MOST_RANGES: u32 = 8;
+
+/// What every sequence begins with.
+#[derive(Debug)]
+struct Start {
+    device: String,
+    file: Arc<File>,
+    reserved: Vec<(u64, u64)>,
+}
+
+/// An operation that did not do the same everywhere, for no reason that is known.
+#[derive(Clone, Debug)]
+struct Difference {
+    op: Op,
+    kernel: Outcome,
+    rules: Outcome,
+    ours: Outcome,
+}
+
+/// The same spaces of everybody's.
+#[derive(Debug)]
+struct All {
+    kernel: Kernel,
+    rules: Rules,
+    ours: Ours,
+}
+
+impl Start {
+    fn new(device: &str) -> Result<Self, String> {
+        let file = Arc::new(memory_file().map_err(|error| error.to_string())?);
+        let mut kernel = Kernel::new(device, &file).map_err(opening)?;
+        let ranges = kernel.apply(&Op::Ranges(ATTACHED, MOST_RANGES));
+        if ranges.result.is_err() {
+            return Err(format!("no ranges of addresses: {ranges}"));
+        }
+        println!("iommufd: {:x?} can be mapped", ranges.ranges);
+        Ok(Start {
+            device: device.into(),
+            file,
+            reserved: around(&ranges.ranges, 0, u64::MAX),
+        })
+    }
+
+    fn all(&self) -> Result<All, String> {
+        Ok(All {
+            kernel: Kernel::new(&self.device, &self.file).map_err(opening)?,
+            rules: Rules::new(&self.reserved),
+            ours: Ours::new(&self.reserved, &self.file).map_err(|error| error.to_string())?,
+        })
+    }
+}
+
+fn opening(errno: i32) -> String {
+    format!("an iommufd: errno {errno}")
+}
+
+fn memory_file() -> io::Result<File> {
+    // SAFETY: the name ends with a zero byte.
+    let file = unsafe { libc::memfd_create(c"iommufd".as_ptr(), 0) };
+    if file < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was opened for us.
+    let file = unsafe { File::from_raw_fd(file) };
+    file.set_len(FILE_PAGES * PAGE)?;
+    Ok(file)
+}
+
+impl All {
+    /// Does an operation everywhere; what it did, or how that differs.
+    fn step(&mut self, op: &Op, explained: &mut Explained) -> Result<Outcome, Box<Difference>> {
+        let kernel = self.kernel.apply(op);
+        let rules = self.rules.apply(op);
+        let ours = self.ours.apply(op, &kernel, &self.rules);
+        if !self.rules.removed().is_empty() {
+            explained.removed();
+        }
+        let same = kernel == ours || explained.explain(op, &kernel, &ours);
+        if kernel == rules && same {
+            return Ok(kernel);
+        }
+        let op = *op;
+        Err(Box::new(Difference { op, kernel, rules, ours }))
+    }
+}
+
+/// Runs so many operations, where the kernel has an iommufd.
+pub fn run(given: &Given, operations: u64, seed: u64) -> Result<(), String> {
+    if !fs::exists(DEV_IOMMU).map_err(|error| error.to_string())? {
+        println!("iommufd: none in this kernel, nothing compared");
+        return Ok(());
+    }
+    let start = Start::new(&given.name)?;
+    let (mut rates, mut explained) = (Rates::default(), Explained::default());
+    let mut differences = 0;
+    for sequence in 0..operations.div_ceil(SEQUENCE) {
+        let mut generator = Generator::new(seed ^ sequence << 32);
+        let (mut all, mut ops) = (start.all()?, Vec::new());
+        for _ in 0..SEQUENCE {
+            let op = generator.next(&all.rules);
+            ops.push(op);
+            match all.step(&op, &mut explained) {
+                Ok(outcome) => rates.count(&op, &outcome, all.rules.areas()),
+                Err(difference) => {
+                    drop(all);
+                    differences += 1;
+                    if differences <= PRINTED {
+                        print(&start, &ops, &difference);
+                    }
+                    break;
+                }
+            }
+        }
+    }
+    let wrong = [rates.check(), explained.check(rates.operations())].concat();
+    println!(
+        "iommufd: operations {}, differences {differences}, explained {}",
+        rates.operations(),
+        explained.total()
+    );
+    if differences > 0 {
+        return Err(format!("iommufd: {differences} sequences differ"));
+    }
+    wrong.first().map_or(Ok(()), |wrong| Err(format!("iommufd: {wrong}")))
+}
+
+fn print(start: &Start, ops: &[Op], found: &Difference) {
+    let again = |ops: &[Op]| -> Option<Difference> {
+        let (mut all, mut aside) = (start.all().ok()?, Explained::default());
+        ops.iter().find_map(|op| all.step(op, &mut aside).err().map(|differs| *differs))
+    };
+    let least = shrink(ops, |ops| again(ops).is_some_and(|again| again.op == found.op));
+    println!("difference on iommufd:");
+    for op in &least {
+        println!("    {op}");
+    }
+    let shown = again(&least).unwrap_or_else(|| found.clone());
+    println!("    the kernel: {}", shown.kernel);
+    println!("    the rules: {}", shown.rules);
+    println!("    ours: {}", shown.ours);
+}
