@@ -137,11 +137,9 @@ impl IoAddressSpace {
             Cut::Whole => beginning(&writer, space, range, &mut mappings)?,
             Cut::Refuse | Cut::Split => inside(&writer, space, range, &mut mappings)?,
         }
-        if stops(&writer, space, range) {
-            // Nothing behind is looked at either, whatever its state.
-            return Ok(0);
+        if !stops(&writer, space, range) {
+            check_valid(&writer, range)?;
         }
-        check_valid(&writer, range)?;
         check_unpinned(space, &mappings)?;
         let mut unlinked = Unlinked::default();
         writer.revoke(&space.table, &mappings, &mut unlinked);

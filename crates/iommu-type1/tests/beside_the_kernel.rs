@@ -14,9 +14,7 @@ fn memory(size: u64) -> Backing {
 
 #[test]
 fn a_v1_invalidation_that_stops_looks_at_nothing_behind() {
-    let space = IoAddressSpace::builder()
-        .profile(Profile::Type1v1)
-        .build();
+    let space = IoAddressSpace::builder().profile(Profile::Type1v1).build();
     space.map(0, memory(2 * PAGE), ReadWrite).unwrap();
     space.map(2 * PAGE, memory(PAGE), ReadWrite).unwrap();
     assert_eq!(space.invalidate_vaddr(2 * PAGE, PAGE).unwrap(), PAGE);

@@ -5,12 +5,12 @@
 
 use std::sync::Arc;
 
-use iommu_type1::{Backing, IoAddressSpace, IoAddressSpaceBuilder};
+use iommu_type1::{Backing, IoAddressSpace, IoAddressSpaceBuilder, Profile};
 use vm_memory::Permissions;
 
-use crate::extension::check_extension;
+use crate::extension::{noiommu_extension, type1_extension, Served};
 use crate::sync::{lock, Mutex};
-use crate::{Error, IommuType, Result};
+use crate::{Error, GroupType, IommuType, Result};
 
 /// An open container: `/dev/vfio/vfio`.
 ///
@@ -45,7 +45,8 @@ impl Container {
         Container::open_with(IoAddressSpace::builder())
     }
 
-    /// Opens a container; `options` are the limits of every address space it will have.
+    /// Opens a container; `options` are the limits of every address space it will have. The profile
+    /// is that of the type given to [`set_iommu`](Container::set_iommu).
     pub fn open_with(options: IoAddressSpaceBuilder) -> Self {
         Container {
             shared: Arc::new(SharedContainer {
@@ -55,30 +56,39 @@ impl Container {
         }
     }
 
-    /// Gives the container an IOMMU (`VFIO_SET_IOMMU`).
+    /// Gives the container an IOMMU (`VFIO_SET_IOMMU`). No-IOMMU groups have
+    /// [`IommuType::NoIommu`] and nothing else; the others have all but that.
     ///
     /// # Errors
     ///
     /// [`Error::NoGroup`] or [`Error::IommuSet`] (EINVAL), [`Error::NoDriver`] (ENODEV).
     pub fn set_iommu(&self, iommu_type: IommuType) -> Result<()> {
         let mut state = lock(&self.shared.state);
-        if state.groups == 0 {
+        if state.groups() == 0 {
             return Err(Error::NoGroup);
         }
-        if state.iommu.is_some() {
+        if state.driver.is_some() {
             return Err(Error::IommuSet);
         }
-        if iommu_type != IommuType::Type1v2 {
-            return Err(Error::NoDriver { iommu_type });
-        }
-        state.iommu = Some(Arc::new(Iommu {
-            space: self.shared.options.clone().build(),
-        }));
+        let no_iommu = state.no_iommu > 0;
+        let profile = match iommu_type {
+            IommuType::NoIommu if no_iommu => {
+                state.driver = Some(Driver::NoIommu);
+                return Ok(());
+            }
+            IommuType::Type1 if !no_iommu => Profile::Type1v1,
+            IommuType::Type1v2 if !no_iommu => Profile::Type1v2,
+            _ => return Err(Error::NoDriver { iommu_type }),
+        };
+        state.driver = Some(Driver::Type1(Arc::new(Iommu {
+            space: self.shared.options.clone().profile(profile).build(),
+        })));
         Ok(())
     }
 
     /// Whether an extension is supported (`VFIO_CHECK_EXTENSION`): positive if so, 0 if not or if
-    /// its number is unknown.
+    /// its number is unknown. Once the IOMMU is set its driver alone is asked; before, those that
+    /// could be set are.
     ///
     /// ```
     /// let container = vfio_group::Container::open();
@@ -86,14 +96,14 @@ impl Container {
     /// assert_eq!([3, 9, 99].map(|n| container.check_extension(n)), [1, 1, 0]);
     /// ```
     pub fn check_extension(&self, extension: u32) -> u32 {
-        check_extension(extension)
+        self.shared.check_extension(extension)
     }
 
     /// Maps `backing` at `iova` (`VFIO_IOMMU_MAP_DMA`).
     ///
     /// # Errors
     ///
-    /// [`Error::NoIommu`] (EINVAL), otherwise [`Error::Iommu`] with what [`IoAddressSpace::map`]
+    /// [`Error::NoIommu`] (EINVAL), [`Error::NothingToMap`] (ENOTTY), otherwise [`Error::Iommu`] with what [`IoAddressSpace::map`]
     /// says.
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
         Ok(self.shared.iommu()?.space.map(iova, backing, prot)?)
@@ -103,7 +113,7 @@ impl Container {
     ///
     /// # Errors
     ///
-    /// [`Error::NoIommu`] (EINVAL), otherwise [`Error::Iommu`] with what [`IoAddressSpace::unmap`]
+    /// [`Error::NoIommu`] (EINVAL), [`Error::NothingToMap`] (ENOTTY), otherwise [`Error::Iommu`] with what [`IoAddressSpace::unmap`]
     /// says.
     pub fn unmap(&self, iova: u64, size: u64) -> Result<u64> {
         Ok(self.shared.iommu()?.space.unmap(iova, size)?)
@@ -126,7 +136,7 @@ impl Container {
     ///
     /// # Errors
     ///
-    /// [`Error::NoIommu`] (EINVAL).
+    /// [`Error::NoIommu`] (EINVAL), [`Error::NothingToMap`] (ENOTTY).
     pub fn address_space(&self) -> Result<IoAddressSpace> {
         Ok(self.shared.iommu()?.space.clone())
     }
@@ -145,26 +155,59 @@ pub(crate) struct SharedContainer {
 
 /// # Invariants
 ///
-/// `iommu` is `None` while `groups` is 0.
+/// - `driver` is `None` while there are no groups.
+/// - There are no-IOMMU groups or others, never both.
 #[derive(Debug, Default)]
 struct State {
-    groups: usize,
-    iommu: Option<Arc<Iommu>>,
+    hardware: usize,
+    emulated: usize,
+    no_iommu: usize,
+    driver: Option<Driver>,
+}
+
+#[derive(Debug)]
+enum Driver {
+    Type1(Arc<Iommu>),
+    NoIommu,
+}
+
+impl State {
+    fn groups(&self) -> usize {
+        self.hardware + self.emulated + self.no_iommu
+    }
+
+    fn of(&mut self, group_type: GroupType) -> &mut usize {
+        match group_type {
+            GroupType::Iommu => &mut self.hardware,
+            GroupType::EmulatedIommu => &mut self.emulated,
+            GroupType::NoIommu => &mut self.no_iommu,
+        }
+    }
 }
 
 impl SharedContainer {
-    /// A group becomes attached.
-    pub(crate) fn enter(&self) {
-        lock(&self.state).groups += 1;
+    /// A group becomes attached, unless it is of the other sort than those there.
+    pub(crate) fn enter(&self, group: u32, group_type: GroupType) -> Result<()> {
+        let mut state = lock(&self.state);
+        let mixed = match group_type {
+            GroupType::NoIommu => state.hardware + state.emulated > 0,
+            GroupType::Iommu | GroupType::EmulatedIommu => state.no_iommu > 0,
+        };
+        if mixed {
+            return Err(Error::MixedGroups { group });
+        }
+        *state.of(group_type) += 1;
+        Ok(())
     }
 
     /// A group is detached; the last one releases the IOMMU.
-    pub(crate) fn leave(&self) {
+    pub(crate) fn leave(&self, group_type: GroupType) {
         let released = {
             let mut state = lock(&self.state);
-            state.groups = state.groups.saturating_sub(1);
-            if state.groups == 0 {
-                state.iommu.take()
+            let groups = state.of(group_type);
+            *groups = groups.saturating_sub(1);
+            if state.groups() == 0 {
+                state.driver.take()
             } else {
                 None
             }
@@ -173,8 +216,36 @@ impl SharedContainer {
         drop(released);
     }
 
+    /// EINVAL before the IOMMU is set.
+    pub(crate) fn check_driver(&self) -> Result<()> {
+        match lock(&self.state).driver {
+            Some(_) => Ok(()),
+            None => Err(Error::NoIommu),
+        }
+    }
+
     pub(crate) fn iommu(&self) -> Result<Arc<Iommu>> {
-        lock(&self.state).iommu.clone().ok_or(Error::NoIommu)
+        match &lock(&self.state).driver {
+            Some(Driver::Type1(iommu)) => Ok(iommu.clone()),
+            Some(Driver::NoIommu) => Err(Error::NothingToMap),
+            None => Err(Error::NoIommu),
+        }
+    }
+
+    pub(crate) fn check_extension(&self, extension: u32) -> u32 {
+        let state = lock(&self.state);
+        match state.driver {
+            Some(Driver::Type1(_)) => {
+                let served = Served {
+                    hardware: state.hardware > 0,
+                    emulated: state.emulated > 0,
+                };
+                type1_extension(extension, Some(served))
+            }
+            Some(Driver::NoIommu) => noiommu_extension(extension),
+            None if state.no_iommu > 0 => noiommu_extension(extension),
+            None => type1_extension(extension, None),
+        }
     }
 }
 

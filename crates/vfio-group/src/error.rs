@@ -77,14 +77,53 @@ pub enum Error {
         name: String,
     },
     /// The device is open, so it cannot be removed.
-    #[error("device {name:?} of group {group} is open {files} times")]
+    #[error("device {name:?} of group {group} is open: {}", .users.join(", "))]
     DeviceOpen {
         /// Id of the group.
         group: u32,
         /// Name of the device.
         name: String,
-        /// How many device files are open.
-        files: usize,
+        /// Who has it open, as [`GroupFile::device_for`](crate::GroupFile::device_for) was told.
+        users: Vec<String>,
+    },
+    /// Another driver has a device of the group.
+    #[error("group {group} is not viable: a device of it is bound to another driver")]
+    NotViable {
+        /// Id of the group.
+        group: u32,
+    },
+    /// No-IOMMU groups are for those with `CAP_SYS_RAWIO`.
+    #[error("group {group} has no IOMMU, which takes CAP_SYS_RAWIO")]
+    NotPermitted {
+        /// Id of the group.
+        group: u32,
+    },
+    /// A container has groups with an IOMMU or without, not both.
+    #[error("group {group} cannot share the container: either all groups have an IOMMU or none")]
+    MixedGroups {
+        /// Id of the group.
+        group: u32,
+    },
+    /// Nobody but its files uses a group without an IOMMU.
+    #[error("group {group} has no IOMMU, and so no external user")]
+    NoExternalUser {
+        /// Id of the group.
+        group: u32,
+    },
+    /// The container of no-IOMMU groups has no address space.
+    #[error("a container without an IOMMU has nothing to map")]
+    NothingToMap,
+    /// Only v2 pins pages for others.
+    #[error("pages are not pinned with VFIO_TYPE1_IOMMU")]
+    PinsNeedV2,
+    /// Who wants to be told of a group must be able to use its container.
+    #[error("nobody can listen to group {group} now: {reason}")]
+    CannotListen {
+        /// Id of the group.
+        group: u32,
+        /// Why there can be no external user.
+        #[source]
+        reason: Box<Error>,
     },
     /// Pages are pinned only for a group with a single device: pins do not say which device dirties
     /// the pages.
@@ -106,6 +145,15 @@ pub enum Error {
     NotifierRegistered {
         /// Id of the group.
         group: u32,
+    },
+    /// The kernel refused.
+    #[cfg(feature = "hardware")]
+    #[error("{operation}: {source}")]
+    Hardware {
+        /// What was asked for: an ioctl's name, or `open`.
+        operation: &'static str,
+        /// What the kernel answered.
+        source: std::io::Error,
     },
     /// The IO address space refused.
     #[error(transparent)]
@@ -129,10 +177,19 @@ impl Error {
             | Error::NoGroup
             | Error::IommuSet
             | Error::NoIommu
+            | Error::NotViable { .. }
+            | Error::CannotListen { .. }
             | Error::NotSingleton { .. }
             | Error::NoNotifier { .. } => libc::EINVAL,
             Error::NoDriver { .. } | Error::NoDevice { .. } => libc::ENODEV,
             Error::DeviceExists { .. } => libc::EEXIST,
+            Error::NotPermitted { .. }
+            | Error::MixedGroups { .. }
+            | Error::NoExternalUser { .. } => libc::EPERM,
+            Error::NothingToMap => libc::ENOTTY,
+            Error::PinsNeedV2 => libc::EACCES,
+            #[cfg(feature = "hardware")]
+            Error::Hardware { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Error::Iommu(error) => error.errno(),
         }
     }

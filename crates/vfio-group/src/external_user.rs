@@ -7,13 +7,12 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use iommu_type1::{
-    DmaHandle, Interest, IoAddressSpace, PinPages, PinnedPages, Pinner, Transfer, UnmapNotice,
+    DmaHandle, Interest, IoAddressSpace, PinPages, PinnedPages, Pinner, Profile, Transfer,
+    UnmapNotice,
 };
 use vm_memory::Permissions;
 
-use crate::extension::check_extension;
 use crate::group::ContainerUser;
-use crate::sync::lock;
 use crate::{Device, Error, Group, GroupFile, Result};
 
 /// A reference on a group that keeps it attached to its container, taken once and held while DMA is
@@ -64,7 +63,8 @@ impl ExternalUser {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAttached`] or [`Error::NoIommu`] (EINVAL).
+    /// In this order: [`Error::NotAttached`] (EINVAL); [`Error::NoExternalUser`] (EPERM);
+    /// [`Error::NoIommu`] or [`Error::NotViable`] (EINVAL).
     pub fn from_group(file: &GroupFile) -> Result<Self> {
         let group = file.group();
         ExternalUser::get(group, format!("group {}", group.id()))
@@ -74,8 +74,8 @@ impl ExternalUser {
     ///
     /// # Errors
     ///
-    /// [`Error::NoDevice`] (ENODEV) if the device was removed from its group; otherwise as
-    /// [`from_group`](ExternalUser::from_group).
+    /// [`Error::NoDevice`] (ENODEV) if the device was removed from its group, or is being unplugged;
+    /// otherwise as [`from_group`](ExternalUser::from_group).
     pub fn from_device(device: &Device) -> Result<Self> {
         device.check_present()?;
         ExternalUser::get(device.group(), device.name().to_owned())
@@ -83,7 +83,7 @@ impl ExternalUser {
 
     /// `name` is what an unmap that had to wait in vain calls those who hold memory through it.
     fn get(group: &Group, name: String) -> Result<Self> {
-        let (user, iommu) = ContainerUser::get(group)?;
+        let (user, iommu) = ContainerUser::external(group)?;
         Ok(ExternalUser::new(user, iommu.space.named(name)))
     }
 
@@ -110,7 +110,10 @@ impl ExternalUser {
     /// As [`Container::check_extension`](crate::Container::check_extension)
     /// (`vfio_external_check_extension`).
     pub fn check_extension(&self, extension: u32) -> u32 {
-        check_extension(extension)
+        match self.group().attachment().target() {
+            Some(container) => container.check_extension(extension),
+            None => 0,
+        }
     }
 
     /// Reads or writes guest memory (`vfio_dma_rw`): an empty transfer is refused.
@@ -206,10 +209,10 @@ impl ExternalUser {
     /// # Errors
     ///
     /// In this order: no pages (EINVAL), [`Error::NotSingleton`] (EINVAL), too many pages (E2BIG),
-    /// [`Error::NoNotifier`] (EINVAL); then what [`Pinner::pin_pages`] says.
+    /// [`Error::PinsNeedV2`] (EACCES), [`Error::NoNotifier`] (EINVAL); then what [`Pinner::pin_pages`] says.
     pub fn pin_pages(&self, iova: u64, npages: usize, prot: Permissions) -> Result<PinnedPages> {
         check_not_empty(iova, npages)?;
-        let devices = lock(self.group().devices()).len();
+        let devices = self.group().devices().lock().len();
         if devices > 1 {
             let group = self.iommu_id();
             return Err(Error::NotSingleton { group, devices });
@@ -223,8 +226,8 @@ impl ExternalUser {
     ///
     /// # Errors
     ///
-    /// No pages (EINVAL), too many (E2BIG), [`Error::NoNotifier`] (EINVAL), a page this user left no
-    /// pin on (EINVAL); nothing is released then.
+    /// No pages (EINVAL), too many (E2BIG), [`Error::PinsNeedV2`] (EACCES), [`Error::NoNotifier`]
+    /// (EINVAL), a page this user left no pin on (EINVAL); nothing is released then.
     pub fn unpin_pages(&self, iova: u64, npages: usize) -> Result<()> {
         check_not_empty(iova, npages)?;
         self.check_entries(npages)?;
@@ -243,6 +246,9 @@ impl ExternalUser {
     }
 
     fn pinner(&self) -> Result<&Pinner> {
+        if self.space.profile() == Profile::Type1v1 {
+            return Err(Error::PinsNeedV2);
+        }
         let group = self.iommu_id();
         self.pinner.get().ok_or(Error::NoNotifier { group })
     }

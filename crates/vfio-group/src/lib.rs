@@ -68,23 +68,29 @@
 //! attached without users. It is model-checked with loom. No lock of this crate is held while
 //! mappings are removed: that may wait, and calls those who want to be told. They may drop users.
 
-#![forbid(unsafe_code)]
+// Only `hardware` has any: the ioctls.
+#![deny(unsafe_code)]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("vfio-group models Linux VFIO and is built for Linux only");
 
+mod broadcast;
 mod container;
 mod device;
 mod error;
 mod extension;
 mod external_user;
 mod group;
+#[cfg(feature = "hardware")]
+pub mod hardware;
+mod kvm;
 mod sync;
 mod users;
 
 pub use container::Container;
-pub use device::{Device, DeviceFile};
+pub use device::{BoundElsewhere, Device, DeviceFile};
 pub use error::{Error, Result};
 pub use extension::IommuType;
 pub use external_user::ExternalUser;
-pub use group::{Group, GroupFile};
+pub use group::{Group, GroupFile, GroupType};
+pub use kvm::{Kvm, KvmListener};

@@ -31,16 +31,20 @@ impl<C> Attachment<C> {
         }
     }
 
-    /// Attaches with one user; `false` while attached or still being detached.
-    pub(crate) fn attach(&self, target: &Arc<C>, entered: impl FnOnce(&C)) -> bool {
+    /// Attaches with one user, if `enter` agrees; `false` while attached or still being detached.
+    pub(crate) fn attach<E>(
+        &self,
+        target: &Arc<C>,
+        enter: impl FnOnce(&C) -> Result<(), E>,
+    ) -> Result<bool, E> {
         let mut slot = lock(&self.target);
         if slot.is_some() {
-            return false;
+            return Ok(false);
         }
-        entered(target);
+        enter(target)?;
         *slot = Some(target.clone());
         self.users.store(1, Ordering::Release);
-        true
+        Ok(true)
     }
 
     /// One more user, unless there is none (inc-if-not-zero).

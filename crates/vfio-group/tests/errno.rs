@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use iommu_type1::{page_size, Backing, Interest, Transfer};
-use vfio_group::{Container, Error, ExternalUser, Group, GroupFile, IommuType, Result};
+use vfio_group::{Container, Error, ExternalUser, Group, GroupFile, GroupType, IommuType, Result};
 use vm_memory::Permissions;
 
 const IOVA: u64 = 0x10_0000;
@@ -27,12 +27,16 @@ fn map_page(container: &Container) -> Result<()> {
 
 /// A group with a device, attached to a container with an IOMMU.
 fn ready() -> (Group, GroupFile, Container) {
-    let group = Group::new(1);
+    ready_with(GroupType::EmulatedIommu, IommuType::Type1v2)
+}
+
+fn ready_with(group_type: GroupType, iommu_type: IommuType) -> (Group, GroupFile, Container) {
+    let group = Group::with_type(1, group_type);
     group.add_device("edu").unwrap();
-    let file = group.open().unwrap();
+    let file = group.open_privileged().unwrap();
     let container = Container::open();
     file.set_container(&container).unwrap();
-    container.set_iommu(IommuType::Type1v2).unwrap();
+    container.set_iommu(iommu_type).unwrap();
     (group, file, container)
 }
 
@@ -79,32 +83,202 @@ fn container_and_group_ioctls() {
     assert_errno(container.set_iommu(IommuType::Type1v2), libc::EINVAL);
 }
 
-/// The kernel also announces 1 (the v1 rules) and 10 (`VFIO_UPDATE_VADDR`, not with emulated
-/// groups), which cannot be had here.
+fn announced(container: &Container) -> Vec<u32> {
+    (0..12)
+        .filter(|n| container.check_extension(*n) > 0)
+        .collect()
+}
+
+/// 10 (`VFIO_UPDATE_VADDR`) is for hardware groups only, once the IOMMU is set. 4
+/// (`VFIO_DMA_CC_IOMMU`) is whether no domain is incoherent, and emulated groups have none.
 #[test]
 fn extensions() {
-    let announced = |container: &Container| -> Vec<u32> {
-        (0..12)
-            .filter(|n| container.check_extension(*n) > 0)
-            .collect()
-    };
-    assert_eq!(announced(&Container::open()), [3, 9]);
-    let (_group, file, container) = ready();
-    assert_eq!(announced(&container), [3, 9]);
-    let user = ExternalUser::from_group(&file).unwrap();
-    assert_eq!(user.check_extension(9), 1);
-    assert_eq!(user.check_extension(u32::MAX), 0);
+    for iommu_type in [IommuType::Type1, IommuType::Type1v2] {
+        let (group, file, container) = ready_with(GroupType::Iommu, iommu_type);
+        assert_eq!(announced(&container), [1, 3, 9, 10]);
+        let user = ExternalUser::from_group(&file).unwrap();
+        assert_eq!(user.check_extension(10), 1);
+        assert_eq!(user.check_extension(u32::MAX), 0);
+
+        let emulated = Group::new(2).open().unwrap();
+        emulated.set_container(&container).unwrap();
+        assert_eq!(announced(&container), [1, 3, 9]);
+        assert_eq!(user.check_extension(10), 0);
+        drop((user, file));
+        assert_eq!(group.container_users(), 0);
+        assert_eq!(announced(&container), [1, 3, 4, 9]);
+        emulated.unset_container().unwrap();
+        assert_eq!(announced(&container), [1, 3, 9]);
+    }
+}
+
+#[test]
+fn before_the_iommu_is_set_the_drivers_that_could_be_are_asked() {
+    let container = Container::open();
+    assert_eq!(announced(&container), [1, 3, 9]);
+    let group = Group::with_type(1, GroupType::Iommu);
+    let file = group.open().unwrap();
+    file.set_container(&container).unwrap();
+    assert_eq!(announced(&container), [1, 3, 9]);
+    drop(file);
+
+    let group = Group::with_type(1, GroupType::NoIommu);
+    let file = group.open_privileged().unwrap();
+    file.set_container(&container).unwrap();
+    assert_eq!(announced(&container), [8]);
+    container.set_iommu(IommuType::NoIommu).unwrap();
+    assert_eq!(announced(&container), [8]);
 }
 
 #[test]
 fn a_type_that_is_not_announced_is_refused() {
-    let container = Container::open();
-    let file = Group::new(1).open().unwrap();
+    for number in 0..12 {
+        let container = Container::open();
+        let file = Group::new(1).open().unwrap();
+        file.set_container(&container).unwrap();
+        let set = container.set_iommu(IommuType::from(number));
+        match number {
+            1 | 3 => set.unwrap(),
+            _ => assert_errno(set, libc::ENODEV),
+        }
+    }
+}
+
+#[test]
+fn v1_removes_whole_mappings_and_pins_nothing() {
+    let (_group, file, container) = ready_with(GroupType::EmulatedIommu, IommuType::Type1);
+    let size = 4 * page_size();
+    let backing = Backing::anonymous(size as usize).unwrap();
+    container
+        .map(IOVA, backing, Permissions::ReadWrite)
+        .unwrap();
+    let user = ExternalUser::from_group(&file).unwrap();
+    user.write(IOVA, b"DMA").unwrap();
+    let pin = |npages| user.pin_pages(IOVA, npages, Permissions::ReadWrite);
+    assert_errno(pin(0), libc::EINVAL);
+    assert_errno(pin(1 << 20), libc::E2BIG);
+    assert_errno(pin(1), libc::EACCES);
+    assert_errno(user.unpin_pages(IOVA, 1), libc::EACCES);
+    user.register_notifier("edu", Interest::Holder, Arc::new(|_, _| ()))
+        .unwrap();
+    assert_errno(pin(1), libc::EACCES);
+    assert_eq!(container.unmap(IOVA, page_size()).unwrap(), size);
+}
+
+#[test]
+fn a_group_is_not_viable_while_another_driver_has_a_device() {
+    let group = Group::new(1);
+    let device = group.add_device("edu").unwrap();
+    let (container, file) = (Container::open(), group.open().unwrap());
+    assert_errno(group.bind_elsewhere("edu"), libc::EEXIST);
+    let bound = group.bind_elsewhere("other").unwrap();
+    assert_errno(group.bind_elsewhere("other"), libc::EEXIST);
+    assert_errno(group.add_device("other"), libc::EEXIST);
+    assert_eq!(file.status(), 0);
+
+    // It attaches, and only who would do DMA is refused.
     file.set_container(&container).unwrap();
-    for number in (0..12).filter(|n| *n != 3) {
+    assert_eq!(file.status(), GroupFile::CONTAINER_SET);
+    let none = ExternalUser::from_group(&file);
+    assert!(matches!(none, Err(Error::NoIommu)), "the IOMMU first");
+    container.set_iommu(IommuType::Type1v2).unwrap();
+    let errors = [
+        ExternalUser::from_group(&file).map(drop),
+        ExternalUser::from_device(&device).map(drop),
+        file.device("edu").map(drop),
+    ];
+    for error in errors {
+        assert!(matches!(error, Err(Error::NotViable { group: 1 })));
+        assert_errno(error, libc::EINVAL);
+    }
+    assert_errno(device.on_set_kvm(|_| ()), libc::EINVAL);
+    assert_errno(file.device("no such device"), libc::ENODEV);
+    assert_eq!(group.container_users(), 1, "failed users are given up");
+
+    drop(bound);
+    assert_eq!(file.status(), 0x3);
+    map_page(&container).unwrap();
+    let user = ExternalUser::from_device(&device).unwrap();
+    let _opened = file.device("edu").unwrap();
+
+    // Who is there goes on.
+    let _bound = group.bind_elsewhere("other").unwrap();
+    user.write(IOVA, b"DMA").unwrap();
+    user.clone().write(IOVA, b"DMA").unwrap();
+    assert_errno(ExternalUser::from_device(&device), libc::EINVAL);
+    // The name of an unbound device is free.
+    assert_eq!(group.container_users(), 3);
+}
+
+#[test]
+fn a_group_without_an_iommu_takes_a_privilege() {
+    let group = Group::with_type(1, GroupType::NoIommu);
+    let device = group.add_device("edu").unwrap();
+    assert_errno(group.open(), libc::EPERM);
+    let file = group.open_privileged().unwrap();
+    assert_errno(group.open(), libc::EPERM);
+    assert_errno(group.open_privileged(), libc::EBUSY);
+    assert_errno(ExternalUser::from_group(&file), libc::EINVAL);
+
+    let container = Container::open();
+    file.set_privileged(false);
+    assert_errno(file.set_container(&container), libc::EPERM);
+    assert_eq!((file.status(), group.container_users()), (0x1, 0));
+    file.set_privileged(true);
+    file.set_container(&container).unwrap();
+    file.set_privileged(false);
+    assert_errno(file.set_container(&container), libc::EINVAL);
+
+    // EPERM for external users comes before EINVAL for want of an IOMMU, for devices behind it.
+    assert_errno(ExternalUser::from_group(&file), libc::EPERM);
+    assert_errno(file.device("edu"), libc::EINVAL);
+    assert_errno(map_page(&container), libc::EINVAL);
+    for number in (0..12).filter(|n| *n != 8) {
         assert_errno(container.set_iommu(IommuType::from(number)), libc::ENODEV);
     }
-    container.set_iommu(IommuType::from(3)).unwrap();
+    container.set_iommu(IommuType::NoIommu).unwrap();
+    assert_errno(container.set_iommu(IommuType::NoIommu), libc::EINVAL);
+    let bound = group.bind_elsewhere("other").unwrap();
+    assert_errno(file.device("edu"), libc::EINVAL);
+    assert_errno(ExternalUser::from_device(&device), libc::EPERM);
+    drop(bound);
+    assert_errno(file.device("edu"), libc::EPERM);
+    assert_errno(file.device("no such device"), libc::ENODEV);
+    assert_errno(ExternalUser::from_group(&file), libc::EPERM);
+    assert_errno(device.on_set_kvm(|_| ()), libc::EINVAL);
+    assert_eq!(group.container_users(), 1, "failed users are given up");
+
+    file.set_privileged(true);
+    let opened = file.device("edu").unwrap();
+    assert_eq!(group.container_users(), 2);
+    assert_errno(map_page(&container), libc::ENOTTY);
+    assert_errno(container.unmap(IOVA, page_size()), libc::ENOTTY);
+    assert_errno(container.unmap_all(), libc::ENOTTY);
+    assert_errno(container.address_space(), libc::ENOTTY);
+    drop(opened);
+    file.unset_container().unwrap();
+}
+
+#[test]
+fn groups_with_and_without_an_iommu_share_no_container() {
+    for real in [GroupType::Iommu, GroupType::EmulatedIommu] {
+        for (first, second) in [(real, GroupType::NoIommu), (GroupType::NoIommu, real)] {
+            let container = Container::open();
+            let (a, b) = (Group::with_type(1, first), Group::with_type(2, second));
+            let a = a.open_privileged().unwrap();
+            let b = b.open_privileged().unwrap();
+            a.set_container(&container).unwrap();
+            assert_errno(b.set_container(&container), libc::EPERM);
+            assert_eq!(b.status(), 0x1);
+            a.unset_container().unwrap();
+            b.set_container(&container).unwrap();
+        }
+    }
+    let container = Container::open();
+    let (a, b) = (Group::with_type(1, GroupType::Iommu), Group::new(2));
+    let (a, b) = (a.open().unwrap(), b.open().unwrap());
+    a.set_container(&container).unwrap();
+    b.set_container(&container).unwrap();
 }
 
 #[test]

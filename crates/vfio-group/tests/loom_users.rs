@@ -1,12 +1,15 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Model check of the container user protocol, on the production code.
+//! Model check of the container user protocol and of who is told of a value, on the production code.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test -p vfio-group --release --test loom_users`
 
 #![cfg(loom)]
 
+#[allow(dead_code)]
+#[path = "../src/broadcast.rs"]
+mod broadcast;
 #[allow(dead_code)]
 #[path = "../src/sync.rs"]
 mod sync;
@@ -16,8 +19,10 @@ mod users;
 
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use loom::thread;
+use std::convert::Infallible;
 use std::sync::Arc;
 
+use broadcast::Broadcast;
 use users::Attachment;
 
 /// What a group attaches to: records when it was left, and how often.
@@ -34,8 +39,9 @@ impl Target {
         })
     }
 
-    fn enter(&self) {
+    fn enter(&self) -> Result<(), Infallible> {
         assert!(!self.attached.swap(true, SeqCst), "attached twice");
+        Ok(())
     }
 
     fn leave(&self) {
@@ -51,7 +57,7 @@ impl Target {
 fn attached() -> (Arc<Attachment<Target>>, Arc<Target>) {
     let target = Target::new();
     let attachment = Arc::new(Attachment::new());
-    assert!(attachment.attach(&target, Target::enter));
+    assert_eq!(attachment.attach(&target, Target::enter), Ok(true));
     (attachment, target)
 }
 
@@ -165,15 +171,134 @@ fn attach_elsewhere_only_after_the_first_was_left() {
             thread::spawn(move || {
                 attachment.attach(&second, |second| {
                     assert!(!first.attached.load(SeqCst));
-                    second.enter();
+                    second.enter()
                 })
             })
         };
         attachment.put(Target::leave);
         visitor.join().unwrap();
-        let attached = attacher.join().unwrap();
+        let Ok(attached) = attacher.join().unwrap();
         assert_eq!(first.left.load(SeqCst), 1);
         assert_eq!(attachment.users(), usize::from(attached));
         assert_eq!(second.attached.load(SeqCst), attached);
+    });
+}
+
+/// A listener that notes what it was told last, and how often.
+struct Heard {
+    last: AtomicUsize,
+    times: AtomicUsize,
+    running: AtomicBool,
+}
+
+impl Heard {
+    fn new() -> Arc<Self> {
+        Arc::new(Heard {
+            last: AtomicUsize::new(0),
+            times: AtomicUsize::new(0),
+            running: AtomicBool::new(false),
+        })
+    }
+
+    fn hear(&self, value: Option<&usize>) {
+        assert!(!self.running.swap(true, SeqCst), "told twice at a time");
+        self.last.store(value.copied().unwrap_or(0), SeqCst);
+        self.times.fetch_add(1, SeqCst);
+        assert!(self.running.swap(false, SeqCst));
+    }
+
+    fn add_to(self: &Arc<Self>, broadcast: &Broadcast<usize>) -> u64 {
+        let heard = self.clone();
+        broadcast.add(Arc::new(move |value| heard.hear(value)))
+    }
+}
+
+#[test]
+fn two_values_at_a_time_end_with_the_newest_everywhere() {
+    loom::model(|| {
+        let broadcast = Arc::new(Broadcast::new());
+        let heard = Heard::new();
+        heard.add_to(&broadcast);
+        let setter = {
+            let broadcast = broadcast.clone();
+            thread::spawn(move || broadcast.set(Some(1)))
+        };
+        broadcast.set(Some(2));
+        setter.join().unwrap();
+        let current = broadcast.current().unwrap();
+        assert_eq!(heard.last.load(SeqCst), current);
+    });
+}
+
+#[test]
+fn a_late_listener_is_told_each_value_once() {
+    loom::model(|| {
+        let broadcast = Arc::new(Broadcast::new());
+        broadcast.set(Some(1));
+        let heard = Heard::new();
+        let setter = {
+            let broadcast = broadcast.clone();
+            thread::spawn(move || broadcast.set(Some(2)))
+        };
+        heard.add_to(&broadcast);
+        setter.join().unwrap();
+        assert_eq!(heard.last.load(SeqCst), 2);
+        let times = heard.times.load(SeqCst);
+        assert!(times == 1 || times == 2, "{times}");
+    });
+}
+
+#[test]
+fn no_call_begins_once_it_was_unregistered() {
+    loom::model(|| {
+        let broadcast = Arc::new(Broadcast::new());
+        let heard = Heard::new();
+        let id = heard.add_to(&broadcast);
+        let setter = {
+            let broadcast = broadcast.clone();
+            thread::spawn(move || {
+                broadcast.set(Some(1));
+                broadcast.set(None);
+            })
+        };
+        broadcast.remove(id);
+        setter.join().unwrap();
+        let times = heard.times.load(SeqCst);
+        broadcast.set(Some(3));
+        assert_eq!(heard.times.load(SeqCst), times);
+        assert_eq!(Arc::strong_count(&heard), 1, "the listener is dropped");
+    });
+}
+
+#[test]
+fn a_listener_that_leaves_a_group_against_a_value() {
+    loom::model(|| {
+        let (attachment, target) = attached();
+        let broadcast = Arc::new(Broadcast::new());
+        // The listener is a user that goes when the value does, the kernel's release of a device.
+        assert!(attachment.get().is_some());
+        let released = Arc::new(AtomicBool::new(false));
+        let release = {
+            let (attachment, released) = (attachment.clone(), released.clone());
+            move || {
+                if !released.swap(true, SeqCst) {
+                    attachment.put(Target::leave);
+                }
+            }
+        };
+        let listener = release.clone();
+        broadcast.add(Arc::new(move |value: Option<&usize>| {
+            if value.is_none() {
+                listener();
+            }
+        }));
+        let setter = {
+            let broadcast = broadcast.clone();
+            thread::spawn(move || broadcast.set(None))
+        };
+        release();
+        attachment.put(Target::leave);
+        setter.join().unwrap();
+        assert_detached_once(&attachment, &target);
     });
 }

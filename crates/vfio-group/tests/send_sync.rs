@@ -4,7 +4,10 @@
 //! Which public types may be sent and shared.
 
 use static_assertions::assert_impl_all;
-use vfio_group::{Container, Device, DeviceFile, Error, ExternalUser, Group, GroupFile, IommuType};
+use vfio_group::{
+    BoundElsewhere, Container, Device, DeviceFile, Error, ExternalUser, Group, GroupFile,
+    GroupType, IommuType, KvmListener,
+};
 
 assert_impl_all!(Container: Send, Sync);
 assert_impl_all!(Device: Send, Sync, Clone);
@@ -14,3 +17,6 @@ assert_impl_all!(ExternalUser: Send, Sync, Clone, page_pin::PinPages);
 assert_impl_all!(Group: Send, Sync, Clone);
 assert_impl_all!(GroupFile: Send, Sync);
 assert_impl_all!(IommuType: Send, Sync, Copy);
+assert_impl_all!(BoundElsewhere: Send, Sync);
+assert_impl_all!(GroupType: Send, Sync, Copy);
+assert_impl_all!(KvmListener: Send, Sync);

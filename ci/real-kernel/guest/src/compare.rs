@@ -19,7 +19,11 @@ pub struct Difference {
 }
 
 /// Does a sequence on both and returns the first difference.
-pub fn compare(ops: &[Op], kernel: &mut dyn Machine, other: &mut dyn Machine) -> Option<Difference> {
+pub fn compare(
+    ops: &[Op],
+    kernel: &mut dyn Machine,
+    other: &mut dyn Machine,
+) -> Option<Difference> {
     let (mut live, mut explained) = (Live::default(), Explained::default());
     ops.iter().find_map(|op| {
         let (kernel, other) = (kernel.apply(op), other.apply(op));

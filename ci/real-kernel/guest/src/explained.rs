@@ -41,7 +41,9 @@ impl Explained {
         ours: &Outcome,
         live: &Live,
     ) -> Option<&'static Reason> {
-        let at = REASONS.iter().position(|reason| (reason.holds)(op, kernel, ours, live))?;
+        let at = REASONS
+            .iter()
+            .position(|reason| (reason.holds)(op, kernel, ours, live))?;
         self.0[at] += 1;
         Some(&REASONS[at])
     }
@@ -57,7 +59,10 @@ impl Explained {
         for (reason, met) in REASONS.iter().zip(self.0) {
             println!("explained: {met} times {}", reason.name);
             if met == 0 || met > operations / RARE {
-                wrong.push(format!("{met} of {operations} explained by: {}", reason.name));
+                wrong.push(format!(
+                    "{met} of {operations} explained by: {}",
+                    reason.name
+                ));
             }
         }
         wrong
@@ -80,7 +85,9 @@ fn only_unmapped_pages(op: &Op, kernel: &Outcome, ours: &Outcome, live: &Live) -
     let both = kernel.words.iter().zip(&ours.words);
     let mut bits = both.zip(0_u64..).flat_map(|((kernel, ours), word)| {
         let differ = kernel ^ ours;
-        (0..64).filter(move |bit| differ >> bit & 1 != 0).map(move |bit| word * 64 + bit)
+        (0..64)
+            .filter(move |bit| differ >> bit & 1 != 0)
+            .map(move |bit| word * 64 + bit)
     });
     bits.all(|page| {
         // Whole words are written, as many as the range has pages in.
@@ -100,11 +107,27 @@ mod tests {
         let mut live = Live::default();
         let (argsz, flags, vaddr) = (32, 3, PRIVATE.first);
         let (iova, size) = (0x2000, 0x2000);
-        let map = Op::Map(Map { argsz, flags, vaddr, iova, size });
+        let map = Op::Map(Map {
+            argsz,
+            flags,
+            vaddr,
+            iova,
+            size,
+        });
         live.note(&map, &Outcome::plain(Ok(0)));
         let (pgsize, fill) = (PAGE, 0);
-        let bitmap = Bitmap { pgsize, size: 8, fill };
-        let get = Op::Dirty(Dirty { argsz: 48, flags: 4, iova: 0x1000, size: 0x4000, bitmap });
+        let bitmap = Bitmap {
+            pgsize,
+            size: 8,
+            fill,
+        };
+        let get = Op::Dirty(Dirty {
+            argsz: 48,
+            flags: 4,
+            iova: 0x1000,
+            size: 0x4000,
+            bitmap,
+        });
         let words = |words: &[u64]| Outcome {
             words: words.to_vec(),
             ..Outcome::plain(Ok(0))
@@ -115,6 +138,9 @@ mod tests {
         assert!(explains(&[0b01_0110, 0], &[0b00_0110, 0]));
         assert!(explains(&[0b00_0110, 0], &[u64::MAX, 0]));
         assert!(!explains(&[0b00_0010, 0], &[0b00_0110, 0]), "a mapped page");
-        assert!(!explains(&[0b00_0110, 1], &[0b00_0110, 0]), "a word behind the range");
+        assert!(
+            !explains(&[0b00_0110, 1], &[0b00_0110, 0]),
+            "a word behind the range"
+        );
     }
 }

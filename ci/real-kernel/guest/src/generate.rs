@@ -14,9 +14,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::live::{Live, Mapped};
-use crate::memory::{
-    Area, BEHIND_FILE, FILE, HOLE, NO_ACCESS, PAGE, PRIVATE, READ_ONLY, SHARED,
-};
+use crate::memory::{Area, BEHIND_FILE, FILE, HOLE, NO_ACCESS, PAGE, PRIVATE, READ_ONLY, SHARED};
 use crate::op::{Bitmap, Dirty, Map, Op, Outcome, Unmap, INFO_BYTES};
 
 const READ: u32 = VFIO_DMA_MAP_FLAG_READ;
@@ -123,7 +121,11 @@ impl Generator {
 
     /// One that fails only where what it would need is taken.
     fn good_map(&mut self) -> Map {
-        let pages = if self.chance(5) { 16 } else { self.rng.random_range(1..=4) };
+        let pages = if self.chance(5) {
+            16
+        } else {
+            self.rng.random_range(1..=4)
+        };
         let size = pages * PAGE;
         let mut iova = 0;
         for _ in 0..16 {
@@ -138,7 +140,11 @@ impl Generator {
         let writes = self.pick(&[READ | WRITE, READ | WRITE, READ, WRITE]);
         Map {
             argsz: MAP_BYTES,
-            flags: if area.first == READ_ONLY.first { READ } else { writes },
+            flags: if area.first == READ_ONLY.first {
+                READ
+            } else {
+                writes
+            },
             vaddr: self.inside(area, pages),
             iova,
             size: pages * PAGE,
@@ -151,11 +157,29 @@ impl Generator {
 
     fn wrong_flags(&mut self, map: &mut Map) {
         let vaddr = VFIO_DMA_MAP_FLAG_VADDR;
-        map.flags = self.pick(&[0, UNKNOWN, map.flags | UNKNOWN, vaddr | READ, vaddr, 1 << 31]);
+        map.flags = self.pick(&[
+            0,
+            UNKNOWN,
+            map.flags | UNKNOWN,
+            vaddr | READ,
+            vaddr,
+            1 << 31,
+        ]);
     }
 
     fn wrong_size(&mut self, size: u64) -> u64 {
-        self.pick(&[0, 1, size + 1, 2048, size - 1, 1 << 31, 1 << 48, 1 << 63, TOP, u64::MAX])
+        self.pick(&[
+            0,
+            1,
+            size + 1,
+            2048,
+            size - 1,
+            1 << 31,
+            1 << 48,
+            1 << 63,
+            TOP,
+            u64::MAX,
+        ])
     }
 
     fn wrong_iova(&mut self, map: &mut Map) {
@@ -214,8 +238,16 @@ impl Generator {
 
     /// Gives memory back to a mapping, mostly one from which it was taken.
     fn resume(&mut self, map: &mut Map) {
-        let invalid: Vec<_> = self.live.all().iter().filter(|mapped| mapped.invalid).collect();
-        let Some(mapped) = invalid.choose(&mut self.rng).map(|mapped| **mapped).or(self.mapped())
+        let invalid: Vec<_> = self
+            .live
+            .all()
+            .iter()
+            .filter(|mapped| mapped.invalid)
+            .collect();
+        let Some(mapped) = invalid
+            .choose(&mut self.rng)
+            .map(|mapped| **mapped)
+            .or(self.mapped())
         else {
             return;
         };
@@ -250,7 +282,11 @@ impl Generator {
             78..86 => unmap.flags = VFIO_DMA_UNMAP_FLAG_VADDR,
             86..90 => self.wrong_range(&mut unmap),
             _ => {
-                unmap.argsz = if self.chance(85) { WITH_BITMAP } else { self.pick(&[24, 47, 64]) };
+                unmap.argsz = if self.chance(85) {
+                    WITH_BITMAP
+                } else {
+                    self.pick(&[24, 47, 64])
+                };
                 unmap.flags = VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP;
                 unmap.bitmap = Some(self.bitmap(size));
             }
@@ -305,7 +341,10 @@ impl Generator {
     }
 
     fn dirty(&mut self) -> Dirty {
-        let (start, stop) = (VFIO_IOMMU_DIRTY_PAGES_FLAG_START, VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP);
+        let (start, stop) = (
+            VFIO_IOMMU_DIRTY_PAGES_FLAG_START,
+            VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP,
+        );
         let get = VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP;
         let (iova, size) = self.range();
         let mut dirty = Dirty {
@@ -343,7 +382,11 @@ impl Generator {
         let mut bitmap = Bitmap {
             pgsize: PAGE,
             size: needed,
-            fill: if self.chance(6) { self.pick(&[u64::MAX, 0x1111_1111_1111_1111]) } else { 0 },
+            fill: if self.chance(50) {
+                self.pick(&[u64::MAX, 0x1111_1111_1111_1111])
+            } else {
+                0
+            },
         };
         match self.rng.random_range(0..100) {
             0..80 => (),

@@ -34,9 +34,13 @@ pub fn prepare() -> io::Result<Given> {
 /// A parameter of the kernel's command line.
 pub fn parameter(name: &str) -> io::Result<Option<u64>> {
     let line = fs::read_to_string("/proc/cmdline")?;
-    let mut words = line.split_whitespace().filter_map(|word| word.split_once('='));
+    let mut words = line
+        .split_whitespace()
+        .filter_map(|word| word.split_once('='));
     let found = words.find(|(key, _)| *key == name);
-    found.map(|(_, value)| value.parse().map_err(io::Error::other)).transpose()
+    found
+        .map(|(_, value)| value.parse().map_err(io::Error::other))
+        .transpose()
 }
 
 /// Ends the guest.
@@ -58,7 +62,15 @@ fn mount(kind: &str, at: &str) -> io::Result<()> {
     }
     let (kind, at) = (CString::new(kind)?, CString::new(at)?);
     // SAFETY: strings that end with a zero byte, and no data.
-    let done = unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    let done = unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            at.as_ptr(),
+            kind.as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
     match (done, io::Error::last_os_error()) {
         (0, _) => Ok(()),
         // The kernel has mounted it before it started us.
@@ -75,7 +87,8 @@ fn load_modules(folder: &str) -> io::Result<()> {
     for path in paths {
         let file = File::open(&path)?;
         // SAFETY: a file and an empty string of parameters.
-        let done = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+        let done =
+            unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
         if done != 0 {
             let error = io::Error::last_os_error();
             return Err(io::Error::other(format!("{}: {error}", path.display())));
@@ -91,13 +104,17 @@ fn give() -> io::Result<Given> {
         let Ok(group) = fs::read_link(entry.path().join("iommu_group")) else {
             continue;
         };
-        let number = group.file_name().and_then(|name| name.to_str()?.parse().ok());
+        let number = group
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok());
         let group = number.ok_or_else(|| io::Error::other("a group without a number"))?;
         wait_for(&format!("/dev/vfio/{group}"))?;
         let name = entry.file_name().to_string_lossy().into_owned();
         return Ok(Given { name, group });
     }
-    Err(io::Error::other("vfio-pci has no device: is there an IOMMU?"))
+    Err(io::Error::other(
+        "vfio-pci has no device: is there an IOMMU?",
+    ))
 }
 
 fn wait_for(path: &str) -> io::Result<()> {

@@ -39,7 +39,9 @@ impl Live {
 
     /// Whether nothing is mapped in `iova..=last`.
     pub fn is_free(&self, iova: u64, last: u64) -> bool {
-        self.0.iter().all(|mapped| mapped.last() < iova || last < mapped.iova)
+        self.0
+            .iter()
+            .all(|mapped| mapped.last() < iova || last < mapped.iova)
     }
 
     /// Follows what an operation has done.
@@ -58,7 +60,11 @@ impl Live {
         let (iova, size) = (map.iova, map.size);
         if map.flags & VFIO_DMA_MAP_FLAG_VADDR == 0 {
             let invalid = false;
-            self.0.push(Mapped { iova, size, invalid });
+            self.0.push(Mapped {
+                iova,
+                size,
+                invalid,
+            });
         } else if let Some(mapped) = self.0.iter_mut().find(|mapped| mapped.iova == iova) {
             mapped.invalid = false;
         }

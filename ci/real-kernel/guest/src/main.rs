@@ -5,11 +5,14 @@
 //! and says on the serial line where they differ.
 
 mod compare;
+mod edu;
 mod explained;
 mod generate;
 mod init;
 mod iommufd;
+mod lifetime;
 mod live;
+mod memlock;
 mod memory;
 mod op;
 mod ours;
@@ -42,11 +45,21 @@ fn run() -> Result<(), String> {
     let said = |error: std::io::Error| error.to_string();
     let given = init::prepare().map_err(said)?;
     memory::make().map_err(said)?;
-    let operations = init::parameter("operations").map_err(said)?.unwrap_or(20_000);
+    let operations = init::parameter("operations")
+        .map_err(said)?
+        .unwrap_or(20_000);
     let seed = init::parameter("seed").map_err(said)?.unwrap_or(1);
-    println!("device {} of group {}, seed {seed}", given.name, given.group);
-    let type1 = sequences::run(&given, operations, seed);
-    // Whatever differs there is said, and this is looked at too.
+    println!(
+        "device {} of group {}, seed {seed}",
+        given.name, given.group
+    );
+    let setup = sequences::setup(given.group)?;
+    println!("{setup:x?}");
+    edu::run(&given, &setup, seed)?;
+    lifetime::run(&given, seed)?;
+    memlock::run(&given)?;
+    let type1 = sequences::run(&given, &setup, operations, seed);
+    // Whatever differs there has been said, and this is looked at too.
     let iommufd = iommufd::run(&given, operations, seed);
     type1.and(iommufd)
 }

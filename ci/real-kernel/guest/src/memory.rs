@@ -53,7 +53,13 @@ pub const FILE: Area = Area::new(104, 8, Permissions::ReadWrite);
 pub const BEHIND_FILE: Area = Area::new(112, 8, Permissions::No);
 
 const AREAS: [Area; 7] = [
-    PRIVATE, READ_ONLY, NO_ACCESS, HOLE, SHARED, FILE, BEHIND_FILE,
+    PRIVATE,
+    READ_ONLY,
+    NO_ACCESS,
+    HOLE,
+    SHARED,
+    FILE,
+    BEHIND_FILE,
 ];
 
 /// Makes the areas. Once, and for good.

@@ -116,7 +116,10 @@ impl fmt::Display for Op {
             Op::Unmap(unmap) => {
                 let Unmap { argsz, flags, .. } = unmap;
                 let (iova, size) = (unmap.iova, unmap.size);
-                write!(f, "unmap argsz={argsz} flags={flags:#x} iova={iova:#x} size={size:#x}")?;
+                write!(
+                    f,
+                    "unmap argsz={argsz} flags={flags:#x} iova={iova:#x} size={size:#x}"
+                )?;
                 unmap.bitmap.map_or(Ok(()), |bitmap| write!(f, " {bitmap}"))
             }
             Op::Dirty(dirty) => write!(
@@ -148,7 +151,11 @@ impl fmt::Display for Outcome {
         let untouched = self.words.last();
         let shown = self.words.iter().rposition(|word| Some(word) != untouched);
         if !self.words.is_empty() {
-            write!(f, " words={:x?}", &self.words[..shown.map_or(1, |last| last + 2)])?;
+            write!(
+                f,
+                " words={:x?}",
+                &self.words[..shown.map_or(1, |last| last + 2)]
+            )?;
         }
         let shown = self.info.iter().rposition(|byte| *byte != INFO_FILL);
         let shown = &self.info[..shown.map_or(0, |last| last + 1)];

@@ -6,8 +6,7 @@
 use iommu_type1::uapi::{self, Type1, UserMemory};
 use iommu_type1::{Backing, Error, IoAddressSpace, IovaRanges, Profile, Result};
 use vfio_bindings::bindings::vfio::{
-    VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
-    VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP,
+    VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP, VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP,
 };
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap, Permissions};
@@ -48,7 +47,9 @@ impl UserMemory for OwnMemory {
         let region = MmapRegionBuilder::new_with_bitmap(len, ()).with_mmap_prot(prot);
         // SAFETY: the areas stay for good, and this one allows what was just said.
         let region = unsafe { region.with_raw_mmap_pointer(address) };
-        let region = region.build().map_err(|source| Error::Mmap { len, source })?;
+        let region = region
+            .build()
+            .map_err(|source| Error::Mmap { len, source })?;
         let region = GuestRegionMmap::new(region, GuestAddress(0)).ok_or_else(missing)?;
         Backing::from_region(&region, 0, len)
     }
@@ -64,8 +65,16 @@ pub struct Ours {
 impl Ours {
     /// An empty one.
     pub fn new(setup: &Setup, v2: bool, entry_limit: u32) -> Result<Self> {
-        let profile = if v2 { Profile::Type1v2 } else { Profile::Type1v1 };
-        let ranges: Vec<_> = setup.ranges.iter().map(|(first, last)| *first..=*last).collect();
+        let profile = if v2 {
+            Profile::Type1v2
+        } else {
+            Profile::Type1v1
+        };
+        let ranges: Vec<_> = setup
+            .ranges
+            .iter()
+            .map(|(first, last)| *first..=*last)
+            .collect();
         let space = IoAddressSpace::builder()
             .profile(profile)
             .page_sizes(setup.page_sizes)
@@ -156,9 +165,7 @@ impl Machine for Ours {
                     ..plain(result)
                 }
             }
-            Op::Extension(extension) => {
-                Outcome::plain(Ok(self.type1.check_extension(*extension)))
-            }
+            Op::Extension(extension) => Outcome::plain(Ok(self.type1.check_extension(*extension))),
         };
         self.live.note(op, &outcome);
         outcome
@@ -171,7 +178,10 @@ fn plain(result: Result<()>) -> Outcome {
 
 /// As much memory as a bitmap says it has, which the kernel believes too.
 fn there(bitmap: &Bitmap) -> Vec<u64> {
-    let words = bitmap.size.div_ceil(8).clamp(Bitmap::WORDS as u64, MOST_WORDS);
+    let words = bitmap
+        .size
+        .div_ceil(8)
+        .clamp(Bitmap::WORDS as u64, MOST_WORDS);
     let mut words = vec![0; words as usize];
     words[..Bitmap::WORDS].copy_from_slice(&bitmap.words());
     words

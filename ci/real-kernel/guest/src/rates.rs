@@ -85,7 +85,12 @@ impl Rates {
             self.unmaps.percent(),
             self.unmaps.done,
         );
-        let name = |errno| ERRNOS.iter().find(|known| known.0 == errno).map(|known| known.1);
+        let name = |errno| {
+            ERRNOS
+                .iter()
+                .find(|known| known.0 == errno)
+                .map(|known| known.1)
+        };
         let reached: Vec<_> = self
             .errnos
             .iter()

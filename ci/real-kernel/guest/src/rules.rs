@@ -89,7 +89,11 @@ impl Rules {
         }
         self.avail -= 1;
         let (iova, size, invalid) = (map.iova, map.size, false);
-        self.mappings.push(Mapped { iova, size, invalid });
+        self.mappings.push(Mapped {
+            iova,
+            size,
+            invalid,
+        });
         self.mappings.sort_by_key(|mapped| mapped.iova);
         Ok(())
     }
@@ -120,10 +124,19 @@ impl Rules {
         if self.mappings.iter().any(cut) {
             return Ok(0);
         }
-        let bytes = self.mappings.iter().filter(|mapped| begins(mapped)).map(|mapped| mapped.size);
+        let bytes = self
+            .mappings
+            .iter()
+            .filter(|mapped| begins(mapped))
+            .map(|mapped| mapped.size);
         let bytes = bytes.sum();
         if invalidate {
-            check(!self.mappings.iter().any(|mapped| begins(mapped) && mapped.invalid))?;
+            check(
+                !self
+                    .mappings
+                    .iter()
+                    .any(|mapped| begins(mapped) && mapped.invalid),
+            )?;
             let taken = self.mappings.iter_mut().filter(|mapped| begins(mapped));
             taken.for_each(|mapped| mapped.invalid = true);
             return Ok(bytes);
@@ -198,7 +211,12 @@ impl Rules {
     /// The chain behind a struct of 24 bytes.
     fn capabilities(&self) -> Vec<u8> {
         let header = |id: u16, next: u32| {
-            [&id.to_ne_bytes()[..], &1_u16.to_ne_bytes(), &next.to_ne_bytes()].concat()
+            [
+                &id.to_ne_bytes()[..],
+                &1_u16.to_ne_bytes(),
+                &next.to_ne_bytes(),
+            ]
+            .concat()
         };
         let mut chain = header(2, 24 + 32);
         chain.extend([0; 8]);
@@ -235,12 +253,18 @@ impl Machine for Rules {
             Op::Dirty(dirty) => {
                 let mut words = dirty.bitmap.words();
                 let result = self.dirty(dirty, &mut words);
-                Outcome { words, ..plain(result) }
+                Outcome {
+                    words,
+                    ..plain(result)
+                }
             }
             Op::Info(argsz) => {
                 let mut info = info_buffer(*argsz);
                 let result = self.info(*argsz, &mut info);
-                Outcome { info, ..plain(result) }
+                Outcome {
+                    info,
+                    ..plain(result)
+                }
             }
             Op::Extension(extension) => {
                 Outcome::plain(Ok(i32::from(self.setup.extensions.contains(extension))))

@@ -5,7 +5,7 @@
 
 use std::fs;
 
-use vfio_bindings::bindings::vfio::{VFIO_TYPE1_IOMMU, VFIO_TYPE1v2_IOMMU};
+use vfio_bindings::bindings::vfio::{VFIO_TYPE1v2_IOMMU, VFIO_TYPE1_IOMMU};
 
 use crate::compare::{compare, shrink, Difference};
 use crate::explained::Explained;
@@ -70,11 +70,16 @@ enum Whose {
 const ALL: [Whose; 2] = [Whose::Rules, Whose::Ours];
 
 fn open(group: u32, v2: bool) -> Result<Kernel, String> {
-    let iommu_type = if v2 { VFIO_TYPE1v2_IOMMU } else { VFIO_TYPE1_IOMMU };
+    let iommu_type = if v2 {
+        VFIO_TYPE1v2_IOMMU
+    } else {
+        VFIO_TYPE1_IOMMU
+    };
     Kernel::new(group, iommu_type).map_err(|errno| format!("a container: errno {errno}"))
 }
 
-fn setup(group: u32) -> Result<Setup, String> {
+/// What the IOMMU of a group can do.
+pub fn setup(group: u32) -> Result<Setup, String> {
     let mut kernel = open(group, true)?;
     let info = kernel.apply(&Op::Info(INFO_BYTES as u32));
     let has = |extension: &u32| kernel.container().check_extension(*extension) == Ok(1);
@@ -83,9 +88,7 @@ fn setup(group: u32) -> Result<Setup, String> {
 }
 
 /// Runs so many operations, half on each type of container.
-pub fn run(given: &Given, operations: u64, seed: u64) -> Result<(), String> {
-    let setup = setup(given.group)?;
-    println!("{setup:x?}");
+pub fn run(given: &Given, setup: &Setup, operations: u64, seed: u64) -> Result<(), String> {
     let (mut rates, mut explained) = (Rates::default(), Explained::default());
     let mut differences = 0;
     for sequence in 0..operations.div_ceil(SEQUENCE) {
@@ -113,7 +116,9 @@ pub fn run(given: &Given, operations: u64, seed: u64) -> Result<(), String> {
     if differences > 0 {
         return Err(format!("{differences} sequences differ"));
     }
-    missing.first().map_or(Ok(()), |missing| Err(missing.clone()))
+    missing
+        .first()
+        .map_or(Ok(()), |missing| Err(missing.clone()))
 }
 
 /// A sequence whose last operation differs.
@@ -147,10 +152,21 @@ fn one(
             }
             // Counted for our crate only: that the rules are met too says nothing more.
             let mut aside = Explained::default();
-            let count = if *whose == Whose::Ours { &mut **explained } else { &mut aside };
-            if count.explain(&op, &kernel, &other, generator.live()).is_none() {
+            let count = if *whose == Whose::Ours {
+                &mut **explained
+            } else {
+                &mut aside
+            };
+            if count
+                .explain(&op, &kernel, &other, generator.live())
+                .is_none()
+            {
                 let (whose, difference) = (*whose, Difference { op, kernel, other });
-                return Ok(Some(Found { ops, whose, difference }));
+                return Ok(Some(Found {
+                    ops,
+                    whose,
+                    difference,
+                }));
             }
         }
         generator.note(&op, &kernel);
@@ -166,7 +182,10 @@ fn print(kind: &Kind, found: &Found) -> Result<(), String> {
     let same = |again: Difference| again.op == found.difference.op;
     let least = shrink(&found.ops, |ops| again(ops).is_some_and(same));
     let version = if kind.v2 { 2 } else { 1 };
-    println!("difference on type 1 version {version}, at most {} mappings:", kind.entry_limit);
+    println!(
+        "difference on type 1 version {version}, at most {} mappings:",
+        kind.entry_limit
+    );
     for op in &least {
         println!("    {op}");
     }

@@ -45,8 +45,8 @@ fn pack(init: &str, modules: impl Iterator<Item = String>) -> io::Result<Vec<u8>
 }
 
 fn read(path: &str) -> io::Result<Vec<u8>> {
-    let stored = fs::read(path)
-        .map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))?;
+    let stored =
+        fs::read(path).map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))?;
     if !path.ends_with(".xz") {
         return Ok(stored);
     }

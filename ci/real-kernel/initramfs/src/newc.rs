@@ -43,8 +43,19 @@ impl Archive {
         let (links, owner, time, device, checksum) = (1, 0, 0, 0, 0);
         let (size, name_size) = (content.len() as u32, name.len() as u32 + 1);
         let fields = [
-            self.entries, mode, owner, owner, links, time, size, device, device, device, device,
-            name_size, checksum,
+            self.entries,
+            mode,
+            owner,
+            owner,
+            links,
+            time,
+            size,
+            device,
+            device,
+            device,
+            device,
+            name_size,
+            checksum,
         ];
         self.bytes.extend(b"070701");
         for field in fields {
@@ -74,7 +85,11 @@ mod tests {
         assert_eq!(&bytes[..6], b"070701");
         assert_eq!(&bytes[14..22], b"000081ed", "the mode");
         assert_eq!(&bytes[54..62], b"00000005", "the size");
-        assert_eq!(&bytes[94..102], b"00000005", "the size of the name with its end");
+        assert_eq!(
+            &bytes[94..102],
+            b"00000005",
+            "the size of the name with its end"
+        );
         assert_eq!(&bytes[110..116], b"init\0\0");
         assert_eq!(&bytes[116..124], b"12345\0\0\0");
         assert_eq!(&bytes[124..130], b"070701", "the trailer");
