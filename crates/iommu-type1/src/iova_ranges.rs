@@ -5,6 +5,7 @@
 
 use std::ops::{ControlFlow, RangeInclusive};
 
+use crate::profile::Rules;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
@@ -114,9 +115,22 @@ impl IovaRanges {
         is_allowed && find_overlap(&self.reserved, range).is_none()
     }
 
+    /// Whether a mapping of `range` may be if somebody asks for these addresses.
+    fn allow_given(&self, range: IovaRange, rules: &Rules) -> bool {
+        if rules.allowed_when_found {
+            return find_overlap(&self.reserved, range).is_none();
+        }
+        self.allow(range)
+    }
+
+    /// Whether addresses for a mapping may be looked for in all of `range`.
+    pub(crate) fn may_be_found(&self, range: IovaRange) -> bool {
+        self.allow(range)
+    }
+
     /// Refuses a range that may not be mapped.
-    pub(crate) fn check(&self, range: IovaRange) -> Result<()> {
-        if self.allow(range) {
+    pub(crate) fn check(&self, range: IovaRange, rules: &Rules) -> Result<()> {
+        if self.allow_given(range, rules) {
             return Ok(());
         }
         Err(Error::OutsideRanges {
@@ -192,7 +206,7 @@ impl IoAddressSpace {
 /// A mapping that ranges do not allow.
 fn outside(writer: &Writer, space: &Space, ranges: &IovaRanges) -> Option<IovaRange> {
     let live = space.table.visit(IovaRange::ALL, |mapping| {
-        if ranges.allow(mapping.range) {
+        if ranges.allow_given(mapping.range, space.rules) {
             ControlFlow::Continue(())
         } else {
             ControlFlow::Break(mapping.range)
@@ -200,7 +214,7 @@ fn outside(writer: &Writer, space: &Space, ranges: &IovaRanges) -> Option<IovaRa
     });
     live.or_else(|| {
         let mut leaving = writer.leaving_inside(IovaRange::ALL);
-        let outside = leaving.find(|leaving| !ranges.allow(leaving.mapping.range));
+        let outside = leaving.find(|leaving| !ranges.allow_given(leaving.mapping.range, space.rules));
         outside.map(|leaving| leaving.mapping.range)
     })
 }

@@ -66,6 +66,7 @@ impl IoAddressSpace {
         };
         let range = request.check(&self.view.space, self.view.space.rules.map)?;
         check_room(&lock(&self.view.space.writer), &self.view.space, range)?;
+        request.look(&self.view.space, self.view.space.rules.map_late)?;
         let backing = resolve()?;
         if backing.len() as u64 != size {
             return Err(Error::BackingRange {
@@ -85,7 +86,7 @@ impl IoAddressSpace {
         }
         let mut writer = lock(&space.writer);
         check_room(&writer, space, range)?;
-        check_protection(range, &backing, prot)?;
+        check_backing(space, range, &backing, prot)?;
         let mapping = Arc::new(space.mapping(range, prot, backing));
         writer.publish(&space.table, mapping);
         space.counters.maps.add(1);
@@ -120,13 +121,18 @@ impl IoAddressSpace {
         }
         let mut writer = lock(&space.writer);
         check_apart(mappings.iter().map(|(range, ..)| *range).collect())?;
+        if space.rules.ranges_first {
+            for (range, ..) in &mappings {
+                writer.ranges.check(*range, space.rules)?;
+            }
+        }
         for (range, ..) in &mappings {
             check_free(&writer, space, *range)?;
         }
         check_entries(&writer, space, mappings.len())?;
         for (range, backing, prot) in &mappings {
-            writer.ranges.check(*range)?;
-            check_protection(*range, backing, *prot)?;
+            writer.ranges.check(*range, space.rules)?;
+            check_backing(space, *range, backing, *prot)?;
         }
         let mut published = Vec::with_capacity(mappings.len());
         for (range, backing, prot) in mappings {
@@ -146,14 +152,17 @@ impl IoAddressSpace {
 }
 
 /// Refuses a range that cannot be mapped now, in the kernel's order.
-fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+pub(crate) fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
     if space.rules.overlapping == Overlapping::Replace {
         // What there has to be room for depends on what is replaced.
-        return writer.ranges.check(range);
+        return writer.ranges.check(range, space.rules);
+    }
+    if space.rules.ranges_first {
+        writer.ranges.check(range, space.rules)?;
     }
     check_free(writer, space, range)?;
     check_entries(writer, space, 1)?;
-    writer.ranges.check(range)?;
+    writer.ranges.check(range, space.rules)?;
     check_memory(writer, space, [range])
 }
 
@@ -230,12 +239,14 @@ pub(crate) fn check_memory(
     Ok(())
 }
 
-/// Refuses a mapping for more than the memory behind it allows.
-pub(crate) fn check_protection(
+/// Refuses a mapping for more than the memory behind it allows, or of memory that is not right in itself.
+pub(crate) fn check_backing(
+    space: &Space,
     range: IovaRange,
     backing: &Backing,
     prot: Permissions,
 ) -> Result<()> {
+    Request::to_map(range.first, backing, prot).look(space, space.rules.map_late)?;
     if backing.access().allow(prot) {
         return Ok(());
     }

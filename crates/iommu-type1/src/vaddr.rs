@@ -13,7 +13,7 @@ use vm_memory::Permissions;
 
 use crate::check::Request;
 use crate::deadline::Deadline;
-use crate::map::{check_protection, unmapping};
+use crate::map::{check_backing, unmapping};
 use crate::mapping::Mapping;
 use crate::profile::Cut;
 use crate::range::IovaRange;
@@ -96,7 +96,7 @@ impl IoAddressSpace {
                 size: backing.len() as u64,
             });
         }
-        check_protection(range, &backing, hollow.permissions())?;
+        check_backing(space, range, &backing, hollow.permissions())?;
         let mapping = Arc::new(hollow.with_memory(backing));
         writer.publish(&space.table, mapping.clone());
         hollow.give_marks(&mapping);

@@ -4,18 +4,21 @@
 //! The differences that are as they should be. Each says where the contract is not ours to follow; one
 //! that is never met has no place here, and one that is met often hides something.
 
-use super::op::{Map, Memory, Op, Outcome};
+use super::op::{Copied, Map, Memory, Op, Outcome, READ, WRITE};
+use super::rules::Area;
 use super::FILE_PAGES;
 use crate::memory::PAGE;
 
 /// What they are, and which part of the contract each belongs to.
-pub const REASONS: [&str; 2] = [
+pub const REASONS: [&str; 3] = [
     "an unmap that fails at a cut: the kernel has removed what comes before, we remove nothing (iommufd, UNMAP)",
     "a file that ends before what is mapped: EINVAL, EFAULT as of all memory of ours (iommufd, MAP_FILE)",
+    "a copy that may do more than what it is copied from: only the first map of the memory counts (iommufd, COPY)",
 ];
 
 const REMOVED: usize = 0;
 const END_OF_FILE: usize = 1;
+const MORE_THAN_SOURCE: usize = 2;
 
 /// Most operations that a reason may explain, one in so many.
 const RARE: u64 = 100;
@@ -30,16 +33,24 @@ impl Explained {
         self.0[REMOVED] += 1;
     }
 
-    /// Whether there is a reason for what an operation did differently, which is counted.
-    pub fn explain(&mut self, op: &Op, kernel: &Outcome, ours: &Outcome) -> bool {
-        let Op::Map(Map { memory: Memory::File(from), length, .. }) = op else {
-            return false;
-        };
-        let behind = from.saturating_add(*length) > FILE_PAGES * PAGE;
+    /// Whether there is a reason for what an operation did differently, which is counted. `sources` is what a copy
+    /// finds.
+    pub fn explain(&mut self, op: &Op, kernel: &Outcome, ours: &Outcome, sources: &[Area]) -> bool {
         let (kernel, ours) = (kernel.result, ours.result);
-        let holds = behind && kernel == Err(libc::EINVAL) && ours == Err(libc::EFAULT);
-        self.0[END_OF_FILE] += u64::from(holds);
-        holds
+        let reason = match op {
+            Op::Map(Map { memory: Memory::File(from), length, .. })
+                if from.saturating_add(*length) > FILE_PAGES * PAGE
+                    && (kernel, ours) == (Err(libc::EINVAL), Err(libc::EFAULT)) =>
+            {
+                END_OF_FILE
+            }
+            Op::Copy(copy) if is_more(copy, sources) && (kernel, ours) == (Ok(()), Err(libc::EPERM)) => {
+                MORE_THAN_SOURCE
+            }
+            _ => return false,
+        };
+        self.0[reason] += 1;
+        true
     }
 
     /// Differences explained.
@@ -58,4 +69,10 @@ impl Explained {
         }
         wrong
     }
+}
+
+/// Whether a copy is for more than what it finds.
+fn is_more(copy: &Copied, sources: &[Area]) -> bool {
+    let wanted = copy.flags & (READ | WRITE);
+    sources.iter().any(|area| wanted & !area.flags != 0)
 }

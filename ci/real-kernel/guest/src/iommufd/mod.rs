@@ -110,13 +110,24 @@ fn memory_file() -> io::Result<File> {
 impl All {
     /// Does an operation everywhere; what it did, or how that differs.
     fn step(&mut self, op: &Op, explained: &mut Explained) -> Result<Outcome, Box<Difference>> {
+        let sources = match op {
+            Op::Copy(copy) => self.rules.sources(copy),
+            _ => Vec::new(),
+        };
         let kernel = self.kernel.apply(op);
         let rules = self.rules.apply(op);
         let ours = self.ours.apply(op, &kernel, &self.rules);
         if !self.rules.removed().is_empty() {
             explained.removed();
         }
-        let same = kernel == ours || explained.explain(op, &kernel, &ours);
+        let mut same = kernel == ours;
+        if !same && explained.explain(op, &kernel, &ours, &sources) {
+            // What the kernel has copied is needed for what follows.
+            same = match op {
+                Op::Copy(copy) => self.ours.follow(copy.to, kernel.value, &sources, copy.flags),
+                _ => true,
+            };
+        }
         if kernel == rules && same {
             return Ok(kernel);
         }

@@ -18,7 +18,7 @@ use vm_memory::{FileOffset, Permissions};
 use super::op::{
     Allow, Copied, Map, Memory, Op, Outcome, Unmap, ATTACHED, FIXED, READ, SPACES, WRITE,
 };
-use super::rules::{alignment, Rules};
+use super::rules::{alignment, Area, Rules};
 use crate::memory::PAGE;
 use crate::ours::OwnMemory;
 
@@ -106,14 +106,7 @@ impl Ours {
             let arg = vfio_iommu_type1_dma_map { argsz, flags, vaddr, iova, size };
             return type1.map_dma(&arg).map_err(errno).map(|()| iova);
         }
-        let backing = match map.memory {
-            Memory::Own(vaddr) => OwnMemory.backing(vaddr, length, prot).map_err(errno)?,
-            Memory::File(start) => {
-                let file = FileOffset::from_arc(self.file.clone(), start);
-                Backing::file(file, length as usize, Permissions::ReadWrite).map_err(errno)?
-            }
-            Memory::Closed => return Err(libc::EBADF),
-        };
+        let backing = self.backing(map.memory, length, prot)?;
         let space = type1.space();
         if flags & FIXED != 0 {
             return space.map(iova, backing, prot).map_err(errno).map(|()| iova);
@@ -127,6 +120,37 @@ impl Ours {
         }
         space.map(kernel.value, backing, prot).map_err(errno)?;
         Ok(kernel.value)
+    }
+
+    fn backing(
+        &self,
+        memory: Memory,
+        length: u64,
+        prot: Permissions,
+    ) -> std::result::Result<Backing, i32> {
+        match memory {
+            Memory::Own(vaddr) => OwnMemory.backing(vaddr, length, prot).map_err(errno),
+            Memory::File(start) => {
+                let file = FileOffset::from_arc(self.file.clone(), start);
+                Backing::file(file, length as usize, Permissions::ReadWrite).map_err(errno)
+            }
+            Memory::Closed => Err(libc::EBADF),
+        }
+    }
+
+    /// Has mapped what a copy that was refused would have.
+    pub fn follow(&self, to: usize, iova: u64, parts: &[Area], flags: u32) -> bool {
+        let mut next = iova;
+        parts.iter().all(|part| {
+            let Ok(type1) = self.type1(to) else {
+                return false;
+            };
+            let prot = permissions(flags);
+            let backing = self.backing(part.memory, part.length, prot);
+            let mapped = backing.map(|backing| type1.space().map(next, backing, prot));
+            next += part.length;
+            matches!(mapped, Ok(Ok(())))
+        })
     }
 
     fn unmap(&self, unmap: &Unmap, rules: &Rules) -> std::result::Result<u64, i32> {

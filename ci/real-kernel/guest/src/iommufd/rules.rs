@@ -150,6 +150,15 @@ impl Rules {
         areas.iter().filter(met).copied().collect()
     }
 
+    /// What a copy finds.
+    pub fn sources(&self, copy: &Copied) -> Vec<Area> {
+        let first = copy.from_iova;
+        let last = first.saturating_add(copy.length.wrapping_sub(1));
+        let areas = self.overlapping(copy.from, first, last);
+        let part = |area: &Area| area.part(area.iova.max(first), area.last().min(last));
+        areas.iter().map(part).collect()
+    }
+
     /// The lowest address that fits.
     fn anywhere(&self, space: usize, length: u64, alignment: u64) -> Result<u64, i32> {
         let fit = |(first, last): (u64, u64)| {
@@ -255,12 +264,8 @@ impl Rules {
         check(flags & (READ | WRITE) != 0, libc::EINVAL)?;
         self.areas_of(from)?;
         check(length > 0, libc::EINVAL)?;
-        let last = last_of(from_iova, length)?;
-        let parts = self.overlapping(from, from_iova, last);
-        let parts: Vec<_> = parts
-            .iter()
-            .map(|area| area.part(area.iova.max(from_iova), area.last().min(last)))
-            .collect();
+        last_of(from_iova, length)?;
+        let parts = self.sources(copy);
         let found: u64 = parts.iter().map(|part| part.length).sum();
         check(found == length, libc::ENOENT)?;
         self.place(to, flags, to_iova, &parts)
