@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use vm_memory::Permissions;
 
 use crate::check::Request;
-use crate::map::{check_room, unmapping};
+use crate::map::{check_backing, check_room, unmapping};
 use crate::mapping::Need;
 use crate::range::IovaRange;
 use crate::sync::lock;
@@ -40,8 +40,11 @@ impl IoAddressSpace {
     ///
     /// First of what is copied: what [`map`](IoAddressSpace::map) says of a request that is wrong in itself;
     /// [`Error::Unmapping`] or [`Error::VaddrInvalid`] (EBUSY); [`Error::NothingMapped`] (ENOENT) of the
-    /// first part that is not mapped; [`Error::Permission`] (EPERM) where more is asked for than it was
-    /// mapped for. Then those of [`map_batch`](IoAddressSpace::map_batch).
+    /// first part that is not mapped. Then what `map` says of where it is to be; [`Error::Permission`] (EPERM)
+    /// where more is asked for than it was mapped for; those of [`map_batch`](IoAddressSpace::map_batch).
+    ///
+    /// With [`Profile::Iommufd`](crate::Profile::Iommufd) only the target need be whole pages: what is copied is
+    /// looked at for that last.
     pub fn copy_to(
         &self,
         iova: u64,
@@ -65,9 +68,12 @@ impl IoAddressSpace {
         let (parts, refused) = self.parts(range, prot)?;
         let target = &*to.view.space;
         let to_range = to_request.check(target, target.rules.map)?;
-        if let Some(refused) = refused {
-            // That there is room comes first.
+        if let Some((at, refused)) = refused {
+            // That there is room comes first, and what is wrong with the parts before.
             check_room(&lock(&target.writer), target, to_range)?;
+            for (part, backing) in &parts[..at] {
+                check_backing(target, *part, backing, prot)?;
+            }
             return Err(refused);
         }
         to.map_batch(parts.into_iter().map(|(part, backing)| {
@@ -76,8 +82,13 @@ impl IoAddressSpace {
         }))
     }
 
-    /// The memory of a range, all of which is mapped, and the error where that is not for `prot` at least.
-    fn parts(&self, range: IovaRange, prot: Permissions) -> Result<(Parts, Option<Error>)> {
+    /// The memory of a range, all of which is mapped, and the number of the first part that is not for `prot` with
+    /// the error of that.
+    fn parts(
+        &self,
+        range: IovaRange,
+        prot: Permissions,
+    ) -> Result<(Parts, Option<(usize, Error)>)> {
         let space = &*self.view.space;
         let writer = lock(&space.writer);
         if let Some(leaving) = writer.leaving_in(range) {
@@ -104,12 +115,13 @@ impl IoAddressSpace {
                 return ControlFlow::Break(next.map(hole));
             }
             if refused.is_none() && !mapping.allows(Need::exactly(prot)) {
-                refused = Some(Error::Permission {
+                let error = Error::Permission {
                     iova: part.first,
                     needed: prot,
                     allowed: mapping.permissions(),
                     completed: 0,
-                });
+                };
+                refused = Some((parts.len(), error));
             }
             parts.push((part, mapping.backing(part)));
             next = part.last.checked_add(1);

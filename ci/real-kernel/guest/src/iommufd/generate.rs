@@ -158,7 +158,9 @@ impl Generator {
 
     /// Mistakes in what is not at a fixed address, or of a file.
     fn wrong_elsewhere(&mut self, mut map: Map, rules: &Rules) -> Map {
-        let attached = map.space == ATTACHED;
+        // Where there may be no room, nothing else is wrong.
+        let limited = rules.space(map.space).is_some_and(|space| !space.allowed.is_empty());
+        let attached = map.space == ATTACHED && !limited;
         match self.0.random_range(0..100) {
             0..3 if map.memory != Memory::Closed && map.flags & FIXED != 0 => {
                 map.memory = Memory::Closed;

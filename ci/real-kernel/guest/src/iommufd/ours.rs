@@ -88,7 +88,7 @@ impl Ours {
             Op::Destroy(space) => Outcome::plain(self.destroy(*space), 0),
             Op::Map(map) => changed(self.map(map, kernel, rules), map.iova),
             Op::Unmap(unmap) => changed(self.unmap(unmap, rules), unmap.length),
-            Op::Copy(copy) => changed(self.copy(copy, kernel), copy.to_iova),
+            Op::Copy(copy) => changed(self.copy(copy, kernel, rules), copy.to_iova),
             Op::Ranges(space, room) => self.ranges(*space, *room),
             Op::Allow(allow) => Outcome::plain(self.allow(allow), 0),
         }
@@ -169,12 +169,21 @@ impl Ours {
         unmapped
     }
 
-    fn copy(&self, copy: &Copied, kernel: &Outcome) -> std::result::Result<u64, i32> {
+    fn copy(
+        &self,
+        copy: &Copied,
+        kernel: &Outcome,
+        rules: &Rules,
+    ) -> std::result::Result<u64, i32> {
         let Copied { flags, to, from, length, to_iova, from_iova } = *copy;
         let from = self.type1(from)?.space();
         let to = self.type1(to)?.space();
-        let chosen = flags & FIXED == 0 && kernel.result.is_ok();
-        let at = if chosen { kernel.value } else { to_iova };
+        let at = match (flags & FIXED, kernel.result) {
+            (0, Ok(())) => kernel.value,
+            // Some place that is free: it is something else that is wrong.
+            (0, Err(_)) => rules.anywhere(copy.to, length, PAGE).unwrap_or(to_iova),
+            _ => to_iova,
+        };
         let copied = from.copy_to(from_iova, length, to, at, permissions(flags));
         copied.map_err(errno).map(|()| at)
     }

@@ -160,10 +160,10 @@ impl Rules {
     }
 
     /// The lowest address that fits.
-    fn anywhere(&self, space: usize, length: u64, alignment: u64) -> Result<u64, i32> {
+    pub fn anywhere(&self, space: usize, length: u64, alignment: u64) -> Result<u64, i32> {
         let fit = |(first, last): (u64, u64)| {
             let first = first.checked_next_multiple_of(alignment)?;
-            (first < last && last - first >= length - 1).then_some(first)
+            (first < last && last - first >= length.wrapping_sub(1)).then_some(first)
         };
         let this = self.spaces[space].as_ref().ok_or(libc::ENOENT)?;
         let (first, last) = (PAGE, u64::MAX - PAGE);

@@ -202,7 +202,8 @@ impl Kernel {
             ..Default::default()
         };
         let result = self.call(IOMMUFD_CMD_IOAS_IOVA_RANGES, &mut arg);
-        let written = room.min(arg.num_iovas) as usize;
+        let answered = matches!(result, Ok(()) | Err(libc::EMSGSIZE));
+        let written = if answered { room.min(arg.num_iovas) as usize } else { 0 };
         let ranges = ranges[..written].iter().map(|range| (range.start, range.last));
         Outcome {
             ranges: ranges.collect(),
