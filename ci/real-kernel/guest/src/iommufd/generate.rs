@@ -38,6 +38,11 @@ const ALLOWED: [(u64, u64); 4] = [
     (1 << 40, (1 << 40) + 0xf_ffff),
 ];
 
+/// Whether only some addresses are found for mappings.
+fn is_limited(space: usize, rules: &Rules) -> bool {
+    rules.space(space).is_some_and(|space| !space.allowed.is_empty())
+}
+
 /// Makes operations one after the other; what is mapped steers the next.
 #[derive(Debug)]
 pub struct Generator(SmallRng);
@@ -123,7 +128,8 @@ impl Generator {
             length: pages * PAGE,
             iova: 0,
         };
-        if self.chance(12) {
+        // For a file its offset counts, for ours where it is mapped: with little room that shows.
+        if self.chance(12) && (map.flags & FIXED != 0 || !is_limited(space, rules)) {
             map.length = map.length.min(4 * PAGE);
             let offset = self.0.random_range(0..=FILE_PAGES - map.length / PAGE);
             map.memory = Memory::File(offset * PAGE);
@@ -159,8 +165,7 @@ impl Generator {
     /// Mistakes in what is not at a fixed address, or of a file.
     fn wrong_elsewhere(&mut self, mut map: Map, rules: &Rules) -> Map {
         // Where there may be no room, nothing else is wrong.
-        let limited = rules.space(map.space).is_some_and(|space| !space.allowed.is_empty());
-        let attached = map.space == ATTACHED && !limited;
+        let attached = map.space == ATTACHED && !is_limited(map.space, rules);
         match self.0.random_range(0..100) {
             0..3 if map.memory != Memory::Closed && map.flags & FIXED != 0 => {
                 map.memory = Memory::Closed;
@@ -291,7 +296,6 @@ impl Generator {
             }
         }
         let pages = (length / PAGE).clamp(1, 16);
-        let is_limited = rules.space(to).is_some_and(|space| !space.allowed.is_empty());
         let mut copy = Copied {
             flags: flags | FIXED,
             to,
@@ -300,7 +304,7 @@ impl Generator {
             to_iova: self.free(to, pages, rules),
             from_iova,
         };
-        if !is_limited && self.chance(30) {
+        if !is_limited(to, rules) && self.chance(30) {
             (copy.flags, copy.to_iova) = (flags, 0);
         }
         if self.chance(12) {

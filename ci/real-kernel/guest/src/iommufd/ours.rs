@@ -181,7 +181,7 @@ impl Ours {
         let at = match (flags & FIXED, kernel.result) {
             (0, Ok(())) => kernel.value,
             // Some place that is free: it is something else that is wrong.
-            (0, Err(_)) => rules.anywhere(copy.to, length, PAGE).unwrap_or(to_iova),
+            (0, Err(_)) if to_iova != u64::MAX => rules.anywhere(copy.to, length, PAGE).unwrap_or(to_iova),
             _ => to_iova,
         };
         let copied = from.copy_to(from_iova, length, to, at, permissions(flags));
