@@ -55,11 +55,18 @@ fn run() -> Result<(), String> {
     );
     let setup = sequences::setup(given.group)?;
     println!("{setup:x?}");
-    edu::run(&given, &setup, seed)?;
-    lifetime::run(&given, seed)?;
-    memlock::run(&given)?;
-    let type1 = sequences::run(&given, &setup, operations, seed);
-    // Whatever differs there has been said, and this is looked at too.
-    let iommufd = iommufd::run(&given, operations, seed);
-    type1.and(iommufd)
+    // All of them, whatever the others find.
+    let parts = [
+        edu::run(&given, &setup, seed),
+        lifetime::run(&given, seed),
+        memlock::run(&given),
+        sequences::run(&given, &setup, operations, seed),
+        iommufd::run(&given, operations, seed),
+    ];
+    let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(failed.join("; "))
+    }
 }

@@ -194,3 +194,53 @@ fn print(kind: &Kind, found: &Found) -> Result<(), String> {
     println!("    {:?}: {}", found.whose, shown.other);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+    use crate::op::Outcome;
+
+    /// What the kernel says of the device that the guest has.
+    fn setup() -> Setup {
+        Setup {
+            page_sizes: 0x4020_1000,
+            ranges: vec![(0, 0xfedf_ffff), (0xfef0_0000, 0xffff_ffff_ffff)],
+            extensions: vec![1, 3, 9, 10],
+        }
+    }
+
+    #[test]
+    fn without_a_kernel_ours_does_what_the_rules_say() {
+        memory::make().unwrap();
+        let (mut rates, mut explained) = (Rates::default(), Explained::default());
+        for sequence in 0..100 {
+            let mut generator = Generator::new(sequence);
+            let kind = Kind {
+                group: 0,
+                v2: sequence % 2 == 0,
+                entry_limit: generator.entry_limit(),
+                setup: setup(),
+            };
+            let mut machines = ALL.map(|whose| kind.other(whose).unwrap());
+            for _ in 0..SEQUENCE {
+                let op = generator.next();
+                let [rules, ours] = machines.each_mut().map(|machine| machine.apply(&op));
+                let mut same = |rules: &Outcome, ours: &Outcome| {
+                    rules == ours
+                        || explained
+                            .explain(&op, rules, ours, generator.live())
+                            .is_some()
+                };
+                assert!(same(&rules, &ours), "{op}: {rules} beside {ours}");
+                rates.count(&op, &rules, generator.live().all().len());
+                generator.note(&op, &rules);
+            }
+        }
+        assert_eq!(
+            rates.check(),
+            [""; 0],
+            "the generator has to reach everything"
+        );
+    }
+}
