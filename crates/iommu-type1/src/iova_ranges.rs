@@ -214,7 +214,8 @@ fn outside(writer: &Writer, space: &Space, ranges: &IovaRanges) -> Option<IovaRa
     });
     live.or_else(|| {
         let mut leaving = writer.leaving_inside(IovaRange::ALL);
-        let outside = leaving.find(|leaving| !ranges.allow_given(leaving.mapping.range, space.rules));
+        let outside =
+            leaving.find(|leaving| !ranges.allow_given(leaving.mapping.range, space.rules));
         outside.map(|leaving| leaving.mapping.range)
     })
 }

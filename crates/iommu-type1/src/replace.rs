@@ -15,7 +15,7 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use crate::check::Request;
-use crate::map::{check_entries, check_memory, check_not_unmapping, check_backing, unmapping};
+use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping, unmapping};
 use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::space::Space;

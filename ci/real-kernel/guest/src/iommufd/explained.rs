@@ -38,13 +38,18 @@ impl Explained {
     pub fn explain(&mut self, op: &Op, kernel: &Outcome, ours: &Outcome, sources: &[Area]) -> bool {
         let (kernel, ours) = (kernel.result, ours.result);
         let reason = match op {
-            Op::Map(Map { memory: Memory::File(from), length, .. })
-                if from.saturating_add(*length) > FILE_PAGES * PAGE
-                    && (kernel, ours) == (Err(libc::EINVAL), Err(libc::EFAULT)) =>
+            Op::Map(Map {
+                memory: Memory::File(from),
+                length,
+                ..
+            }) if from.saturating_add(*length) > FILE_PAGES * PAGE
+                && (kernel, ours) == (Err(libc::EINVAL), Err(libc::EFAULT)) =>
             {
                 END_OF_FILE
             }
-            Op::Copy(copy) if is_more(copy, sources) && (kernel, ours) == (Ok(()), Err(libc::EPERM)) => {
+            Op::Copy(copy)
+                if is_more(copy, sources) && (kernel, ours) == (Ok(()), Err(libc::EPERM)) =>
+            {
                 MORE_THAN_SOURCE
             }
             _ => return false,

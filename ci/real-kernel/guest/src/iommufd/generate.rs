@@ -11,12 +11,12 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use super::op::{
-    Allow, Copied, Map, Memory, Op, Unmap, ATTACHED, FIXED, READ, SPACES, WRITE,
-};
+use super::op::{Allow, Copied, Map, Memory, Op, Unmap, ATTACHED, FIXED, READ, SPACES, WRITE};
 use super::rules::{Area, Rules};
 use super::FILE_PAGES;
-use crate::memory::{Area as Part, BEHIND_FILE, FILE, HOLE, NO_ACCESS, PAGE, PRIVATE, READ_ONLY, SHARED};
+use crate::memory::{
+    Area as Part, BEHIND_FILE, FILE, HOLE, NO_ACCESS, PAGE, PRIVATE, READ_ONLY, SHARED,
+};
 
 /// The last page of the space.
 const TOP: u64 = u64::MAX - (PAGE - 1);
@@ -40,7 +40,9 @@ const ALLOWED: [(u64, u64); 4] = [
 
 /// Whether only some addresses are found for mappings.
 fn is_limited(space: usize, rules: &Rules) -> bool {
-    rules.space(space).is_some_and(|space| !space.allowed.is_empty())
+    rules
+        .space(space)
+        .is_some_and(|space| !space.allowed.is_empty())
 }
 
 /// Makes operations one after the other; what is mapped steers the next.
@@ -73,7 +75,11 @@ impl Generator {
     fn on_none(&mut self, space: usize, rules: &Rules) -> Op {
         match self.0.random_range(0..8) {
             0 => Op::Map(self.good_map(space, rules)),
-            1 => Op::Unmap(Unmap { space, iova: 0, length: PAGE }),
+            1 => Op::Unmap(Unmap {
+                space,
+                iova: 0,
+                length: PAGE,
+            }),
             2 => Op::Destroy(space),
             3 => Op::Ranges(space, 4),
             _ => Op::Alloc(space),
@@ -116,11 +122,19 @@ impl Generator {
 
     /// One that fails only where what it would need is taken.
     fn good_map(&mut self, space: usize, rules: &Rules) -> Map {
-        let pages = if self.chance(5) { 16 } else { self.0.random_range(1..=4) };
+        let pages = if self.chance(5) {
+            16
+        } else {
+            self.0.random_range(1..=4)
+        };
         let part = self.pick(&[PRIVATE, PRIVATE, PRIVATE, READ_ONLY, SHARED, FILE]);
         let pages = pages.min(part.pages);
         let access = self.pick(&[READ | WRITE, READ | WRITE, READ, WRITE]);
-        let access = if part.first == READ_ONLY.first { READ } else { access };
+        let access = if part.first == READ_ONLY.first {
+            READ
+        } else {
+            access
+        };
         let mut map = Map {
             space,
             flags: access | if self.chance(65) { FIXED } else { 0 },
@@ -244,7 +258,11 @@ impl Generator {
     fn unmap(&mut self, space: usize, rules: &Rules) -> Unmap {
         let elsewhere = self.address(2);
         let Some(Area { iova, length, .. }) = self.area(space, rules) else {
-            return Unmap { space, iova: elsewhere, length: 2 * PAGE };
+            return Unmap {
+                space,
+                iova: elsewhere,
+                length: 2 * PAGE,
+            };
         };
         let (iova, length) = match self.0.random_range(0..1000) {
             0..500 => (iova, length),
@@ -260,11 +278,20 @@ impl Generator {
             800..806 => (0, u64::MAX),
             806..812 => (iova & !0xffff, 0x1_0000),
             812..840 => self.pick(&[(0, 0), (iova, 0), (u64::MAX, 0)]),
-            840..870 => self.pick(&[(TOP, 2 * PAGE), (PAGE, u64::MAX), (u64::MAX, 1), (iova, TOP)]),
+            840..870 => self.pick(&[
+                (TOP, 2 * PAGE),
+                (PAGE, u64::MAX),
+                (u64::MAX, 1),
+                (iova, TOP),
+            ]),
             870..890 => self.pick(&[(TOP, PAGE), (1 << 48, 1 << 48), (u64::MAX - 1, 2)]),
             _ => (elsewhere, 2 * PAGE),
         };
-        Unmap { space, iova, length }
+        Unmap {
+            space,
+            iova,
+            length,
+        }
     }
 
     fn copy(&mut self, to: usize, rules: &Rules) -> Copied {
@@ -358,6 +385,10 @@ impl Generator {
                 (0x1_0000, 1 << 49),
             ]);
         }
-        Allow { space, ranges, count }
+        Allow {
+            space,
+            ranges,
+            count,
+        }
     }
 }

@@ -124,7 +124,9 @@ impl All {
         if !same && explained.explain(op, &kernel, &ours, &sources) {
             // What the kernel has copied is needed for what follows.
             same = match op {
-                Op::Copy(copy) => self.ours.follow(copy.to, kernel.value, &sources, copy.flags),
+                Op::Copy(copy) => self
+                    .ours
+                    .follow(copy.to, kernel.value, &sources, copy.flags),
                 _ => true,
             };
         }
@@ -132,7 +134,12 @@ impl All {
             return Ok(kernel);
         }
         let op = *op;
-        Err(Box::new(Difference { op, kernel, rules, ours }))
+        Err(Box::new(Difference {
+            op,
+            kernel,
+            rules,
+            ours,
+        }))
     }
 }
 
@@ -173,15 +180,20 @@ pub fn run(given: &Given, operations: u64, seed: u64) -> Result<(), String> {
     if differences > 0 {
         return Err(format!("iommufd: {differences} sequences differ"));
     }
-    wrong.first().map_or(Ok(()), |wrong| Err(format!("iommufd: {wrong}")))
+    wrong
+        .first()
+        .map_or(Ok(()), |wrong| Err(format!("iommufd: {wrong}")))
 }
 
 fn print(start: &Start, ops: &[Op], found: &Difference) {
     let again = |ops: &[Op]| -> Option<Difference> {
         let (mut all, mut aside) = (start.all().ok()?, Explained::default());
-        ops.iter().find_map(|op| all.step(op, &mut aside).err().map(|differs| *differs))
+        ops.iter()
+            .find_map(|op| all.step(op, &mut aside).err().map(|differs| *differs))
     };
-    let least = shrink(ops, |ops| again(ops).is_some_and(|again| again.op == found.op));
+    let least = shrink(ops, |ops| {
+        again(ops).is_some_and(|again| again.op == found.op)
+    });
     println!("difference on iommufd:");
     for op in &least {
         println!("    {op}");

@@ -120,7 +120,11 @@ impl Outcome {
     /// A call that leaves its argument, or changes one number.
     pub fn plain(result: Result<(), i32>, value: u64) -> Self {
         let ranges = Vec::new();
-        Outcome { result, value, ranges }
+        Outcome {
+            result,
+            value,
+            ranges,
+        }
     }
 }
 
@@ -129,13 +133,33 @@ impl fmt::Display for Op {
         match self {
             Op::Alloc(space) => write!(f, "alloc {space}"),
             Op::Destroy(space) => write!(f, "destroy {space}"),
-            Op::Map(Map { space, flags, memory, length, iova }) => {
-                write!(f, "map {space} flags={flags:#x} {memory:x?} length={length:#x} iova={iova:#x}")
+            Op::Map(Map {
+                space,
+                flags,
+                memory,
+                length,
+                iova,
+            }) => {
+                write!(
+                    f,
+                    "map {space} flags={flags:#x} {memory:x?} length={length:#x} iova={iova:#x}"
+                )
             }
-            Op::Unmap(Unmap { space, iova, length }) => {
+            Op::Unmap(Unmap {
+                space,
+                iova,
+                length,
+            }) => {
                 write!(f, "unmap {space} iova={iova:#x} length={length:#x}")
             }
-            Op::Copy(Copied { flags, to, from, length, to_iova, from_iova }) => write!(
+            Op::Copy(Copied {
+                flags,
+                to,
+                from,
+                length,
+                to_iova,
+                from_iova,
+            }) => write!(
                 f,
                 "copy flags={flags:#x} to {to} iova={to_iova:#x} from {from} iova={from_iova:#x} \
                  length={length:#x}"

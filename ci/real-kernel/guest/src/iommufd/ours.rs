@@ -54,11 +54,18 @@ fn errno(error: Error) -> i32 {
 impl Ours {
     /// With all spaces there, and nothing mapped.
     pub fn new(reserved: &[(u64, u64)], file: &Arc<File>) -> Result<Self> {
-        let reserved: Vec<_> = reserved.iter().map(|(first, last)| *first..=*last).collect();
+        let reserved: Vec<_> = reserved
+            .iter()
+            .map(|(first, last)| *first..=*last)
+            .collect();
         let ranges = IovaRanges::new(&[], &reserved)?;
         Ok(Ours {
             spaces: std::array::from_fn(|space| {
-                let ranges = if space == ATTACHED { ranges.clone() } else { IovaRanges::default() };
+                let ranges = if space == ATTACHED {
+                    ranges.clone()
+                } else {
+                    IovaRanges::default()
+                };
                 Some(new_space(ranges))
             }),
             reserved,
@@ -67,7 +74,11 @@ impl Ours {
     }
 
     fn reserved(&self, space: usize) -> &[RangeInclusive<u64>] {
-        if space == ATTACHED { &self.reserved } else { &[] }
+        if space == ATTACHED {
+            &self.reserved
+        } else {
+            &[]
+        }
     }
 
     fn type1(&self, space: usize) -> std::result::Result<&Type1<OwnMemory>, i32> {
@@ -95,15 +106,34 @@ impl Ours {
     }
 
     fn map(&self, map: &Map, kernel: &Outcome, rules: &Rules) -> std::result::Result<u64, i32> {
-        let Map { flags, length, iova, .. } = *map;
+        let Map {
+            flags,
+            length,
+            iova,
+            ..
+        } = *map;
         let type1 = self.type1(map.space)?;
         let prot = permissions(flags);
         if let (Memory::Own(vaddr), true) = (map.memory, flags & FIXED != 0) {
-            let read = if flags & READ != 0 { VFIO_DMA_MAP_FLAG_READ } else { 0 };
-            let write = if flags & WRITE != 0 { VFIO_DMA_MAP_FLAG_WRITE } else { 0 };
+            let read = if flags & READ != 0 {
+                VFIO_DMA_MAP_FLAG_READ
+            } else {
+                0
+            };
+            let write = if flags & WRITE != 0 {
+                VFIO_DMA_MAP_FLAG_WRITE
+            } else {
+                0
+            };
             let argsz = size_of::<vfio_iommu_type1_dma_map>() as u32;
             let (flags, size) = (read | write, length);
-            let arg = vfio_iommu_type1_dma_map { argsz, flags, vaddr, iova, size };
+            let arg = vfio_iommu_type1_dma_map {
+                argsz,
+                flags,
+                vaddr,
+                iova,
+                size,
+            };
             return type1.map_dma(&arg).map_err(errno).map(|()| iova);
         }
         let backing = self.backing(map.memory, length, prot)?;
@@ -175,13 +205,22 @@ impl Ours {
         kernel: &Outcome,
         rules: &Rules,
     ) -> std::result::Result<u64, i32> {
-        let Copied { flags, to, from, length, to_iova, from_iova } = *copy;
+        let Copied {
+            flags,
+            to,
+            from,
+            length,
+            to_iova,
+            from_iova,
+        } = *copy;
         let from = self.type1(from)?.space();
         let to = self.type1(to)?.space();
         let at = match (flags & FIXED, kernel.result) {
             (0, Ok(())) => kernel.value,
             // Some place that is free: it is something else that is wrong.
-            (0, Err(_)) if to_iova != u64::MAX => rules.anywhere(copy.to, length, PAGE).unwrap_or(to_iova),
+            (0, Err(_)) if to_iova != u64::MAX => {
+                rules.anywhere(copy.to, length, PAGE).unwrap_or(to_iova)
+            }
             _ => to_iova,
         };
         let copied = from.copy_to(from_iova, length, to, at, permissions(flags));
@@ -189,24 +228,40 @@ impl Ours {
     }
 
     fn ranges(&self, space: usize, room: u32) -> Outcome {
-        let ranges = match (self.type1(space), IovaRanges::new(&[], self.reserved(space))) {
+        let ranges = match (
+            self.type1(space),
+            IovaRanges::new(&[], self.reserved(space)),
+        ) {
             (Err(errno), _) => return Outcome::plain(Err(errno), room.into()),
             (_, Err(error)) => return Outcome::plain(Err(errno(error)), room.into()),
             (_, Ok(ranges)) => ranges.usable(),
         };
         // None stands for everything.
-        let ranges = if ranges.is_empty() { vec![0..=u64::MAX] } else { ranges };
+        let ranges = if ranges.is_empty() {
+            vec![0..=u64::MAX]
+        } else {
+            ranges
+        };
         let enough = ranges.len() <= room as usize;
         let written = ranges.iter().take(room as usize);
         Outcome {
-            ranges: written.map(|range| (*range.start(), *range.end())).collect(),
-            ..Outcome::plain(enough.then_some(()).ok_or(libc::EMSGSIZE), ranges.len() as u64)
+            ranges: written
+                .map(|range| (*range.start(), *range.end()))
+                .collect(),
+            ..Outcome::plain(
+                enough.then_some(()).ok_or(libc::EMSGSIZE),
+                ranges.len() as u64,
+            )
         }
     }
 
     fn allow(&self, allow: &Allow) -> std::result::Result<(), i32> {
         let type1 = self.type1(allow.space)?;
-        let allowed: Vec<_> = allow.given().iter().map(|(first, last)| *first..=*last).collect();
+        let allowed: Vec<_> = allow
+            .given()
+            .iter()
+            .map(|(first, last)| *first..=*last)
+            .collect();
         let ranges = IovaRanges::new(&allowed, self.reserved(allow.space)).map_err(errno)?;
         type1.space().set_iova_ranges(ranges).map_err(errno)
     }

@@ -83,11 +83,17 @@ impl Rates {
         for ((name, least), (done, succeeded)) in KINDS.iter().zip(self.kinds) {
             let percent = succeeded * 100 / done.max(1);
             println!("iommufd: rates: {percent}% of {done} {name} succeed");
-            miss(percent < *least, format!("fewer than {least}% of the {name} succeed"));
+            miss(
+                percent < *least,
+                format!("fewer than {least}% of the {name} succeed"),
+            );
         }
         let areas = self.areas / self.operations.max(1);
         println!("iommufd: rates: {areas} areas on average");
-        miss(areas < AREAS, format!("fewer than {AREAS} areas on average"));
+        miss(
+            areas < AREAS,
+            format!("fewer than {AREAS} areas on average"),
+        );
         for (errno, name) in ERRNOS {
             let reached = self.errnos.get(&errno).copied().unwrap_or(0);
             println!("iommufd: rates: {name} {reached} times");

@@ -78,7 +78,8 @@ fn check(ok: bool, errno: i32) -> Result<(), i32> {
 }
 
 fn last_of(iova: u64, length: u64) -> Result<u64, i32> {
-    iova.checked_add(length.wrapping_sub(1)).ok_or(libc::EOVERFLOW)
+    iova.checked_add(length.wrapping_sub(1))
+        .ok_or(libc::EOVERFLOW)
 }
 
 /// What lies between ranges in ascending order.
@@ -101,7 +102,11 @@ pub fn around(ranges: &[(u64, u64)], first: u64, last: u64) -> Vec<(u64, u64)> {
 
 /// What the alignment of an address has to be.
 pub fn alignment(host: u64, length: u64) -> u64 {
-    let of_host = if host == 0 { HUGE } else { host & host.wrapping_neg() };
+    let of_host = if host == 0 {
+        HUGE
+    } else {
+        host & host.wrapping_neg()
+    };
     length.next_power_of_two().min(of_host).min(HUGE)
 }
 
@@ -127,20 +132,35 @@ impl Rules {
 
     /// Areas in all of them.
     pub fn areas(&self) -> usize {
-        self.spaces.iter().flatten().map(|space| space.areas.len()).sum()
+        self.spaces
+            .iter()
+            .flatten()
+            .map(|space| space.areas.len())
+            .sum()
     }
 
     /// The reserved addresses of an IOAS.
     pub fn reserved(&self, space: usize) -> &[(u64, u64)] {
-        if space == ATTACHED { &self.reserved } else { &[] }
+        if space == ATTACHED {
+            &self.reserved
+        } else {
+            &[]
+        }
     }
 
     fn granule(space: usize) -> u64 {
-        if space == ATTACHED { PAGE } else { 1 }
+        if space == ATTACHED {
+            PAGE
+        } else {
+            1
+        }
     }
 
     fn areas_of(&self, space: usize) -> Result<&Vec<Area>, i32> {
-        self.spaces[space].as_ref().map(|space| &space.areas).ok_or(libc::ENOENT)
+        self.spaces[space]
+            .as_ref()
+            .map(|space| &space.areas)
+            .ok_or(libc::ENOENT)
     }
 
     /// What is mapped in `iova..=last`.
@@ -183,13 +203,7 @@ impl Rules {
     }
 
     /// Puts parts side by side; where, that is answered.
-    fn place(
-        &mut self,
-        space: usize,
-        flags: u32,
-        iova: u64,
-        parts: &[Area],
-    ) -> Result<u64, i32> {
+    fn place(&mut self, space: usize, flags: u32, iova: u64, parts: &[Area]) -> Result<u64, i32> {
         self.areas_of(space)?;
         let granule = Self::granule(space);
         let length = parts.iter().map(|part| part.length).sum::<u64>();
@@ -208,7 +222,10 @@ impl Rules {
         let reserved = self.reserved(space).iter();
         let met = |(from, to): &(u64, u64)| *from <= last && first <= *to;
         check(!reserved.into_iter().any(met), libc::EINVAL)?;
-        check(self.overlapping(space, first, last).is_empty(), libc::EEXIST)?;
+        check(
+            self.overlapping(space, first, last).is_empty(),
+            libc::EEXIST,
+        )?;
         let mut next = first;
         let mut placed = Vec::new();
         for part in parts {
@@ -218,7 +235,11 @@ impl Rules {
                 Memory::Closed => 0,
             };
             check(begins % granule == 0, libc::EINVAL)?;
-            placed.push(Area { iova: next, flags, ..*part });
+            placed.push(Area {
+                iova: next,
+                flags,
+                ..*part
+            });
             next = next.wrapping_add(part.length);
         }
         if space == ATTACHED {
@@ -233,7 +254,12 @@ impl Rules {
     }
 
     fn map(&mut self, map: &Map) -> Result<u64, i32> {
-        let Map { flags, length, iova, .. } = *map;
+        let Map {
+            flags,
+            length,
+            iova,
+            ..
+        } = *map;
         check(flags & !(FIXED | READ | WRITE) == 0, libc::EOPNOTSUPP)?;
         check(iova != MAX && length != MAX, libc::EOVERFLOW)?;
         check(flags & (READ | WRITE) != 0, libc::EINVAL)?;
@@ -258,9 +284,19 @@ impl Rules {
     }
 
     fn copy(&mut self, copy: &Copied) -> Result<u64, i32> {
-        let Copied { flags, to, from, length, to_iova, from_iova } = *copy;
+        let Copied {
+            flags,
+            to,
+            from,
+            length,
+            to_iova,
+            from_iova,
+        } = *copy;
         check(flags & !(FIXED | READ | WRITE) == 0, libc::EOPNOTSUPP)?;
-        check(![length, to_iova, from_iova].contains(&MAX), libc::EOVERFLOW)?;
+        check(
+            ![length, to_iova, from_iova].contains(&MAX),
+            libc::EOVERFLOW,
+        )?;
         check(flags & (READ | WRITE) != 0, libc::EINVAL)?;
         self.areas_of(from)?;
         check(length > 0, libc::EINVAL)?;
@@ -272,7 +308,11 @@ impl Rules {
     }
 
     fn unmap(&mut self, unmap: &Unmap) -> Result<u64, i32> {
-        let Unmap { space, iova, length } = *unmap;
+        let Unmap {
+            space,
+            iova,
+            length,
+        } = *unmap;
         self.areas_of(space)?;
         let all = (iova, length) == (0, MAX);
         if !all {
@@ -281,7 +321,9 @@ impl Rules {
         }
         let last = if all { MAX } else { last_of(iova, length)? };
         let met = self.overlapping(space, iova, last);
-        let cut = met.iter().position(|area| area.iova < iova || area.last() > last);
+        let cut = met
+            .iter()
+            .position(|area| area.iova < iova || area.last() > last);
         let goes = &met[..cut.unwrap_or(met.len())];
         if let Some(space) = &mut self.spaces[space] {
             space.areas.retain(|area| !goes.contains(area));
@@ -309,10 +351,20 @@ impl Rules {
         self.areas_of(allow.space)?;
         let mut ranges = allow.given().to_vec();
         ranges.sort_unstable();
-        check(ranges.iter().all(|(first, last)| first < last), libc::EINVAL)?;
-        check(ranges.windows(2).all(|two| two[0].1 < two[1].0), libc::EINVAL)?;
+        check(
+            ranges.iter().all(|(first, last)| first < last),
+            libc::EINVAL,
+        )?;
+        check(
+            ranges.windows(2).all(|two| two[0].1 < two[1].0),
+            libc::EINVAL,
+        )?;
         let reserved = self.reserved(allow.space);
-        let free = |range: &(u64, u64)| reserved.iter().all(|one| one.1 < range.0 || range.1 < one.0);
+        let free = |range: &(u64, u64)| {
+            reserved
+                .iter()
+                .all(|one| one.1 < range.0 || range.1 < one.0)
+        };
         check(ranges.iter().all(free), libc::EADDRINUSE)?;
         if let Some(space) = &mut self.spaces[allow.space] {
             space.allowed = ranges;
@@ -352,13 +404,15 @@ impl Rules {
 fn is_there(area: &Area) -> Result<(), i32> {
     match area.memory {
         Memory::Own(from) => {
-            let needed = if area.writable { Permissions::ReadWrite } else { Permissions::Read };
+            let needed = if area.writable {
+                Permissions::ReadWrite
+            } else {
+                Permissions::Read
+            };
             let allowed = memory::access(from, area.length);
             check(allowed.allow(needed), libc::EFAULT)
         }
-        Memory::File(from) => {
-            check(from + area.length <= FILE_PAGES * PAGE, libc::EINVAL)
-        }
+        Memory::File(from) => check(from + area.length <= FILE_PAGES * PAGE, libc::EINVAL),
         Memory::Closed => Err(libc::EBADF),
     }
 }
@@ -373,7 +427,15 @@ mod tests {
         let (space, flags, iova) = (ATTACHED, READ, 0);
         let mut map = |from: u64, length| {
             let memory = Memory::Own(memory::PRIVATE.first + from);
-            rules.apply(&Op::Map(Map { space, flags, memory, length, iova })).value
+            rules
+                .apply(&Op::Map(Map {
+                    space,
+                    flags,
+                    memory,
+                    length,
+                    iova,
+                }))
+                .value
         };
         assert_eq!(map(0, 0x1000), 0x1000);
         assert_eq!(map(0, 0x3000), 0x4000);

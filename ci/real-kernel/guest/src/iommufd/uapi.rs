@@ -70,7 +70,10 @@ unsafe fn ioctl<T>(file: &File, group: u8, number: u32, arg: &mut T) -> Result<(
 fn device_path(name: &str) -> io::Result<String> {
     let mut found = fs::read_dir(format!("/sys/bus/pci/devices/{name}/vfio-dev"))?;
     let entry = found.next().ok_or(io::ErrorKind::NotFound)??;
-    Ok(format!("/dev/vfio/devices/{}", entry.file_name().to_string_lossy()))
+    Ok(format!(
+        "/dev/vfio/devices/{}",
+        entry.file_name().to_string_lossy()
+    ))
 }
 
 impl Kernel {
@@ -100,7 +103,14 @@ impl Kernel {
             ..Default::default()
         };
         // SAFETY: the struct of the call.
-        unsafe { ioctl(&kernel._device, VFIO_TYPE as u8, DEVICE_ATTACH_IOMMUFD_PT, &mut attach)? };
+        unsafe {
+            ioctl(
+                &kernel._device,
+                VFIO_TYPE as u8,
+                DEVICE_ATTACH_IOMMUFD_PT,
+                &mut attach,
+            )?
+        };
         Ok(kernel)
     }
 
@@ -135,7 +145,12 @@ impl Kernel {
 
     fn map(&self, map: &Map) -> Outcome {
         let ioas_id = self.id(map.space);
-        let Map { flags, length, iova, .. } = *map;
+        let Map {
+            flags,
+            length,
+            iova,
+            ..
+        } = *map;
         let (fd, start) = match map.memory {
             Memory::Own(user_va) => {
                 let mut arg = iommu_ioas_map {
@@ -203,8 +218,14 @@ impl Kernel {
         };
         let result = self.call(IOMMUFD_CMD_IOAS_IOVA_RANGES, &mut arg);
         let answered = matches!(result, Ok(()) | Err(libc::EMSGSIZE));
-        let written = if answered { room.min(arg.num_iovas) as usize } else { 0 };
-        let ranges = ranges[..written].iter().map(|range| (range.start, range.last));
+        let written = if answered {
+            room.min(arg.num_iovas) as usize
+        } else {
+            0
+        };
+        let ranges = ranges[..written]
+            .iter()
+            .map(|range| (range.start, range.last));
         Outcome {
             ranges: ranges.collect(),
             ..Outcome::plain(result, arg.num_iovas.into())
@@ -215,7 +236,10 @@ impl Kernel {
         let ranges: Vec<_> = allow
             .given()
             .iter()
-            .map(|(start, last)| iommu_iova_range { start: *start, last: *last })
+            .map(|(start, last)| iommu_iova_range {
+                start: *start,
+                last: *last,
+            })
             .collect();
         let mut arg = iommu_ioas_allow_iovas {
             size: size_of::<iommu_ioas_allow_iovas>() as u32,
