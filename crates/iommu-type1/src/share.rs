@@ -68,9 +68,9 @@ impl IoAddressSpace {
         let (parts, refused) = self.parts(range, prot)?;
         let target = &*to.view.space;
         let to_range = to_request.check(target, target.rules.map)?;
+        // Of all of it before anything of a part.
+        check_room(&lock(&target.writer), target, to_range)?;
         if let Some((at, refused)) = refused {
-            // That there is room comes first, and what is wrong with the parts before.
-            check_room(&lock(&target.writer), target, to_range)?;
             for (part, backing) in &parts[..at] {
                 check_backing(target, *part, backing, prot)?;
             }

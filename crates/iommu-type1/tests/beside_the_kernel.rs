@@ -161,6 +161,9 @@ fn iommufd_looks_at_a_copy_in_the_order_of_the_kernel() {
         copy(3 * PAGE + 1, PAGE, 2 * PAGE, ReadWrite),
         Err(libc::EINVAL)
     );
+    to.map(4 * PAGE, memory(PAGE), Read).unwrap();
+    assert_eq!(copy(PAGE + 1, 3 * PAGE, 2 * PAGE, Read), Err(libc::EEXIST));
+    to.unmap(4 * PAGE, PAGE).unwrap();
     assert_eq!(copy(PAGE, 3 * PAGE, 2 * PAGE, Read), Ok(()));
     assert_eq!(to.mappings(), 3);
 }

@@ -58,12 +58,18 @@ struct Difference {
     ours: Outcome,
 }
 
+/// Spaces by the rules and of ours. The two follow what a kernel answers.
+#[derive(Debug)]
+struct Ourselves {
+    rules: Rules,
+    ours: Ours,
+}
+
 /// The same spaces of everybody's.
 #[derive(Debug)]
 struct All {
     kernel: Kernel,
-    rules: Rules,
-    ours: Ours,
+    ourselves: Ourselves,
 }
 
 impl Start {
@@ -85,8 +91,7 @@ impl Start {
     fn all(&self) -> Result<All, String> {
         Ok(All {
             kernel: Kernel::new(&self.device, &self.file).map_err(opening)?,
-            rules: Rules::new(&self.reserved),
-            ours: Ours::new(&self.reserved, &self.file).map_err(|error| error.to_string())?,
+            ourselves: Ourselves::new(&self.reserved, &self.file)?,
         })
     }
 }
@@ -107,15 +112,27 @@ fn memory_file() -> io::Result<File> {
     Ok(file)
 }
 
-impl All {
-    /// Does an operation everywhere; what it did, or how that differs.
-    fn step(&mut self, op: &Op, explained: &mut Explained) -> Result<Outcome, Box<Difference>> {
+impl Ourselves {
+    fn new(reserved: &[(u64, u64)], file: &Arc<File>) -> Result<Self, String> {
+        Ok(Ourselves {
+            rules: Rules::new(reserved),
+            ours: Ours::new(reserved, file).map_err(|error| error.to_string())?,
+        })
+    }
+
+    /// Does an operation that a kernel has done, or nobody else; how that differs.
+    fn step(
+        &mut self,
+        op: &Op,
+        kernel: Option<Outcome>,
+        explained: &mut Explained,
+    ) -> Result<Outcome, Box<Difference>> {
         let sources = match op {
             Op::Copy(copy) => self.rules.sources(copy),
             _ => Vec::new(),
         };
-        let kernel = self.kernel.apply(op);
         let rules = self.rules.apply(op);
+        let kernel = kernel.unwrap_or_else(|| rules.clone());
         let ours = self.ours.apply(op, &kernel, &self.rules);
         if !self.rules.removed().is_empty() {
             explained.removed();
@@ -143,6 +160,14 @@ impl All {
     }
 }
 
+impl All {
+    /// Does an operation everywhere; what it did, or how that differs.
+    fn step(&mut self, op: &Op, explained: &mut Explained) -> Result<Outcome, Box<Difference>> {
+        let kernel = self.kernel.apply(op);
+        self.ourselves.step(op, Some(kernel), explained)
+    }
+}
+
 /// Runs so many operations, where the kernel has an iommufd.
 pub fn run(given: &Given, operations: u64, seed: u64) -> Result<(), String> {
     if !fs::exists(DEV_IOMMU).map_err(|error| error.to_string())? {
@@ -156,10 +181,10 @@ pub fn run(given: &Given, operations: u64, seed: u64) -> Result<(), String> {
         let mut generator = Generator::new(seed ^ sequence << 32);
         let (mut all, mut ops) = (start.all()?, Vec::new());
         for _ in 0..SEQUENCE {
-            let op = generator.next(&all.rules);
+            let op = generator.next(&all.ourselves.rules);
             ops.push(op);
             match all.step(&op, &mut explained) {
-                Ok(outcome) => rates.count(&op, &outcome, all.rules.areas()),
+                Ok(outcome) => rates.count(&op, &outcome, all.ourselves.rules.areas()),
                 Err(difference) => {
                     drop(all);
                     differences += 1;
@@ -202,4 +227,35 @@ fn print(start: &Start, ops: &[Op], found: &Difference) {
     println!("    the kernel: {}", shown.kernel);
     println!("    the rules: {}", shown.rules);
     println!("    ours: {}", shown.ours);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    #[test]
+    fn without_a_kernel_ours_does_what_the_rules_say() {
+        memory::make().unwrap();
+        let file = Arc::new(memory_file().unwrap());
+        let reserved = [(0xfee0_0000, 0xfeef_ffff), (1 << 48, u64::MAX)];
+        let (mut rates, mut explained) = (Rates::default(), Explained::default());
+        for sequence in 0..100 {
+            let mut generator = Generator::new(sequence);
+            let mut ourselves = Ourselves::new(&reserved, &file).unwrap();
+            for _ in 0..SEQUENCE {
+                let op = generator.next(&ourselves.rules);
+                let outcome = ourselves.step(&op, None, &mut explained);
+                let outcome = outcome.unwrap_or_else(|differs| {
+                    panic!("{op}: {} beside {}", differs.rules, differs.ours)
+                });
+                rates.count(&op, &outcome, ourselves.rules.areas());
+            }
+        }
+        assert_eq!(
+            [rates.check(), explained.check(rates.operations())].concat(),
+            [""; 0],
+            "the generator has to reach everything"
+        );
+    }
 }
