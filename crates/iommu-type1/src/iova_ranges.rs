@@ -15,7 +15,9 @@ use crate::{Error, IoAddressSpace, Result};
 /// The addresses of a space that may be mapped: those of the allowed ranges, or all where none is given,
 /// without the reserved ranges.
 ///
-/// A mapping lies inside one allowed range, as in the kernel; ranges that touch are not one.
+/// A mapping lies inside one allowed range, as in the kernel; ranges that touch are not one. With
+/// [`Profile::Iommufd`](crate::Profile::Iommufd) the allowed ranges are only for mappings that may be anywhere, and
+/// the reserved ones for all.
 ///
 /// ```
 /// use iommu_type1::{Backing, IoAddressSpace, IovaRanges};

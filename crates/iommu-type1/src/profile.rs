@@ -30,7 +30,9 @@ pub enum Profile {
     Type1v2,
     /// `IOMMU_IOAS_MAP` and its neighbours: as v2, but what is not there is ENOENT, and so is a cut. The
     /// smallest unit is the host page, as in the others; the kernel's may be smaller. Where the kernel
-    /// has removed some areas before it meets the one that would be cut, here none is.
+    /// has removed some areas before it meets the one that would be cut, here none is. Ranges that are allowed
+    /// ([`IovaRanges`](crate::IovaRanges)) say where
+    /// [`map_anywhere`](crate::IoAddressSpace::map_anywhere) may look, and bind no map at a given address.
     Iommufd,
     /// The device IOTLB of vhost: a map replaces what it overlaps, an unmap cuts.
     Iotlb,
