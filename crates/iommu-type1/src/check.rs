@@ -16,6 +16,8 @@ pub(crate) enum Check {
     NotEmpty,
     Fits,
     HostFits,
+    /// The memory ends before the last address there is.
+    HostEnds,
     /// Neither the address nor the size is the largest number.
     BelowMax,
     Permits,
@@ -55,11 +57,16 @@ impl Request {
 
     /// The range, if nothing is wrong with it.
     pub(crate) fn check(&self, space: &Space, checks: &[Check]) -> Result<IovaRange> {
+        self.look(space, checks)?;
+        IovaRange::new(self.iova, self.size)
+    }
+
+    /// Looks at some things only.
+    pub(crate) fn look(&self, space: &Space, checks: &[Check]) -> Result<()> {
         let unit = space.unit();
         checks
             .iter()
-            .try_for_each(|check| self.look_at(*check, unit))?;
-        IovaRange::new(self.iova, self.size)
+            .try_for_each(|check| self.look_at(*check, unit))
     }
 
     fn look_at(&self, check: Check, unit: u64) -> Result<()> {
@@ -72,6 +79,10 @@ impl Request {
                 Err(Error::Overflow { iova, size })
             }
             Check::HostFits if self.host.checked_add(length).is_none() => {
+                let host = self.host;
+                Err(Error::HostOverflow { host, size })
+            }
+            Check::HostEnds if self.host.checked_add(size).is_none() => {
                 let host = self.host;
                 Err(Error::HostOverflow { host, size })
             }

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use crate::check::Request;
-use crate::map::{check_entries, check_memory, check_protection};
+use crate::map::{check_backing, check_entries, check_memory};
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::writer::Writer;
@@ -59,10 +59,10 @@ impl IoAddressSpace {
         check_entries(&writer, space, 1)?;
         check_memory(&writer, space, [anywhere])?;
         let range = find(&mut writer, space, anywhere.last, alignment)?;
-        check_protection(range, &backing, prot)?;
+        check_backing(space, range, &backing, prot)?;
         let mapping = Arc::new(space.mapping(range, prot, backing, self.view.set));
         let (mut writer, agreed) = writer.ask(&[], slice::from_ref(&mapping), |writer| {
-            writer.ranges.check(range)?;
+            writer.ranges.check(range, space.rules)?;
             check_memory(writer, space, [range])
         });
         agreed?;
@@ -148,7 +148,7 @@ impl Gaps {
 
     /// Notes down what is free now.
     pub(crate) fn freed(&mut self, range: IovaRange, ranges: &IovaRanges) {
-        if range.first == 0 {
+        if range.first == 0 || !ranges.may_be_found(range) {
             // Rarely, and then the rest of a larger mapping is not worth it.
             return;
         }
@@ -157,7 +157,7 @@ impl Gaps {
         let before = self.by_address.range(..range.first).next_back();
         if let Some((first, last)) = before.map(|(first, last)| (*first, *last)) {
             let with = IovaRange { first, ..merged };
-            if last == range.first - 1 && ranges.check(with).is_ok() {
+            if last == range.first - 1 && ranges.may_be_found(with) {
                 self.remove(first);
                 merged = with;
             }
@@ -165,7 +165,7 @@ impl Gaps {
         if let Some(next) = range.last.checked_add(1) {
             if let Some(last) = self.by_address.get(&next).copied() {
                 let with = IovaRange { last, ..merged };
-                if ranges.check(with).is_ok() {
+                if ranges.may_be_found(with) {
                     self.remove(next);
                     merged = with;
                 }

@@ -5,6 +5,7 @@
 
 use std::ops::{ControlFlow, RangeInclusive};
 
+use crate::profile::Rules;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
@@ -14,7 +15,9 @@ use crate::{Error, IoAddressSpace, Result};
 /// The addresses of a space that may be mapped: those of the allowed ranges, or all where none is given,
 /// without the reserved ranges.
 ///
-/// A mapping lies inside one allowed range, as in the kernel; ranges that touch are not one.
+/// A mapping lies inside one allowed range, as in the kernel; ranges that touch are not one. With
+/// [`Profile::Iommufd`](crate::Profile::Iommufd) the allowed ranges are only for mappings that may be anywhere, and
+/// the reserved ones for all.
 ///
 /// ```
 /// use iommu_type1::{Backing, IoAddressSpace, IovaRanges};
@@ -114,9 +117,22 @@ impl IovaRanges {
         is_allowed && find_overlap(&self.reserved, range).is_none()
     }
 
+    /// Whether a mapping of `range` may be if somebody asks for these addresses.
+    fn allow_given(&self, range: IovaRange, rules: &Rules) -> bool {
+        if rules.allowed_when_found {
+            return find_overlap(&self.reserved, range).is_none();
+        }
+        self.allow(range)
+    }
+
+    /// Whether addresses for a mapping may be looked for in all of `range`.
+    pub(crate) fn may_be_found(&self, range: IovaRange) -> bool {
+        self.allow(range)
+    }
+
     /// Refuses a range that may not be mapped.
-    pub(crate) fn check(&self, range: IovaRange) -> Result<()> {
-        if self.allow(range) {
+    pub(crate) fn check(&self, range: IovaRange, rules: &Rules) -> Result<()> {
+        if self.allow_given(range, rules) {
             return Ok(());
         }
         Err(Error::OutsideRanges {
@@ -192,7 +208,7 @@ impl IoAddressSpace {
 /// A mapping that ranges do not allow.
 fn outside(writer: &Writer, space: &Space, ranges: &IovaRanges) -> Option<IovaRange> {
     let live = space.table.visit(IovaRange::ALL, |mapping| {
-        if ranges.allow(mapping.range) {
+        if ranges.allow_given(mapping.range, space.rules) {
             ControlFlow::Continue(())
         } else {
             ControlFlow::Break(mapping.range)
@@ -200,7 +216,8 @@ fn outside(writer: &Writer, space: &Space, ranges: &IovaRanges) -> Option<IovaRa
     });
     live.or_else(|| {
         let mut leaving = writer.leaving_inside(IovaRange::ALL);
-        let outside = leaving.find(|leaving| !ranges.allow(leaving.mapping.range));
+        let outside =
+            leaving.find(|leaving| !ranges.allow_given(leaving.mapping.range, space.rules));
         outside.map(|leaving| leaving.mapping.range)
     })
 }

@@ -69,6 +69,7 @@ impl IoAddressSpace {
         };
         let range = request.check(&self.view.space, self.view.space.rules.map)?;
         check_room(&lock(&self.view.space.writer), &self.view.space, range)?;
+        request.look(&self.view.space, self.view.space.rules.map_late)?;
         let backing = resolve()?;
         if backing.len() as u64 != size {
             return Err(Error::BackingRange {
@@ -88,7 +89,7 @@ impl IoAddressSpace {
         }
         let turn = space.turn(range)?;
         check_room(&turn, space, range)?;
-        check_protection(range, &backing, prot)?;
+        check_backing(space, range, &backing, prot)?;
         let mapping = Arc::new(space.mapping(range, prot, backing, self.view.set));
         let new = slice::from_ref(&mapping);
         let (mut turn, agreed) = turn.ask(&[], new, |writer| check_room(writer, space, range));
@@ -129,13 +130,18 @@ impl IoAddressSpace {
         };
         let turn = space.turn(*first)?;
         check_apart(mappings.iter().map(|(range, ..)| *range).collect())?;
+        if space.rules.ranges_first {
+            for (range, ..) in &mappings {
+                turn.ranges.check(*range, space.rules)?;
+            }
+        }
         for (range, ..) in &mappings {
             check_free(&turn, space, *range)?;
         }
         check_entries(&turn, space, mappings.len())?;
         for (range, backing, prot) in &mappings {
-            turn.ranges.check(*range)?;
-            check_protection(*range, backing, *prot)?;
+            turn.ranges.check(*range, space.rules)?;
+            check_backing(space, *range, backing, *prot)?;
         }
         let mappings = mappings.into_iter().map(|(range, backing, prot)| {
             Arc::new(space.mapping(range, prot, backing, self.view.set))
@@ -143,7 +149,7 @@ impl IoAddressSpace {
         let mut mappings: Vec<_> = mappings.collect();
         let (mut turn, agreed) = turn.ask(&[], &mappings, |writer| {
             let mut ranges = mappings.iter().map(|mapping| mapping.range);
-            ranges.try_for_each(|range| writer.ranges.check(range))
+            ranges.try_for_each(|range| writer.ranges.check(range, space.rules))
         });
         agreed?;
         for (published, mapping) in mappings.iter().enumerate() {
@@ -163,14 +169,17 @@ impl IoAddressSpace {
 }
 
 /// Refuses a range that cannot be mapped now, in the kernel's order.
-fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
+pub(crate) fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
     if space.rules.overlapping == Overlapping::Replace {
         // What there has to be room for depends on what is replaced.
-        return writer.ranges.check(range);
+        return writer.ranges.check(range, space.rules);
+    }
+    if space.rules.ranges_first {
+        writer.ranges.check(range, space.rules)?;
     }
     check_free(writer, space, range)?;
     check_entries(writer, space, 1)?;
-    writer.ranges.check(range)?;
+    writer.ranges.check(range, space.rules)?;
     check_memory(writer, space, [range])
 }
 
@@ -251,12 +260,14 @@ pub(crate) fn check_memory(
     Ok(())
 }
 
-/// Refuses a mapping for more than the memory behind it allows.
-pub(crate) fn check_protection(
+/// Refuses a mapping for more than the memory behind it allows, or of memory that is not right in itself.
+pub(crate) fn check_backing(
+    space: &Space,
     range: IovaRange,
     backing: &Backing,
     prot: Permissions,
 ) -> Result<()> {
+    Request::to_map(range.first, backing, prot).look(space, space.rules.map_late)?;
     if backing.access().allow(prot) {
         return Ok(());
     }

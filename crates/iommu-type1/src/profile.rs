@@ -31,7 +31,9 @@ pub enum Profile {
     Type1v2,
     /// `IOMMU_IOAS_MAP` and its neighbours: as v2, but what is not there is ENOENT, and so is a cut. The
     /// smallest unit is the host page, as in the others; the kernel's may be smaller. Where the kernel
-    /// has removed some areas before it meets the one that would be cut, here none is.
+    /// has removed some areas before it meets the one that would be cut, here none is. Ranges that are allowed
+    /// ([`IovaRanges`](crate::IovaRanges)) say where
+    /// [`map_anywhere`](crate::IoAddressSpace::map_anywhere) may look, and bind no map at a given address.
     Iommufd,
     /// The device IOTLB of vhost: a map replaces what it overlaps, an unmap cuts.
     Iotlb,
@@ -70,6 +72,16 @@ pub(crate) enum Overlapping {
 pub(crate) struct Rules {
     /// What is looked at before a map, in order.
     pub(crate) map: &'static [Check],
+    /// What is looked at once there is room for a map, before its memory.
+    pub(crate) map_late: &'static [Check],
+    /// Whether a range that may not be mapped is refused before one that is mapped.
+    pub(crate) ranges_first: bool,
+    /// Whether only the addresses that are found for a mapping have to be allowed ones; none may be reserved.
+    pub(crate) allowed_when_found: bool,
+    /// What is looked at before a copy, in order, of where it comes from and then of where it goes to.
+    pub(crate) copy_both: &'static [Check],
+    /// What is looked at then of where it comes from.
+    pub(crate) copy_from: &'static [Check],
     /// What is looked at before an unmap, in order.
     pub(crate) unmap: &'static [Check],
     pub(crate) overlapping: Overlapping,
@@ -110,6 +122,11 @@ const UNMAP: &[Check] = &[
 
 static TYPE1_V2: Rules = Rules {
     map: MAP,
+    map_late: &[],
+    ranges_first: false,
+    allowed_when_found: false,
+    copy_both: &[],
+    copy_from: MAP,
     unmap: UNMAP,
     overlapping: Overlapping::Refuse,
     cut: Cut::Refuse,
@@ -133,15 +150,19 @@ static IOMMUFD: Rules = Rules {
     map: &[
         Check::BelowMax,
         Check::Permits,
+        Check::HostEnds,
         Check::NotEmpty,
-        Check::AddressAligned,
         Check::SizeAligned,
-        Check::HostAligned,
+        Check::AddressAligned,
         Check::Fits,
-        Check::HostFits,
     ],
+    map_late: &[Check::HostAligned],
+    ranges_first: true,
+    allowed_when_found: true,
+    copy_both: &[Check::BelowMax, Check::Permits],
+    copy_from: &[Check::NotEmpty, Check::Fits],
     // Whatever is not the whole of areas is a cut.
-    unmap: &[Check::NotEmpty, Check::Fits],
+    unmap: &[Check::BelowMax, Check::NotEmpty, Check::Fits],
     cut_errno: libc::ENOENT,
     needs_something: true,
     everything: Some((0, u64::MAX)),

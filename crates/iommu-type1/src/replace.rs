@@ -16,7 +16,7 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use crate::check::Request;
-use crate::map::{check_entries, check_memory, check_not_unmapping, check_protection, unmapping};
+use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping, unmapping};
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
 use crate::range::IovaRange;
@@ -106,7 +106,7 @@ impl IoAddressSpace {
         // As many as before, but for those that are replaced and still used.
         check_entries(&writer, space, 0)?;
         check_memory(&writer, space, [range])?;
-        check_protection(range, &backing, prot)?;
+        check_backing(space, range, &backing, prot)?;
         let by = Arc::new(space.mapping(range, prot, backing, self.view.set));
         let undo = Undo {
             by: by.clone(),
@@ -155,8 +155,8 @@ pub(crate) fn update(
         )?;
         let ranges = after.iter().map(|mapping| mapping.range);
         check_memory(&writer, space, ranges.chain([range]))?;
-        writer.ranges.check(range)?;
-        check_protection(range, &backing, prot)?;
+        writer.ranges.check(range, space.rules)?;
+        check_backing(space, range, &backing, prot)?;
         if !before.is_empty() {
             check_outside(space, range)?;
         }
@@ -164,7 +164,7 @@ pub(crate) fn update(
         after.push(by.clone());
         let room = |writer: &Writer| {
             let ranges = after.iter().map(|mapping| mapping.range);
-            writer.ranges.check(range)?;
+            writer.ranges.check(range, space.rules)?;
             check_memory(writer, space, ranges)
         };
         let (mut writer, agreed) = writer.ask(&before, &after, room);

@@ -8,11 +8,14 @@ use std::ops::ControlFlow;
 use vm_memory::Permissions;
 
 use crate::check::Request;
-use crate::map::unmapping;
+use crate::map::{check_backing, check_room, unmapping};
 use crate::mapping::Need;
 use crate::range::IovaRange;
 use crate::sync::lock;
 use crate::{Backing, Error, IoAddressSpace, Result};
+
+/// Parts of a range, and the memory of each.
+type Parts = Vec<(IovaRange, Backing)>;
 
 impl IoAddressSpace {
     /// Maps the memory of `size` bytes from `iova` at `to_iova` of another space, or of this one, for accesses
@@ -37,8 +40,11 @@ impl IoAddressSpace {
     ///
     /// First of what is copied: what [`map`](IoAddressSpace::map) says of a request that is wrong in itself;
     /// [`Error::Unmapping`] or [`Error::VaddrInvalid`] (EBUSY); [`Error::NothingMapped`] (ENOENT) of the
-    /// first part that is not mapped; [`Error::Permission`] (EPERM) where more is asked for than it was
-    /// mapped for. Then those of [`map_batch`](IoAddressSpace::map_batch).
+    /// first part that is not mapped. Then what `map` says of where it is to be; [`Error::Permission`] (EPERM)
+    /// where more is asked for than it was mapped for; those of [`map_batch`](IoAddressSpace::map_batch).
+    ///
+    /// With [`Profile::Iommufd`](crate::Profile::Iommufd) only the target need be whole pages: what is copied is
+    /// looked at for that last.
     pub fn copy_to(
         &self,
         iova: u64,
@@ -52,21 +58,37 @@ impl IoAddressSpace {
             prot,
             ..Request::to_unmap(iova, size)
         };
-        let range = request.check(space, space.rules.map)?;
-        let parts = self.parts(range, prot)?;
-        let to_range = Request {
+        let to_request = Request {
             iova: to_iova,
             ..request
         };
-        let to_range = to_range.check(&to.view.space, to.view.space.rules.map)?;
+        request.look(space, space.rules.copy_both)?;
+        to_request.look(space, space.rules.copy_both)?;
+        let range = request.check(space, space.rules.copy_from)?;
+        let (parts, refused) = self.parts(range, prot)?;
+        let target = &*to.view.space;
+        let to_range = to_request.check(target, target.rules.map)?;
+        // Of all of it before anything of a part.
+        check_room(&lock(&target.writer), target, to_range)?;
+        if let Some((at, refused)) = refused {
+            for (part, backing) in &parts[..at] {
+                check_backing(target, *part, backing, prot)?;
+            }
+            return Err(refused);
+        }
         to.map_batch(parts.into_iter().map(|(part, backing)| {
             let offset = part.first - range.first;
             (to_range.first + offset, backing, prot)
         }))
     }
 
-    /// The memory of a range, all of which is mapped for `prot` at least.
-    fn parts(&self, range: IovaRange, prot: Permissions) -> Result<Vec<(IovaRange, Backing)>> {
+    /// The memory of a range, all of which is mapped, and the number of the first part that is not for `prot` with
+    /// the error of that.
+    fn parts(
+        &self,
+        range: IovaRange,
+        prot: Permissions,
+    ) -> Result<(Parts, Option<(usize, Error)>)> {
         let space = &*self.view.space;
         let writer = lock(&space.writer);
         if let Some(leaving) = writer.leaving_in(range) {
@@ -86,29 +108,31 @@ impl IoAddressSpace {
             iova: next,
             size: range.last - next + 1,
         };
-        let refused = space.table.visit(range, |mapping| {
+        let mut refused = None;
+        let stopped = space.table.visit(range, |mapping| {
             let part = mapping.range.clamp(range);
             if next != Some(part.first) {
                 return ControlFlow::Break(next.map(hole));
             }
-            if !mapping.allows(Need::exactly(prot)) {
-                return ControlFlow::Break(Some(Error::Permission {
+            if refused.is_none() && !mapping.allows(Need::exactly(prot)) {
+                let error = Error::Permission {
                     iova: part.first,
                     needed: prot,
                     allowed: mapping.permissions(),
                     completed: 0,
-                }));
+                };
+                refused = Some((parts.len(), error));
             }
             parts.push((part, mapping.backing(part)));
             next = part.last.checked_add(1);
             ControlFlow::Continue(())
         });
-        if let Some(error) = refused.flatten() {
+        if let Some(error) = stopped.flatten() {
             return Err(error);
         }
         match next {
             Some(next) if next <= range.last => Err(hole(next)),
-            _ => Ok(parts),
+            _ => Ok((parts, refused)),
         }
     }
 }

@@ -14,7 +14,7 @@ use vm_memory::Permissions;
 
 use crate::check::Request;
 use crate::dirty::{check_pages, mark_what_is_pinned};
-use crate::map::{check_apart, check_log_bytes, check_memory, check_protection};
+use crate::map::{check_apart, check_backing, check_log_bytes, check_memory};
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
 use crate::range::{page_size, IovaRange};
@@ -401,7 +401,7 @@ impl IoAddressSpaceBuilder {
                     let backing = resolve(backing)?;
                     check_size(saved, backing.len() as u64)?;
                     Request::to_map(saved.iova, &backing, prot).check(space, space.rules.map)?;
-                    check_protection(range, &backing, prot)?;
+                    check_backing(space, range, &backing, prot)?;
                     space.mapping(range, prot, backing, SetId::NONE)
                 }
                 None => Mapping::without_memory(range, prot, space.permissions),
@@ -445,7 +445,7 @@ fn check(snapshot: &Snapshot, space: &Space) -> Result<Vec<IovaRange>> {
             prot: saved.access.into(),
         };
         let range = request.check(space, space.rules.map)?;
-        writer.ranges.check(range)?;
+        writer.ranges.check(range, space.rules)?;
         match &saved.backing {
             Some(backing) => {
                 check_size(saved, backing.size)?;

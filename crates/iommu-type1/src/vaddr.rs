@@ -14,7 +14,7 @@ use vm_memory::Permissions;
 
 use crate::check::Request;
 use crate::deadline::Deadline;
-use crate::map::{check_protection, unmapping};
+use crate::map::{check_backing, unmapping};
 use crate::mapping::Mapping;
 use crate::profile::Cut;
 use crate::range::IovaRange;
@@ -98,7 +98,7 @@ impl IoAddressSpace {
                 size: backing.len() as u64,
             });
         }
-        check_protection(range, &backing, hollow.permissions())?;
+        check_backing(space, range, &backing, hollow.permissions())?;
         let mapping = Arc::new(hollow.with_memory(backing));
         let (mut writer, agreed) = writer.ask(&[], slice::from_ref(&mapping), |_| Ok(()));
         agreed?;

@@ -9,6 +9,7 @@ mod edu;
 mod explained;
 mod generate;
 mod init;
+mod iommufd;
 mod lifetime;
 mod live;
 mod memlock;
@@ -60,6 +61,7 @@ fn run() -> Result<(), String> {
         lifetime::run(&given, seed),
         memlock::run(&given),
         sequences::run(&given, &setup, operations, seed),
+        iommufd::run(&given, operations, seed),
     ];
     let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
     if failed.is_empty() {

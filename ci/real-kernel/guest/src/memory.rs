@@ -6,6 +6,7 @@
 
 use std::io;
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use libc::{c_int, c_void, off_t};
 use vm_memory::Permissions;
@@ -62,8 +63,18 @@ const AREAS: [Area; 7] = [
     BEHIND_FILE,
 ];
 
-/// Makes the areas. Once, and for good.
+/// Makes the areas. For good: once is enough, and more does no harm.
 pub fn make() -> io::Result<()> {
+    static MADE: Mutex<bool> = Mutex::new(false);
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*made {
+        make_all()?;
+        *made = true;
+    }
+    Ok(())
+}
+
+fn make_all() -> io::Result<()> {
     const ANY: c_int = libc::PROT_READ | libc::PROT_WRITE;
     const OWN: c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     place(PRIVATE.first, PRIVATE.pages, ANY, OWN, -1)?;
