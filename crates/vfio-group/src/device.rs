@@ -318,7 +318,10 @@ impl DeviceFile {
     pub(crate) fn open(file: &GroupFile, name: &str, user_name: &str) -> Result<Self> {
         // The name is looked for first, but the device is not open until nothing else is in the way:
         // an attempt that fails must not end as the closing of a file does.
-        file.group().devices().lock().to_open(file.group(), name)?;
+        file.group()
+            .devices()
+            .lock()
+            .open_entry(file.group(), name)?;
         let user = ContainerUser::of_device(file)?;
         let opened = OpenedDevice::open(file.group(), name, user_name)?;
         Ok(DeviceFile { user, opened })
@@ -346,7 +349,7 @@ impl OpenedDevice {
     fn open(group: &Group, name: &str, user: &str) -> Result<Self> {
         let mut devices = group.devices().lock();
         let file = devices.next_id();
-        let entry = devices.to_open(group, name)?;
+        let entry = devices.open_entry(group, name)?;
         entry.files.insert(file, user.to_owned());
         let device = Device {
             group: group.clone(),
@@ -428,7 +431,7 @@ impl Devices {
     }
 
     /// The device of that name, unless it is leaving.
-    fn to_open(&mut self, group: &Group, name: &str) -> Result<&mut Entry> {
+    fn open_entry(&mut self, group: &Group, name: &str) -> Result<&mut Entry> {
         self.by_name
             .get_mut(name)
             .filter(|entry| !entry.leaving)
