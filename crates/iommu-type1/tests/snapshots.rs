@@ -196,10 +196,11 @@ fn saved() -> (Snapshot, SnapshotMemory) {
 #[test]
 fn what_cannot_be_is_an_error_before_anything_is_asked_for() {
     type Break = fn(&mut Snapshot);
+    type Expect<'a> = Box<dyn Fn(&Error) -> bool + 'a>;
     let is = |error: &Error, expected: SnapshotError| matches!(error, Error::Snapshot(error) if *error == expected);
     let place = |iova| SnapshotError::Place { iova };
     let dirty = |iova, words| SnapshotError::Dirty { iova, words };
-    let expected: Vec<(Break, Box<dyn Fn(&Error) -> bool>)> = vec![
+    let expected: Vec<(Break, Expect<'_>)> = vec![
         (
             |s| s.version += 1,
             Box::new(|e| is(e, SnapshotError::Version(2))),
