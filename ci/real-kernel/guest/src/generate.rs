@@ -252,12 +252,20 @@ impl Generator {
             return;
         };
         map.flags = VFIO_DMA_MAP_FLAG_VADDR;
-        map.vaddr = PRIVATE.first;
         (map.iova, map.size) = match self.rng.random_range(0..10) {
             0 => (mapped.iova, mapped.size + PAGE),
             1 => (mapped.iova + PAGE, mapped.size),
             2 => (mapped.iova + mapped.size, PAGE),
             _ => (mapped.iova, mapped.size),
+        };
+        // The kernel takes any address for what it gives back, and looks only when it pins. Ours needs memory, so
+        // there is some wherever the rest is right.
+        let meant =
+            |mapped: &Mapped| mapped.invalid && (map.iova, map.size) == (mapped.iova, mapped.size);
+        map.vaddr = if self.live.all().iter().any(meant) {
+            PRIVATE.first
+        } else {
+            self.pick(&[PRIVATE.first, HOLE.first])
         };
     }
 
@@ -324,6 +332,9 @@ impl Generator {
         let Some(Mapped { iova, size, .. }) = self.mapped() else {
             return elsewhere;
         };
+        if self.chance(3) {
+            return self.wide();
+        }
         match self.rng.random_range(0..100) {
             0..52 => (iova, size),
             // More than the mapping, neighbours perhaps.
@@ -340,13 +351,32 @@ impl Generator {
         }
     }
 
+    /// A range of many words of a bitmap, from where a mapping begins to where one ends.
+    fn wide(&mut self) -> (u64, u64) {
+        const MOST: u64 = Bitmap::WORDS as u64 * 64 * PAGE;
+        let ends = (self.mapped(), self.mapped());
+        let (Some(one), Some(other)) = ends else {
+            return (0, 256 * PAGE);
+        };
+        let (first, last) = (one.iova.min(other.iova), one.last().max(other.last()));
+        if last - first < MOST {
+            (first, last - first + 1)
+        } else {
+            (one.iova, one.size)
+        }
+    }
+
     fn dirty(&mut self) -> Dirty {
         let (start, stop) = (
             VFIO_IOMMU_DIRTY_PAGES_FLAG_START,
             VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP,
         );
         let get = VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP;
-        let (iova, size) = self.range();
+        let (iova, size) = if self.chance(15) {
+            self.wide()
+        } else {
+            self.range()
+        };
         let mut dirty = Dirty {
             argsz: WITH_BITMAP,
             flags: get,
