@@ -87,7 +87,7 @@ impl Kernel {
             ..Default::default()
         };
         // SAFETY: the struct of the call.
-        unsafe { ioctl(&device, VFIO_TYPE as u8, DEVICE_BIND_IOMMUFD, &mut bind)? };
+        unsafe { ioctl(&device, VFIO_TYPE, DEVICE_BIND_IOMMUFD, &mut bind)? };
         let mut kernel = Kernel {
             iommufd,
             _device: device,
@@ -106,7 +106,7 @@ impl Kernel {
         unsafe {
             ioctl(
                 &kernel._device,
-                VFIO_TYPE as u8,
+                VFIO_TYPE,
                 DEVICE_ATTACH_IOMMUFD_PT,
                 &mut attach,
             )?
