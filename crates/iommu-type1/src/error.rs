@@ -251,6 +251,41 @@ pub enum Error {
         /// Its size in bytes.
         size: u64,
     },
+    /// A map or unmap from inside a call to a [`Listener`](crate::Listener) of the same space: it would wait
+    /// for itself.
+    #[error(
+        "{size:#x} bytes at {iova:#x} cannot be mapped or unmapped from inside a listener of the same space"
+    )]
+    InsideListener {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A [`MappingSet`](crate::MappingSet) has nothing to do with a mapping of the range.
+    #[error(
+        "{size:#x} bytes at {iova:#x} touch the mapping of {mapped_size:#x} bytes at {mapped:#x}, which belongs to others"
+    )]
+    NotOwned {
+        /// Start of the range.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Start of the mapping.
+        mapped: u64,
+        /// Its size in bytes.
+        mapped_size: u64,
+    },
+    /// A [`Listener`](crate::Listener) did not want the mapping.
+    #[error("the mapping of {size:#x} bytes at {iova:#x} was refused: {source}")]
+    Refused {
+        /// Start of the mapping.
+        iova: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// What the listener said.
+        source: io::Error,
+    },
     /// Dirty pages were asked for while nobody keeps them.
     #[error("{size:#x} bytes at {iova:#x}: which pages are written is not tracked")]
     NotTracking {
@@ -389,6 +424,27 @@ pub enum Error {
         /// Where.
         offset: usize,
     },
+    /// A pinner that is attached to no space, or on its way to another.
+    #[error("{name} is not attached to a space")]
+    NotAttached {
+        /// Name of the pinner.
+        name: String,
+    },
+    /// A pinner that is attached to a space already.
+    #[error("{name} is attached to a space already")]
+    Attached {
+        /// Name of the pinner.
+        name: String,
+    },
+    /// A pinner that another call is moving.
+    #[error("{name} is on its way to another space")]
+    Moving {
+        /// Name of the pinner.
+        name: String,
+    },
+    /// A space cannot be made of a snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] crate::SnapshotError),
     /// Pinning or unpinning was refused.
     #[error(transparent)]
     Pin(#[from] page_pin::Error),
@@ -408,6 +464,7 @@ impl Error {
             | Error::BitmapPageSize { .. }
             | Error::BitmapSize { .. }
             | Error::DirtyMapping { .. }
+            | Error::Snapshot(_)
             | Error::Flags { .. }
             | Error::UnmapAllRange { .. }
             | Error::RangesOverlap { .. }
@@ -415,6 +472,7 @@ impl Error {
             | Error::ArgumentSize { .. }
             | Error::InfoChain { .. }
             | Error::VaddrValid { .. }
+            | Error::Attached { .. }
             | Error::NotInProfile(_)
             | Error::NotTracking { .. } => libc::EINVAL,
             Error::Bisect { errno, .. }
@@ -437,13 +495,19 @@ impl Error {
             Error::Unmapping { .. }
             | Error::Revoked { .. }
             | Error::Pinned { .. }
-            | Error::AccessRuns { .. } => libc::EBUSY,
+            | Error::AccessRuns { .. }
+            | Error::Moving { .. } => libc::EBUSY,
+            Error::NotAttached { .. } => libc::ENOENT,
             Error::NoDirtyPages => libc::EACCES,
             Error::ArgumentMemory { .. } => libc::EFAULT,
             Error::RangeInUse { .. } => libc::EADDRINUSE,
-            Error::Permission { .. } => libc::EPERM,
-            Error::Deadline { .. } | Error::InsideAccess { .. } => libc::EDEADLK,
-            Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::Permission { .. } | Error::NotOwned { .. } => libc::EPERM,
+            Error::Deadline { .. } | Error::InsideAccess { .. } | Error::InsideListener { .. } => {
+                libc::EDEADLK
+            }
+            Error::Stream { source, .. } | Error::Refused { source, .. } => {
+                source.raw_os_error().unwrap_or(libc::EIO)
+            }
             Error::Pin(error) => error.errno(),
         }
     }

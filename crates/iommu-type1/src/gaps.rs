@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 
 use vm_memory::Permissions;
@@ -23,7 +24,6 @@ use crate::check::Request;
 use crate::map::{check_backing, check_entries, check_memory};
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::lock;
 use crate::writer::Writer;
 use crate::{Backing, Error, IoAddressSpace, IovaRanges, Result};
 
@@ -55,12 +55,17 @@ impl IoAddressSpace {
         let space = &*self.view.space;
         let anywhere = Request::to_map(0, &backing, prot).check(space, space.rules.map)?;
         let alignment = alignment(space, &backing);
-        let mut writer = lock(&space.writer);
+        let mut writer = space.turn(anywhere)?;
         check_entries(&writer, space, 1)?;
         check_memory(&writer, space, [anywhere])?;
         let range = find(&mut writer, space, anywhere.last, alignment)?;
         check_backing(space, range, &backing, prot)?;
-        let mapping = Arc::new(space.mapping(range, prot, backing));
+        let mapping = Arc::new(space.mapping(range, prot, backing, self.view.set));
+        let (mut writer, agreed) = writer.ask(&[], slice::from_ref(&mapping), |writer| {
+            writer.ranges.check(range, space.rules)?;
+            check_memory(writer, space, [range])
+        });
+        agreed?;
         writer.publish(&space.table, mapping);
         space.counters.maps.add(1);
         Ok(range.first)

@@ -16,7 +16,11 @@
 //! - [`IoAddressSpace`] holds mappings from IOVA ranges to a [`Backing`]: anonymous or file memory
 //!   from vm-memory. [`map`](IoAddressSpace::map) and [`unmap`](IoAddressSpace::unmap) follow type1
 //!   v2: overlaps, cuts, misalignment and too many entries are refused as the kernel refuses them,
-//!   and [`Error::errno`] says how.
+//!   and [`Error::errno`] says how. Other [profiles](Profile) follow type1 v1, iommufd, or the IOTLB of
+//!   vhost.
+//! - [`replace`](IoAddressSpace::replace) changes memory and permissions of a mapping under the eyes of its
+//!   users, [`copy_to`](IoAddressSpace::copy_to) shares memory with another space,
+//!   [`invalidate_vaddr`](IoAddressSpace::invalidate_vaddr) takes it away until it is given other.
 //! - An access crosses any number of mappings, in chunks as large as the mappings allow. An error
 //!   says how many bytes were done ([`Error::completed`]).
 //! - Maps and unmaps also come in batches, written pages are kept by I/O virtual address where
@@ -26,6 +30,8 @@
 //!   [`DmaGuard`], a [`ScatterList`]) holds a lease on the mappings it touches, and pinned pages
 //!   ([`Pinner`]) a pin: an unmap of such a range tells the holders, waits for them up to a
 //!   deadline, and names them when it passes. Unmaps elsewhere are not delayed.
+//! - A [`Pinner`] pins ranges or lists of pages, may be moved to another space
+//!   ([`replace`](Pinner::replace)), and what it pins may be limited ([`PinOptions`], [`MemlockLimit`]).
 //!
 //! # Example
 //!
@@ -55,9 +61,11 @@
 //! # Gotchas
 //!
 //! - The smallest unit is the host page, see [`page_size`]; it is not 4096 everywhere.
-//! - A write needs the mapping's read permission too, as in the kernel.
-//! - Dirty pages ([`take_dirty`](IoAddressSpace::take_dirty)) know what is written through the space,
-//!   not what hardware or a holder of host addresses writes.
+//! - A write needs the mapping's read permission too, as in type1; not so with a
+//!   [`PermissionPolicy`] that is strict.
+//! - Dirty pages ([`take_dirty`](IoAddressSpace::take_dirty)) know what is written through the space and
+//!   what is pinned, not what hardware or another holder of host addresses writes: that has to be said
+//!   ([`mark_dirty`](IoAddressSpace::mark_dirty)).
 //! - A [`DmaGuard`] keeps a lease on every mapping it has touched until it is dropped: take one per
 //!   request, not one per device.
 //! - Never unmap from inside a [`ReadVolatile`](vm_memory::ReadVolatile) or
@@ -79,6 +87,7 @@ compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for L
 
 mod access;
 mod atomics;
+mod attach;
 mod backing;
 mod check;
 mod copy;
@@ -93,20 +102,25 @@ mod holder;
 mod info;
 mod iova_ranges;
 mod lease;
+mod listen;
 mod map;
 mod mapping;
+mod mapping_set;
 mod membarrier;
+mod memlock;
 mod pin;
 mod profile;
 mod range;
 mod replace;
 mod sg;
 mod share;
+mod snapshot;
 mod space;
 mod stats;
 mod stream;
 mod sync;
 mod table;
+mod turn;
 #[cfg(feature = "uapi")]
 pub mod uapi;
 mod unmap;
@@ -126,15 +140,22 @@ pub use handle::DmaHandle;
 pub use holder::{Holder, HolderKind};
 pub use info::{Info, Migration};
 pub use iova_ranges::IovaRanges;
+pub use listen::{Listener, Listening, MappingInfo};
+pub use mapping_set::MappingSet;
 pub use membarrier::ReaderBarrier;
-pub use page_pin::{Interest, PinPages, UnmapNotice};
+pub use memlock::MemlockLimit;
+pub use page_pin::{Interest, PinOptions, PinPages, UnmapNotice};
 pub use pin::{PinnedPages, Pinner};
 pub use profile::{PermissionPolicy, Profile};
 pub use range::page_size;
 pub use sg::ScatterList;
+pub use snapshot::{
+    BackingRef, Place, SavedAccess, SavedLimits, SavedMapping, Snapshot, SnapshotError,
+    SnapshotMemory, SNAPSHOT_VERSION,
+};
 pub use space::{
     IoAddressSpace, IoAddressSpaceBuilder, DIRTY_LIMIT, DMA_ENTRY_LIMIT, TABLE_LIMIT,
-    UNMAP_DEADLINE,
+    UNMAP_DEADLINE, UNMAP_REMINDERS,
 };
 pub use stats::Stats;
 pub use unmap::{UnmapOptions, UnmapPolicy};

@@ -4,16 +4,19 @@
 //! Adding mappings: the checks of `VFIO_IOMMU_MAP_DMA`, in its order.
 
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 
 use vm_memory::Permissions;
 
 use crate::check::Request;
+use crate::dirty::check_pages;
 use crate::mapping::log_bytes;
 use crate::profile::Overlapping;
 use crate::range::IovaRange;
 use crate::replace;
 use crate::space::Space;
+#[cfg(feature = "uapi")]
 use crate::sync::lock;
 use crate::unmap::take_back;
 use crate::writer::{Leaving, Writer};
@@ -32,8 +35,8 @@ impl IoAddressSpace {
     /// [`Error::NoPermissions`] (EINVAL), [`Error::Misaligned`] (address, size or host address; EINVAL),
     /// [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`] (EBUSY) where the mapping in the way is being
     /// unmapped, [`Error::EntryLimit`], [`Error::TableLimit`] or, while dirty pages are tracked,
-    /// [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL), [`Error::BackingProtection`]
-    /// (EFAULT).
+    /// [`Error::DirtyMapping`] (EINVAL) and [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL),
+    /// [`Error::BackingProtection`] (EFAULT).
     ///
     /// Other [profiles](crate::Profile) check in other orders. With [`Profile::Iotlb`](crate::Profile::Iotlb)
     /// what is in the way is no error but replaced, as [`replace`](IoAddressSpace::replace) does it, and
@@ -82,13 +85,16 @@ impl IoAddressSpace {
     fn map_checked(&self, range: IovaRange, backing: Backing, prot: Permissions) -> Result<()> {
         let space = &*self.view.space;
         if space.rules.overlapping == Overlapping::Replace {
-            return replace::update(space, vec![(range, backing, prot)]);
+            return replace::update(space, vec![(range, backing, prot)], self.view.set);
         }
-        let mut writer = lock(&space.writer);
-        check_room(&writer, space, range)?;
+        let turn = space.turn(range)?;
+        check_room(&turn, space, range)?;
         check_backing(space, range, &backing, prot)?;
-        let mapping = Arc::new(space.mapping(range, prot, backing));
-        writer.publish(&space.table, mapping);
+        let mapping = Arc::new(space.mapping(range, prot, backing, self.view.set));
+        let new = slice::from_ref(&mapping);
+        let (mut turn, agreed) = turn.ask(&[], new, |writer| check_room(writer, space, range));
+        agreed?;
+        turn.publish(&space.table, mapping);
         space.counters.maps.add(1);
         Ok(())
     }
@@ -117,34 +123,45 @@ impl IoAddressSpace {
         });
         let mappings = checked.collect::<Result<Vec<_>>>()?;
         if space.rules.overlapping == Overlapping::Replace {
-            return replace::update(space, mappings);
+            return replace::update(space, mappings, self.view.set);
         }
-        let mut writer = lock(&space.writer);
+        let Some((first, ..)) = mappings.first() else {
+            return Ok(());
+        };
+        let turn = space.turn(*first)?;
         check_apart(mappings.iter().map(|(range, ..)| *range).collect())?;
         if space.rules.ranges_first {
             for (range, ..) in &mappings {
-                writer.ranges.check(*range, space.rules)?;
+                turn.ranges.check(*range, space.rules)?;
             }
         }
         for (range, ..) in &mappings {
-            check_free(&writer, space, *range)?;
+            check_free(&turn, space, *range)?;
         }
-        check_entries(&writer, space, mappings.len())?;
+        check_entries(&turn, space, mappings.len())?;
         for (range, backing, prot) in &mappings {
-            writer.ranges.check(*range, space.rules)?;
+            turn.ranges.check(*range, space.rules)?;
             check_backing(space, *range, backing, *prot)?;
         }
-        let mut published = Vec::with_capacity(mappings.len());
-        for (range, backing, prot) in mappings {
-            if let Err(full) = check_memory(&writer, space, [range]) {
-                if let Err(error) = take_back(space, writer, published) {
+        let mappings = mappings.into_iter().map(|(range, backing, prot)| {
+            Arc::new(space.mapping(range, prot, backing, self.view.set))
+        });
+        let mut mappings: Vec<_> = mappings.collect();
+        let (mut turn, agreed) = turn.ask(&[], &mappings, |writer| {
+            let mut ranges = mappings.iter().map(|mapping| mapping.range);
+            ranges.try_for_each(|range| writer.ranges.check(range, space.rules))
+        });
+        agreed?;
+        for (published, mapping) in mappings.iter().enumerate() {
+            if let Err(full) = check_memory(&turn, space, [mapping.range]) {
+                let turn = turn.report(&mappings, &[]);
+                mappings.truncate(published);
+                if let Err(error) = take_back(space, turn, mappings) {
                     log::warn!("what a batch has mapped before it failed: {error}");
                 }
                 return Err(full);
             }
-            let mapping = Arc::new(space.mapping(range, prot, backing));
-            published.push(mapping.clone());
-            writer.publish(&space.table, mapping);
+            turn.publish(&space.table, mapping.clone());
             space.counters.maps.add(1);
         }
         Ok(())
@@ -198,7 +215,7 @@ pub(crate) fn unmapping(range: IovaRange, leaving: &Leaving) -> Error {
 }
 
 /// Refuses ranges of which two overlap.
-fn check_apart(mut ranges: Vec<IovaRange>) -> Result<()> {
+pub(crate) fn check_apart(mut ranges: Vec<IovaRange>) -> Result<()> {
     ranges.sort_unstable_by_key(|range| range.first);
     let met = ranges.windows(2).find(|pair| pair[1].first <= pair[0].last);
     met.map_or(Ok(()), |pair| Err(overlap(pair[1], pair[0])))
@@ -233,7 +250,11 @@ pub(crate) fn check_memory(
         return Err(Error::TableLimit { bytes, limit });
     }
     if writer.tracking {
-        let more: usize = ranges.into_iter().map(log_bytes).sum();
+        let mut more = 0;
+        for range in ranges {
+            check_pages(range)?;
+            more += log_bytes(range);
+        }
         check_log_bytes(writer.log_bytes + more, space.log_limit)?;
     }
     Ok(())

@@ -10,6 +10,7 @@ use vm_memory::{Permissions, VolatileSlice};
 
 use crate::backing::Region;
 use crate::dirty::{DirtyLog, DirtySlice, InlineMarks};
+use crate::mapping_set::SetId;
 use crate::range::{page_shift, IovaRange};
 use crate::{Backing, PermissionPolicy};
 
@@ -29,6 +30,8 @@ pub(crate) struct Mapping {
     allows: u8,
     /// Whether the region wants to know what was written.
     tracks: bool,
+    /// Through which set it was made.
+    pub(crate) set: SetId,
     region: Arc<dyn Region>,
 }
 
@@ -89,11 +92,22 @@ impl Need {
 }
 
 impl Mapping {
+    /// One without memory.
+    pub(crate) fn without_memory(
+        range: IovaRange,
+        prot: Permissions,
+        policy: PermissionPolicy,
+    ) -> Self {
+        let nowhere = Backing::part(Arc::new(Nowhere), 0, 0);
+        Mapping::new(range, prot, nowhere, policy, SetId::NONE)
+    }
+
     pub(crate) fn new(
         range: IovaRange,
         prot: Permissions,
         backing: Backing,
         policy: PermissionPolicy,
+        set: SetId,
     ) -> Self {
         let (region, host, tracks) = backing.into_parts();
         let asked = bits(prot);
@@ -107,6 +121,7 @@ impl Mapping {
             dirty: DirtyLog::new(),
             allows: (access | asked << ASKED) as u8,
             tracks,
+            set,
             region,
         }
     }
@@ -120,6 +135,7 @@ impl Mapping {
             dirty: DirtyLog::new(),
             allows: self.allows,
             tracks: self.tracks,
+            set: self.set,
             region: self.region.clone(),
         }
     }
@@ -132,6 +148,7 @@ impl Mapping {
             dirty: DirtyLog::new(),
             allows: self.allows,
             tracks: false,
+            set: self.set,
             region: Arc::new(Nowhere),
         }
     }
@@ -150,6 +167,7 @@ impl Mapping {
             dirty: DirtyLog::new(),
             allows: self.allows,
             tracks,
+            set: self.set,
             region,
         }
     }

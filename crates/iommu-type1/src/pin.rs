@@ -6,15 +6,17 @@
 use std::fmt;
 use std::sync::Arc;
 
-use page_pin::{Access, Interest, PinGuard, PinPages, UnmapNotice};
+use page_pin::{Interest, PinGuard, PinPages, UnmapNotice};
 use vm_memory::{Permissions, VolatileSlice};
 
+use crate::attach::{Attachment, Owner};
 use crate::dirty::{mark_pinned, DirtySlice};
+use crate::grace::Inside;
 use crate::mapping::{Mapping, Need};
 use crate::range::page_size;
 use crate::space::View;
 use crate::table::Table;
-use crate::{Error, IoAddressSpace, Result};
+use crate::{Error, IoAddressSpace, Result, Transfer};
 
 /// A registered owner of pins in an [`IoAddressSpace`].
 ///
@@ -44,21 +46,18 @@ use crate::{Error, IoAddressSpace, Result};
 /// ```
 #[derive(Clone)]
 pub struct Pinner {
-    // Dropped first: the owner that the view keeps may wait until kept pins are gone.
-    access: Access,
-    view: Arc<View>,
+    pub(crate) owner: Arc<Owner>,
 }
 
 impl IoAddressSpace {
     /// Registers an owner of pins under a name that appears in errors.
     pub fn pinner(&self, name: &str, interest: Interest, notice: Arc<dyn UnmapNotice>) -> Pinner {
         Pinner {
-            access: self.view.space.pins.register(name, interest, notice),
-            view: self.view.clone(),
+            owner: Arc::new(Owner::new(&self.view, name, interest, notice)),
         }
     }
 
-    /// The most pages one call may pin or unpin: 512 of 4 KiB.
+    /// The most pages one call may pin or unpin: 512 of 4 KiB unless told otherwise.
     pub fn max_pin_pages(&self) -> usize {
         self.view.space.pins.max_pages()
     }
@@ -69,28 +68,120 @@ impl Pinner {
     ///
     /// # Errors
     ///
-    /// [`Error::Pin`]: no pages or a misaligned address (EINVAL), more pages than one call may
-    /// take (E2BIG), beyond the 64-bit space (EOVERFLOW). Otherwise as an access:
-    /// [`Error::NotMapped`] (EINVAL), [`Error::Revoked`] (EBUSY), [`Error::Permission`] (EPERM).
+    /// [`Error::NotAttached`] (ENOENT). [`Error::Pin`]: no pages or a misaligned address (EINVAL), more
+    /// pages than one call may take (E2BIG), beyond the 64-bit space (EOVERFLOW). Otherwise as an access:
+    /// [`Error::NotMapped`] (EINVAL), [`Error::Revoked`] (EBUSY), [`Error::Permission`] (EPERM). At last
+    /// [`Error::Pin`] with what the account says (ENOMEM for a limit).
     pub fn pin_pages(&self, iova: u64, npages: usize, prot: Permissions) -> Result<PinnedPages> {
-        let space = &self.view.space;
-        space.pins.check(iova, npages)?;
+        let at = self.owner.attached()?;
+        at.view.space.pins.check(iova, npages)?;
         let len = npages * page_size() as usize;
-        // The pins are made while the access runs: see the invariant of `Space`.
+        let pin = |mappings: &[Arc<Mapping>]| {
+            let host = |iova| host_address(mappings, iova);
+            Ok(at.access.pin_at(iova, npages, host)?)
+        };
+        at.pin(
+            |inside, mappings| at.find(inside, iova, len, prot, mappings),
+            pin,
+        )
+    }
+
+    /// Pins the host pages at these addresses, which may lie anywhere, all of them or none. A page that
+    /// is named twice is pinned twice.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use iommu_type1::{page_size, Backing, Interest, IoAddressSpace};
+    /// use vm_memory::Permissions::Read;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0, Backing::anonymous(0x10 * page_size() as usize)?, Read)?;
+    /// let pinner = space.pinner("disk", Interest::Holder, Arc::new(|_, _| ()));
+    /// let pinned = pinner.pin_list(&[3 * page_size(), 0], Read)?;
+    /// assert_eq!(pinned.iova_of(0), Some(3 * page_size()));
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`pin_pages`](Pinner::pin_pages), with the address of the first page that is refused.
+    pub fn pin_list(&self, iovas: &[u64], prot: Permissions) -> Result<PinnedPages> {
+        let at = self.owner.attached()?;
+        at.view.space.pins.check_list(iovas)?;
+        let find = |inside: Inside<'_>, mappings: &mut Vec<Arc<Mapping>>| {
+            let len = page_size() as usize;
+            for iova in iovas {
+                at.find(inside, *iova, len, prot, mappings)?;
+            }
+            mappings.sort_unstable_by_key(|mapping| mapping.range.first);
+            mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
+            Ok(())
+        };
+        at.pin(find, |mappings| {
+            let host = |iova| host_address(mappings, iova);
+            Ok(at.access.pin_list_at(iovas, host)?)
+        })
+    }
+
+    /// Releases pins that were left to this owner with [`PinnedPages::keep`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAttached`] (ENOENT). [`Error::Pin`] (EINVAL, E2BIG, EOVERFLOW): the range is bad, or
+    /// this owner has kept no pin on one of the pages, or not on exactly these where
+    /// [`PinOptions::exact_unpin`](page_pin::PinOptions::exact_unpin) asks for that; nothing is released
+    /// then. What others pinned is never touched.
+    pub fn unpin_pages(&self, iova: u64, npages: usize) -> Result<()> {
+        let at = self.owner.attached_or_moving()?;
+        Ok(at.access.unpin(iova, npages)?)
+    }
+
+    /// As [`unpin_pages`](Pinner::unpin_pages) of pages that may lie anywhere.
+    ///
+    /// # Errors
+    ///
+    /// As [`unpin_pages`](Pinner::unpin_pages).
+    pub fn unpin_list(&self, iovas: &[u64]) -> Result<()> {
+        let at = self.owner.attached_or_moving()?;
+        Ok(at.access.unpin_list(iovas)?)
+    }
+
+    /// An access of the space that this owner is attached to.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAttached`] (ENOENT), otherwise as [`IoAddressSpace::dma_rw`].
+    pub fn dma_rw(&self, iova: u64, transfer: Transfer<'_>) -> Result<()> {
+        let at = self.owner.attached()?;
+        let space = &at.view.space;
+        space.grace.enter_shared(|inside| {
+            // Whoever closes it waits for accesses that run, so this is asked inside.
+            if !at.access.is_open() {
+                return Err(self.owner.not_attached());
+            }
+            space.dma_rw(inside, iova, transfer)
+        })
+    }
+}
+
+impl Attachment {
+    /// The pins are made while the access runs: see the invariant of `Space`.
+    fn pin(
+        &self,
+        find: impl FnOnce(Inside<'_>, &mut Vec<Arc<Mapping>>) -> Result<()>,
+        pin: impl FnOnce(&[Arc<Mapping>]) -> Result<PinGuard>,
+    ) -> Result<PinnedPages> {
+        let space = &self.view.space;
         space.grace.enter_shared(|inside| {
             let mut mappings = Vec::new();
-            space.for_each_chunk(
-                inside,
-                iova,
-                len,
-                Need::exactly(prot),
-                |mapping, _, _, _| {
-                    mappings.push(Table::share(mapping));
-                },
-            )?;
-            let guard = self.access.pin(iova, npages)?;
+            find(inside, &mut mappings)?;
+            let guard = pin(&mappings)?;
             // After they are pinned: whoever takes dirty pages then finds the mark or the pin.
-            mark_pinned(space, &mappings, iova, len);
+            for iova in (0..guard.npages()).filter_map(|index| guard.iova_of(index)) {
+                if let Some(mapping) = mapping_of(&mappings, iova) {
+                    mark_pinned(space, mapping, iova);
+                }
+            }
             Ok(PinnedPages {
                 guard,
                 mappings,
@@ -99,15 +190,32 @@ impl Pinner {
         })
     }
 
-    /// Releases pins that were left to this owner with [`PinnedPages::keep`].
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Pin`] (EINVAL, E2BIG, EOVERFLOW): the range is bad, or this owner has kept no pin
-    /// on one of the pages; nothing is released then. What others pinned is never touched.
-    pub fn unpin_pages(&self, iova: u64, npages: usize) -> Result<()> {
-        Ok(self.access.unpin(iova, npages)?)
+    /// The mappings of a range, behind those that were found before.
+    fn find(
+        &self,
+        inside: Inside<'_>,
+        iova: u64,
+        len: usize,
+        prot: Permissions,
+        found: &mut Vec<Arc<Mapping>>,
+    ) -> Result<()> {
+        let (space, need) = (&self.view.space, Need::exactly(prot));
+        space.for_each_chunk(inside, iova, len, need, |mapping, _, _, _| {
+            found.push(Table::share(mapping));
+        })
     }
+}
+
+/// The mapping of an address, of some in ascending order.
+fn mapping_of(mappings: &[Arc<Mapping>], iova: u64) -> Option<&Arc<Mapping>> {
+    let behind = mappings.partition_point(|mapping| mapping.range.first <= iova);
+    let mapping = mappings.get(behind.checked_sub(1)?)?;
+    mapping.range.contains(iova).then_some(mapping)
+}
+
+fn host_address(mappings: &[Arc<Mapping>], iova: u64) -> Option<usize> {
+    let slice = mapping_of(mappings, iova)?.slice(iova, 1);
+    Some(slice.ptr_guard().as_ptr().addr())
 }
 
 impl PinPages for Pinner {
@@ -121,9 +229,10 @@ impl PinPages for Pinner {
 
 impl fmt::Debug for Pinner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let attached = self.owner.attached_or_moving().ok();
         f.debug_struct("Pinner")
-            .field("name", &self.access.name())
-            .field("id", &self.access.id())
+            .field("name", &self.owner.name)
+            .field("id", &attached.map(|at| at.access.id()))
             .finish_non_exhaustive()
     }
 }
@@ -133,7 +242,7 @@ impl fmt::Debug for Pinner {
 /// Each page is host memory of its own: pages next to each other in IOVAs need not be so here.
 #[must_use = "dropping it unpins the pages"]
 pub struct PinnedPages {
-    /// The mappings that the pages lie in, in order. Dropped before the pins: an unmap that these have
+    /// The mappings that the pages lie in, in ascending order. Dropped before the pins: an unmap that these have
     /// kept waiting has the last reference.
     mappings: Vec<Arc<Mapping>>,
     // Dropped before the view: the pins go while the space is certainly there.
@@ -142,12 +251,17 @@ pub struct PinnedPages {
 }
 
 impl PinnedPages {
-    /// First I/O virtual address.
+    /// I/O virtual address of the first page.
     pub fn iova(&self) -> u64 {
         self.guard.iova()
     }
 
-    /// Number of pages.
+    /// I/O virtual address of page `index`; `None` behind the last.
+    pub fn iova_of(&self, index: usize) -> Option<u64> {
+        self.guard.iova_of(index)
+    }
+
+    /// Number of pages, those named twice counted twice.
     pub fn npages(&self) -> usize {
         self.guard.npages()
     }
@@ -156,16 +270,9 @@ impl PinnedPages {
     ///
     /// Pages pinned for [`Permissions::Read`] must only be read.
     pub fn page(&self, index: usize) -> Option<VolatileSlice<'_, DirtySlice<'_>>> {
-        if index >= self.npages() {
-            return None;
-        }
-        let page_size = page_size();
-        let iova = self.iova() + index as u64 * page_size;
-        let mapping = self
-            .mappings
-            .iter()
-            .find(|mapping| mapping.range.contains(iova))?;
-        Some(mapping.slice(iova, page_size as usize))
+        let iova = self.iova_of(index)?;
+        let mapping = mapping_of(&self.mappings, iova)?;
+        Some(mapping.slice(iova, page_size() as usize))
     }
 
     /// Leaves the pins to the [`Pinner`] that made them, until [`Pinner::unpin_pages`] or until the

@@ -20,6 +20,7 @@ use crate::check::Check;
 /// # Ok::<(), iommu_type1::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Profile {
     /// `VFIO_TYPE1_IOMMU`. An unmap takes away whole every mapping that begins in its range, and stops
@@ -40,6 +41,7 @@ pub enum Profile {
 
 /// What a mapping has to permit for a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum PermissionPolicy {
     /// Reads and writes, as type1's `vfio_dma_rw` wants it: nobody can use a mapping for writes only.

@@ -10,6 +10,7 @@
 //! and the marks of its pages go to what has its addresses.
 
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 
 use vm_memory::Permissions;
@@ -17,11 +18,12 @@ use vm_memory::Permissions;
 use crate::check::Request;
 use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping, unmapping};
 use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::lock;
 use crate::table::{Table, Unlinked};
-use crate::unmap::{check_outside, Replaced, Revocation, Undo};
+use crate::turn::Turn;
+use crate::unmap::{check_outside, check_owned, Cuts, Replaced, Revocation, Undo};
 use crate::writer::{Leaving, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
 
@@ -76,7 +78,7 @@ impl IoAddressSpace {
         let space = &*self.view.space;
         let range = Request::to_map(iova, &backing, prot).check(space, space.rules.map)?;
         check_outside(space, range)?;
-        let mut writer = lock(&space.writer);
+        let writer = space.turn(range)?;
         check_not_unmapping(&writer, range)?;
         if writer.leaving_in(range).is_some() {
             return Err(Error::VaddrInvalid {
@@ -105,11 +107,15 @@ impl IoAddressSpace {
         check_entries(&writer, space, 0)?;
         check_memory(&writer, space, [range])?;
         check_backing(space, range, &backing, prot)?;
-        let by = Arc::new(space.mapping(range, prot, backing));
+        let by = Arc::new(space.mapping(range, prot, backing, self.view.set));
         let undo = Undo {
             by: by.clone(),
             parts: vec![Arc::new(first.part(range))],
         };
+        let new = slice::from_ref(&by);
+        let room = |writer: &Writer| check_memory(writer, space, [range]);
+        let (mut writer, agreed) = writer.ask(&before, new, room);
+        agreed?;
         let mut unlinked = Unlinked::default();
         writer.exchange(&space.table, &before, [by], &mut unlinked);
         drop(writer);
@@ -127,10 +133,12 @@ impl IoAddressSpace {
 pub(crate) fn update(
     space: &Space,
     mappings: Vec<(IovaRange, Backing, Permissions)>,
+    set: SetId,
 ) -> Result<()> {
     for (range, backing, prot) in mappings {
-        let mut writer = lock(&space.writer);
+        let writer = space.turn(range)?;
         check_not_unmapping(&writer, range)?;
+        check_owned(&writer, space, range, set)?;
         let before = overlapping(space, range);
         let mut after: Vec<_> = before
             .iter()
@@ -152,8 +160,15 @@ pub(crate) fn update(
         if !before.is_empty() {
             check_outside(space, range)?;
         }
-        let by = Arc::new(space.mapping(range, prot, backing));
+        let by = Arc::new(space.mapping(range, prot, backing, set));
         after.push(by.clone());
+        let room = |writer: &Writer| {
+            let ranges = after.iter().map(|mapping| mapping.range);
+            writer.ranges.check(range, space.rules)?;
+            check_memory(writer, space, ranges)
+        };
+        let (mut writer, agreed) = writer.ask(&before, &after, room);
+        agreed?;
         let mut unlinked = Unlinked::default();
         writer.exchange(&space.table, &before, after, &mut unlinked);
         space.counters.maps.add(1);
@@ -181,6 +196,7 @@ pub(crate) fn cut(
     space: &Space,
     range: IovaRange,
     unlinked: &mut Unlinked,
+    cuts: &mut Cuts,
 ) -> Result<()> {
     let is_in_the_way =
         |leaving: &&Leaving| leaving.state.is_busy() || !range.contains_all(leaving.mapping.range);
@@ -202,19 +218,23 @@ pub(crate) fn cut(
     }
     check_entries(writer, space, after.len() - before.len())?;
     check_memory(writer, space, after.iter().map(|mapping| mapping.range))?;
+    cuts.before.extend_from_slice(&before);
+    cuts.after.extend_from_slice(&after);
     writer.exchange(&space.table, &before, after, unlinked);
     Ok(())
 }
 
 /// Puts back what was replaced, if what has replaced it is still there.
-pub(crate) fn undo(writer: &mut Writer, table: &Table, undo: Undo) {
+pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) {
     let by = &undo.by;
     let is_there = table.visit(by.range, |mapping| {
         ControlFlow::Break(std::ptr::eq(mapping, Arc::as_ptr(by)))
     });
     if is_there == Some(true) {
         let mut unlinked = Unlinked::default();
-        let by = std::slice::from_ref(by);
+        let by = slice::from_ref(by);
+        // Nobody else can change it while those who listen are told.
+        let mut writer = turn.report(by, &undo.parts);
         writer.exchange(table, by, undo.parts, &mut unlinked);
         writer.late.append(unlinked);
     }

@@ -5,15 +5,18 @@
 
 use std::any::Any;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_pin::PinTable;
+use page_pin::{PinOptions, PinTable};
 use vm_memory::Permissions;
 
 use crate::grace::Grace;
 use crate::lease::Ledger;
+use crate::listen::Listeners;
 use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
 use crate::membarrier;
 use crate::profile::Rules;
 use crate::range::{page_size, IovaRange};
@@ -41,6 +44,10 @@ pub const DIRTY_LIMIT: usize = 128 << 20;
 /// up on a vfio-user server.
 pub const UNMAP_DEADLINE: Duration = Duration::from_secs(1);
 
+/// How often an unmap tells holders of pins again, over the time until its deadline, unless told otherwise:
+/// with the first notice as often as the kernel does before it gives up.
+pub const UNMAP_REMINDERS: u32 = 9;
+
 /// An IO address space: mappings from I/O virtual addresses to memory.
 ///
 /// A cheap reference: clones are the same space. It can be shared between threads; accesses
@@ -56,6 +63,8 @@ pub struct IoAddressSpace {
 pub(crate) struct View {
     pub(crate) space: Arc<Space>,
     pub(crate) name: String,
+    /// With what it signs the mappings that are made through it, and which ones it may unmap.
+    pub(crate) set: SetId,
     /// Only held, never looked at: its drop is what counts.
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -68,7 +77,13 @@ pub(crate) struct View {
 pub(crate) struct Space {
     pub(crate) table: Table,
     pub(crate) grace: Grace,
+    /// Taken before `writer` by whoever takes marks of dirty pages, until it is certain that they need not be
+    /// put back: a mapping that is gone could not have them back.
+    pub(crate) harvest: Mutex<()>,
     pub(crate) writer: Mutex<Writer>,
+    pub(crate) listeners: Mutex<Listeners>,
+    /// How many sets of mappings there have been.
+    sets: AtomicU64,
     pub(crate) leases: Ledger,
     pub(crate) pins: PinTable,
     pub(crate) counters: Counters,
@@ -80,12 +95,19 @@ pub(crate) struct Space {
     pub(crate) profile: Profile,
     pub(crate) rules: &'static Rules,
     pub(crate) permissions: PermissionPolicy,
+    pub(crate) reminders: u32,
 }
 
 impl Space {
     /// A mapping of this space.
-    pub(crate) fn mapping(&self, range: IovaRange, prot: Permissions, backing: Backing) -> Mapping {
-        Mapping::new(range, prot, backing, self.permissions)
+    pub(crate) fn mapping(
+        &self,
+        range: IovaRange,
+        prot: Permissions,
+        backing: Backing,
+        set: SetId,
+    ) -> Mapping {
+        Mapping::new(range, prot, backing, self.permissions, set)
     }
 
     /// The unit of mappings in bytes: the smallest size of pages.
@@ -112,6 +134,9 @@ impl IoAddressSpace {
             barrier: ReaderBarrier::default(),
             profile: Profile::default(),
             permissions: None,
+            // In a model time passes once.
+            reminders: if cfg!(loom) { 0 } else { UNMAP_REMINDERS },
+            pins: PinOptions::new(),
         }
     }
 
@@ -161,11 +186,25 @@ impl IoAddressSpace {
         self.view.space.grace.barrier()
     }
 
+    /// The same space, for a set of mappings.
+    pub(crate) fn signing(&self) -> Self {
+        let number = self.view.space.sets.fetch_add(1, Ordering::Relaxed);
+        IoAddressSpace {
+            view: Arc::new(View {
+                space: self.view.space.clone(),
+                name: self.view.name.clone(),
+                set: SetId::new(number + 1),
+                owner: self.view.owner.clone(),
+            }),
+        }
+    }
+
     fn derive(&self, name: String, owner: Option<Arc<dyn Any + Send + Sync>>) -> Self {
         IoAddressSpace {
             view: Arc::new(View {
                 space: self.view.space.clone(),
                 name,
+                set: self.view.set,
                 owner,
             }),
         }
@@ -219,6 +258,8 @@ pub struct IoAddressSpaceBuilder {
     barrier: ReaderBarrier,
     profile: Profile,
     permissions: Option<PermissionPolicy>,
+    reminders: u32,
+    pins: PinOptions,
 }
 
 impl IoAddressSpaceBuilder {
@@ -277,6 +318,27 @@ impl IoAddressSpaceBuilder {
         self
     }
 
+    /// How often an unmap tells holders of pins again; [`UNMAP_REMINDERS`] by default.
+    pub fn unmap_reminders(mut self, times: u32) -> Self {
+        self.reminders = times;
+        self
+    }
+
+    /// How pins are counted and limited.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use iommu_type1::{IoAddressSpace, PinOptions};
+    ///
+    /// let options = PinOptions::new().max_pages(32).exact_unpin(true);
+    /// let space = IoAddressSpace::builder().pin_options(options).build();
+    /// assert_eq!(space.max_pin_pages(), 32);
+    /// ```
+    pub fn pin_options(mut self, options: PinOptions) -> Self {
+        self.pins = options;
+        self
+    }
+
     /// How accesses are kept apart from unmaps; [`ReaderBarrier::Fence`] by default. Where the kernel
     /// refuses what it needs, the space does with that;
     /// [`reader_barrier`](IoAddressSpace::reader_barrier) says which it is.
@@ -322,6 +384,17 @@ impl IoAddressSpaceBuilder {
         self
     }
 
+    /// Most entries, bytes of the table, and bytes of marks.
+    pub(crate) fn limits(&self) -> [usize; 3] {
+        [self.entry_limit, self.table_limit, self.log_limit]
+    }
+
+    pub(crate) fn with_limits(self, [entries, table, log]: [usize; 3]) -> Self {
+        self.entry_limit(entries)
+            .table_limit(table)
+            .dirty_limit(log)
+    }
+
     /// The space.
     pub fn build(self) -> IoAddressSpace {
         let grace = Grace::new(membarrier::granted(self.barrier));
@@ -332,8 +405,11 @@ impl IoAddressSpaceBuilder {
                     table: Table::new(),
                     leases: Ledger::new(&grace),
                     grace,
+                    harvest: Mutex::new(()),
                     writer: Mutex::new(Writer::new(self.ranges)),
-                    pins: PinTable::new(page_size()),
+                    listeners: Mutex::new(Listeners::default()),
+                    sets: AtomicU64::new(0),
+                    pins: PinTable::with_options(page_size(), self.pins),
                     counters: Counters::default(),
                     page_sizes: from_host_page(self.page_sizes),
                     entry_limit: self.entry_limit,
@@ -343,8 +419,10 @@ impl IoAddressSpaceBuilder {
                     profile: self.profile,
                     rules,
                     permissions: self.permissions.unwrap_or(rules.permissions),
+                    reminders: self.reminders,
                 }),
                 name: String::from("unnamed"),
+                set: SetId::NONE,
                 owner: None,
             }),
         }

@@ -51,7 +51,7 @@ pub struct Bitmap<'a> {
     pub pgsize: u64,
     /// Bytes of the bitmap, as the user says.
     pub size: u64,
-    /// The memory of it; shorter than `size` says where some of it is not there.
+    /// The memory of it; shorter than the pages need where some of it is not there.
     pub data: &'a mut [u64],
 }
 
@@ -200,7 +200,7 @@ impl<M: UserMemory> Type1<M> {
         whole_pages(space, iova, size)?;
         // The kernel looks for the same reason at both, tracking and this.
         check_page_size(space, bitmap.pgsize)?;
-        let mut filled = DirtyBitmap::new(iova, size, bitmap.pgsize, bitmap.data)?;
+        let mut filled = writable(iova, size, bitmap)?;
         let (bytes, pages) = self.space.unmap_dirty(iova, size)?;
         filled.fill(&pages);
         Ok(bytes)
@@ -243,7 +243,7 @@ impl<M: UserMemory> Type1<M> {
                 check_page_size(&self.space.view.space, bitmap.pgsize)?;
                 // Before there is a bitmap of it, which takes whole pages.
                 whole_pages(&self.space.view.space, iova, size)?;
-                let mut bitmap = DirtyBitmap::new(iova, size, bitmap.pgsize, bitmap.data)?;
+                let mut bitmap = writable(iova, size, bitmap)?;
                 self.space.take_dirty_bitmap(&mut bitmap)
             }
             _ => Err(Error::Flags {
@@ -307,15 +307,18 @@ fn checked(bitmap: Option<Bitmap<'_>>, size: u64) -> Result<Bitmap<'_>> {
         len: 0,
     })?;
     check_bitmap_size(size, bitmap.pgsize, bitmap.size)?;
-    let len = bitmap.data.len() as u64 * 8;
-    // What is written of it is less, but what is not there must not show after the pages were taken.
-    if len < bitmap.size {
-        return Err(Error::ArgumentMemory {
-            needed: bitmap.size,
-            len,
-        });
-    }
     Ok(bitmap)
+}
+
+/// The words of a bitmap, if as many are there as its pages need: it must not show after the pages were taken
+/// that they are not.
+fn writable(iova: u64, size: u64, bitmap: Bitmap<'_>) -> Result<DirtyBitmap<'_>> {
+    let needed = (size / bitmap.pgsize).div_ceil(u64::BITS.into()) * 8;
+    let len = bitmap.data.len() as u64 * 8;
+    if len < needed {
+        return Err(Error::ArgumentMemory { needed, len });
+    }
+    DirtyBitmap::new(iova, size, bitmap.pgsize, bitmap.data)
 }
 
 /// What the kernel takes for a bitmap of `size` bytes of addresses: not empty, not too large, and large enough.

@@ -7,8 +7,13 @@
 //! 2. With no lock held, the accesses that run are waited for (the grace period), those interested
 //!    are told, then leases and pins in the range are waited for.
 //! 3. Under the lock again, what is free now is forgotten; its memory is released after the lock.
+//!
+//! What was replaced ([`crate::replace`]) is waited for in the same way, though its addresses are not
+//! removed: by whoever has replaced it, and by every unmap that meets its addresses.
 
+use std::collections::HashSet;
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,13 +23,15 @@ use crate::dirty::check_tracking;
 use crate::holder::HolderKind;
 use crate::map::unmapping;
 use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
 use crate::profile::Cut;
 use crate::range::{check_aligned, IovaRange};
 use crate::replace;
 use crate::space::Space;
 use crate::stream;
-use crate::sync::{lock, MutexGuard};
+use crate::sync::lock;
 use crate::table::{Table, Unlinked};
+use crate::turn::Turn;
 use crate::writer::{State, Writer};
 use crate::{DirtyPages, Error, Holder, IoAddressSpace, Result, UNMAP_DEADLINE};
 
@@ -196,13 +203,14 @@ impl IoAddressSpace {
         let space = &*self.view.space;
         let ranges = [space.to_unmap(iova, size)?];
         let mut pages = DirtyPages::default();
-        let bytes = Revocation::begin(space, &ranges, space.unmap, true)?.run(Some(&mut pages))?;
+        let bytes = Revocation::begin(space, &ranges, space.unmap, self.view.set, true)?
+            .run(Some(&mut pages))?;
         Ok((bytes, pages))
     }
 
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {
         let space = &*self.view.space;
-        Revocation::begin(space, ranges, options, false)?.run(None)
+        Revocation::begin(space, ranges, options, self.view.set, false)?.run(None)
     }
 }
 
@@ -216,15 +224,15 @@ impl Space {
     }
 }
 
-/// Unmaps what the caller has mapped during its turn as the writer.
+/// Unmaps what the caller has mapped during its turn, and of which those who listen were told.
 pub(crate) fn take_back(
     space: &Space,
-    mut writer: MutexGuard<'_, Writer>,
+    mut turn: Turn<'_>,
     mappings: Vec<Arc<Mapping>>,
 ) -> Result<u64> {
     let mut unlinked = Unlinked::default();
-    writer.revoke(&space.table, &mappings, &mut unlinked);
-    drop(writer);
+    turn.revoke(&space.table, &mappings, &mut unlinked);
+    drop(turn);
     Revocation::of(space, mappings, unlinked, space.unmap).run(None)
 }
 
@@ -270,21 +278,36 @@ impl<'a> Revocation<'a> {
         space: &'a Space,
         ranges: &[IovaRange],
         options: UnmapOptions,
+        set: SetId,
         marked: bool,
     ) -> Result<Self> {
-        if let Some(range) = ranges.first() {
-            check_outside(space, *range)?;
+        let none = Revocation::of(space, Vec::new(), Unlinked::default(), options);
+        let Some(first) = ranges.first() else {
+            return Ok(none);
+        };
+        check_outside(space, *first)?;
+        let mut writer = space.turn(*first)?;
+        for range in ranges {
+            check_owned(&writer, space, *range, set)?;
         }
-        let mut writer = lock(&space.writer);
-        if let (Some(range), true) = (ranges.first(), marked) {
-            check_tracking(&writer, *range)?;
+        if marked {
+            check_tracking(&writer, *first)?;
         }
         let mut unlinked = Unlinked::default();
         let mut mappings = Vec::new();
-        let selected = select(&mut writer, space, ranges, &mut mappings, &mut unlinked);
+        let mut cuts = Cuts::default();
+        let selected = select(
+            &mut writer,
+            space,
+            ranges,
+            &mut mappings,
+            &mut unlinked,
+            &mut cuts,
+        );
         if let Err(error) = selected {
             // Something may have been cut before.
             writer.late.append(unlinked);
+            cuts.tell(writer, &[]);
             return Err(error);
         }
         if ranges.len() > 1 {
@@ -293,6 +316,10 @@ impl<'a> Revocation<'a> {
             mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
         }
         writer.revoke(&space.table, &mappings, &mut unlinked);
+        let revoked = match writer.is_heard {
+            true => mappings.clone(),
+            false => Vec::new(),
+        };
         let mut replaced: Vec<Arc<Mapping>> = Vec::new();
         for range in ranges {
             if !stops(&writer, space, *range) {
@@ -308,6 +335,8 @@ impl<'a> Revocation<'a> {
             // There will be a grace period; what is late can use it too.
             unlinked.append(std::mem::take(&mut writer.late));
         }
+        cuts.tell(writer, &revoked);
+        drop(revoked);
         let mut revocation = Revocation::of(space, mappings, unlinked, options);
         revocation.replaced = replaced
             .into_iter()
@@ -316,6 +345,39 @@ impl<'a> Revocation<'a> {
                 gone: None,
             })
             .collect();
+        Ok(revocation)
+    }
+
+    /// Of whatever was made through a set.
+    pub(crate) fn of_set(space: &'a Space, set: SetId, options: UnmapOptions) -> Result<Self> {
+        check_outside(space, IovaRange::ALL)?;
+        let mut turn = space.turn(IovaRange::ALL)?;
+        let mut mappings = Vec::new();
+        space.table.visit(IovaRange::ALL, |mapping| {
+            if mapping.set == set {
+                mappings.push(Table::share(mapping));
+            }
+            ControlFlow::<()>::Continue(())
+        });
+        let leaving = turn.leaving_inside(IovaRange::ALL);
+        let left = leaving.filter(|leaving| leaving.mapping.set == set);
+        let left: Vec<_> = left.map(|leaving| leaving.mapping.range).collect();
+        let replaced = turn.replaced.iter();
+        let replaced = replaced.filter(|mapping| mapping.set == set);
+        let replaced = replaced.map(|mapping| Replaced {
+            mapping: mapping.clone(),
+            gone: None,
+        });
+        let replaced = replaced.collect();
+        let mut unlinked = Unlinked::default();
+        turn.revoke(&space.table, &mappings, &mut unlinked);
+        let mut turn = turn.report(&mappings, &[]);
+        for range in left {
+            turn.retry(range, &mut mappings);
+        }
+        drop(turn);
+        let mut revocation = Revocation::of(space, mappings, unlinked, options);
+        revocation.replaced = replaced;
         Ok(revocation)
     }
 
@@ -377,6 +439,18 @@ impl<'a> Revocation<'a> {
         {
             self.space.pins.tell(range.first, range.size());
         }
+        self.remind();
+    }
+
+    /// Tells those again who have pins and do not let go; whoever still does is found in the end.
+    fn remind(&self) {
+        let (pins, times) = (&self.space.pins, self.space.reminders);
+        for range in self.mappings.iter().map(|mapping| mapping.range) {
+            if times > 0 && pins.is_pinned(range.first, range.size()) {
+                let deadline = self.deadline.instant();
+                let _holders = pins.remind(range.first, range.size(), times, deadline);
+            }
+        }
     }
 
     fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
@@ -420,6 +494,7 @@ impl<'a> Revocation<'a> {
         if let Some(marks) = marks {
             if held.is_empty() && still.is_empty() {
                 // Nobody can write to them any more.
+                let _harvest = lock(&self.space.harvest);
                 lock(&self.space.writer).settle_marks(&self.space.table);
                 free.sort_unstable_by_key(|mapping| mapping.range.first);
                 free.iter().for_each(|mapping| marks.take_last(mapping));
@@ -501,14 +576,17 @@ impl<'a> Revocation<'a> {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        for mapping in &over {
-            writer.release(&self.space.table, mapping);
-        }
+        let over = over.into_iter();
+        let table = &self.space.table;
+        let released: Vec<_> = over
+            .filter_map(|mapping| writer.release(table, mapping))
+            .collect();
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));
         }
         drop(writer);
+        drop(released);
         total(&free)
     }
 }
@@ -524,6 +602,37 @@ pub(crate) fn check_outside(space: &Space, range: IovaRange) -> Result<()> {
     })
 }
 
+/// Refuses a set a range in which there is something that was not made through it.
+pub(crate) fn check_owned(
+    writer: &Writer,
+    space: &Space,
+    range: IovaRange,
+    set: SetId,
+) -> Result<()> {
+    if set == SetId::NONE {
+        return Ok(());
+    }
+    let live = space
+        .table
+        .visit(range, |mapping| match mapping.set == set {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(mapping.range),
+        });
+    let mut leaving = writer.all_leaving_in(range);
+    let other = live.or_else(|| {
+        let other = leaving.find(|leaving| leaving.mapping.set != set)?;
+        Some(other.mapping.range)
+    });
+    other.map_or(Ok(()), |mapped| {
+        Err(Error::NotOwned {
+            iova: range.first,
+            size: range.size(),
+            mapped: mapped.first,
+            mapped_size: mapped.size(),
+        })
+    })
+}
+
 /// Adds the mappings of the table that go with these ranges, in which nothing else is being removed.
 fn select(
     writer: &mut Writer,
@@ -531,6 +640,7 @@ fn select(
     ranges: &[IovaRange],
     found: &mut Vec<Arc<Mapping>>,
     unlinked: &mut Unlinked,
+    cuts: &mut Cuts,
 ) -> Result<()> {
     for range in ranges {
         let before = found.len();
@@ -538,13 +648,13 @@ fn select(
             Cut::Refuse => inside(writer, space, *range, found)?,
             Cut::Whole => beginning(writer, space, *range, found)?,
             Cut::Split => {
-                replace::cut(writer, space, *range, unlinked)?;
+                replace::cut(writer, space, *range, unlinked, cuts)?;
                 inside(writer, space, *range, found)?;
             }
         }
         check_idle(writer, *range)?;
-        let has_some = found.len() > before || writer.leaving_in(*range).is_some();
-        if space.rules.needs_something && !has_some && *range != IovaRange::ALL {
+        let must_have_some = space.rules.needs_something && *range != IovaRange::ALL;
+        if must_have_some && found.len() == before && writer.leaving_in(*range).is_none() {
             return Err(Error::NothingMapped {
                 iova: range.first,
                 size: range.size(),
@@ -585,17 +695,17 @@ pub(crate) fn beginning(
 
 /// Whether nothing of a range may be unmapped, as the first mapping in it begins before it.
 pub(crate) fn stops(writer: &Writer, space: &Space, range: IovaRange) -> bool {
+    if space.rules.cut != Cut::Whole {
+        return false;
+    }
     let begins_before = |mapped: IovaRange| mapped.first < range.first;
-    let live = || {
-        space
-            .table
-            .visit(range, |mapping| ControlFlow::Break(mapping.range))
-    };
     let leaving = writer
         .leaving_in(range)
         .map(|leaving| leaving.mapping.range);
-    space.rules.cut == Cut::Whole
-        && (leaving.is_some_and(begins_before) || live().is_some_and(begins_before))
+    let live = space
+        .table
+        .visit(range, |mapping| ControlFlow::Break(mapping.range));
+    leaving.is_some_and(begins_before) || live.is_some_and(begins_before)
 }
 
 /// The mappings of the table inside a range; refuses one that has a part of a mapping, of the table or
@@ -639,13 +749,64 @@ fn total(mappings: &[Arc<Mapping>]) -> u64 {
     sizes.fold(0, u64::saturating_add)
 }
 
+/// Has mappings that were revoked be in the table again; those that a listener refuses stay revoked.
+pub(crate) fn put_back<'a>(
+    mut turn: Turn<'a>,
+    space: &Space,
+    revoked: Vec<Arc<Mapping>>,
+) -> Turn<'a> {
+    let mut restored = Vec::with_capacity(revoked.len());
+    for mapping in revoked {
+        let (next, agreed) = turn.ask(&[], slice::from_ref(&mapping), |_| Ok(()));
+        turn = next;
+        match agreed {
+            Ok(()) => {
+                turn.publish(&space.table, mapping.clone());
+                restored.push(mapping);
+            }
+            Err(error) => {
+                log::warn!("a mapping stays revoked: {error}");
+                turn.keep_revoked(&mapping);
+            }
+        }
+    }
+    turn.forget(&restored);
+    turn
+}
+
+/// Mappings that were cut, and their parts.
+#[derive(Default)]
+pub(crate) struct Cuts {
+    pub(crate) before: Vec<Arc<Mapping>>,
+    pub(crate) after: Vec<Arc<Mapping>>,
+}
+
+impl Cuts {
+    /// Tells those who listen of what was mapped before the turn and what is left at its end, when `revoked`
+    /// has gone.
+    fn tell(self, turn: Turn<'_>, revoked: &[Arc<Mapping>]) {
+        if !turn.is_heard {
+            return;
+        }
+        let address = |mapping: &Arc<Mapping>| Arc::as_ptr(mapping);
+        let came: HashSet<_> = self.after.iter().map(address).collect();
+        let gone = self.before.iter().chain(revoked);
+        let went: HashSet<_> = gone.clone().map(address).collect();
+        let before = gone.filter(|mapping| !came.contains(&address(mapping)));
+        let before: Vec<_> = before.cloned().collect();
+        let after = self.after.iter();
+        let after = after.filter(|mapping| !went.contains(&address(mapping)));
+        let after: Vec<_> = after.cloned().collect();
+        turn.report(&before, &after);
+    }
+}
+
 impl Drop for Revocation<'_> {
     fn drop(&mut self) {
         if self.mappings.is_empty() && self.replaced.is_empty() {
             return;
         }
-        let table = &self.space.table;
-        let mut writer = lock(&self.space.writer);
+        let mut writer = self.space.another_turn();
         writer.late.append(std::mem::take(&mut self.unlinked));
         let mut restored = Vec::new();
         for mapping in self.mappings.drain(..) {
@@ -655,12 +816,11 @@ impl Drop for Revocation<'_> {
                 UnmapPolicy::Restore => restored.push(mapping),
             }
         }
-        for mapping in &restored {
-            writer.publish(table, mapping.clone());
-        }
-        writer.forget(&restored);
+        let writer = put_back(writer, self.space, restored);
         if let Some(undo) = self.undo.take() {
-            replace::undo(&mut writer, table, undo);
+            replace::undo(writer, &self.space.table, undo);
         }
+        // During this turn: who else waits for them may be the last then.
+        self.replaced.clear();
     }
 }

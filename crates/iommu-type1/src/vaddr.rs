@@ -7,6 +7,7 @@
 //! A mapping without memory is not in the table: it stands among those that leave, and nothing blocks.
 
 use std::ops::ControlFlow;
+use std::slice;
 use std::sync::Arc;
 
 use vm_memory::Permissions;
@@ -18,9 +19,10 @@ use crate::mapping::Mapping;
 use crate::profile::Cut;
 use crate::range::IovaRange;
 use crate::space::Space;
+#[cfg(feature = "uapi")]
 use crate::sync::lock;
 use crate::table::Unlinked;
-use crate::unmap::{beginning, check_outside, inside, stops};
+use crate::unmap::{beginning, check_outside, inside, put_back, stops};
 use crate::writer::{State, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result};
 
@@ -87,7 +89,7 @@ impl IoAddressSpace {
             ..Request::to_map(iova, &backing, Permissions::ReadWrite)
         };
         let range = request.check(space, space.rules.map)?;
-        let mut writer = lock(&space.writer);
+        let writer = space.turn(range)?;
         let hollow = hollow_at(&writer, space, range)?;
         if backing.len() as u64 != size {
             return Err(Error::BackingRange {
@@ -98,6 +100,8 @@ impl IoAddressSpace {
         }
         check_backing(space, range, &backing, hollow.permissions())?;
         let mapping = Arc::new(hollow.with_memory(backing));
+        let (mut writer, agreed) = writer.ask(&[], slice::from_ref(&mapping), |_| Ok(()));
+        agreed?;
         writer.publish(&space.table, mapping.clone());
         hollow.give_marks(&mapping);
         writer.forget(&[mapping]);
@@ -131,15 +135,17 @@ impl IoAddressSpace {
     fn invalidate(&self, range: IovaRange) -> Result<u64> {
         let space = &*self.view.space;
         check_outside(space, range)?;
-        let mut writer = lock(&space.writer);
+        let mut writer = space.turn(range)?;
         let mut mappings = Vec::new();
         match space.rules.cut {
             Cut::Whole => beginning(&writer, space, range, &mut mappings)?,
             Cut::Refuse | Cut::Split => inside(&writer, space, range, &mut mappings)?,
         }
-        if !stops(&writer, space, range) {
-            check_valid(&writer, range)?;
+        if stops(&writer, space, range) {
+            // Nothing behind is looked at either, whatever its state.
+            return Ok(0);
         }
+        check_valid(&writer, range)?;
         check_unpinned(space, &mappings)?;
         let mut unlinked = Unlinked::default();
         writer.revoke(&space.table, &mappings, &mut unlinked);
@@ -149,13 +155,13 @@ impl IoAddressSpace {
             // The same memory may have been replaced here, and put back.
             used.extend(writer.replaced_in(mapping.range).cloned());
         }
-        drop(writer);
+        drop(writer.report(&mappings, &[]));
         let deadline = Deadline::after(space.unmap.longest());
         let graced = mappings.is_empty() || space.grace.synchronize(&deadline);
         let outcome = unused(space, &mappings, &used, &deadline, graced);
         drop(used);
 
-        let mut writer = lock(&space.writer);
+        let mut writer = space.another_turn();
         if graced {
             writer.table_bytes -= unlinked.bytes();
         } else {
@@ -166,10 +172,7 @@ impl IoAddressSpace {
                 .iter()
                 .for_each(|mapping| writer.hollow_out(mapping));
         } else {
-            for mapping in &mappings {
-                writer.publish(&space.table, mapping.clone());
-            }
-            writer.forget(&mappings);
+            writer = put_back(writer, space, mappings.clone());
         }
         drop(writer);
         let sizes = mappings.iter().map(|mapping| mapping.range.size());

@@ -62,6 +62,8 @@ pub(crate) struct Writer {
     pub(crate) ranges: IovaRanges,
     /// Where there may be room, if somebody has asked.
     pub(crate) gaps: Option<Gaps>,
+    /// Whether anybody listens, and so has to be told of changes (`Turn`).
+    pub(crate) is_heard: bool,
     /// Whether mappings keep which of their pages are written.
     pub(crate) tracking: bool,
     /// Memory of what they keep.
@@ -223,20 +225,23 @@ impl Writer {
         replaced.filter(move |mapping| mapping.range.overlaps(range))
     }
 
-    /// Forgets a replaced mapping that no access and no lease uses, unless somebody has a reference to
-    /// it beside the caller: pages of it that are still mapped may be pinned, and be written.
-    pub(crate) fn release(&mut self, table: &Table, mapping: &Arc<Mapping>) {
-        let at = self
-            .replaced
-            .iter()
-            .position(|other| Arc::ptr_eq(other, mapping));
-        if let (Some(at), 2) = (at, Arc::strong_count(mapping)) {
-            self.move_marks(table, mapping);
-            if self.tracking {
-                self.log_bytes -= mapping.log_bytes();
-            }
-            self.replaced.swap_remove(at);
+    /// Forgets a replaced mapping that no access and no lease uses, unless somebody else has a reference to
+    /// it: who waits for it too forgets it then, and pages of it that are still mapped may be pinned, and
+    /// be written. Its memory goes with what is returned.
+    pub(crate) fn release(&mut self, table: &Table, mapping: Arc<Mapping>) -> Option<Arc<Mapping>> {
+        let mut replaced = self.replaced.iter();
+        let at = replaced.position(|other| Arc::ptr_eq(other, &mapping))?;
+        // During this turn, so that of several who have waited one is the last.
+        drop(mapping);
+        if Arc::strong_count(&self.replaced[at]) > 1 {
+            return None;
         }
+        let last = self.replaced.swap_remove(at);
+        self.move_marks(table, &last);
+        if self.tracking {
+            self.log_bytes -= last.log_bytes();
+        }
+        Some(last)
     }
 
     /// Gives the marks of replaced mappings to those that have their addresses.
@@ -261,6 +266,17 @@ impl Writer {
                 ControlFlow::Break(())
             });
         });
+    }
+
+    /// Adds a mapping without memory.
+    pub(crate) fn insert_hollow(&mut self, mapping: Arc<Mapping>) {
+        if self.tracking {
+            self.log_bytes += mapping.log_bytes();
+            mapping.dirty.start(mapping.pages());
+        }
+        let at = self.first_from(mapping.range.first);
+        let state = State::Invalid;
+        self.leaving.insert(at, Leaving { mapping, state });
     }
 
     /// Has a mapping without memory stand for one whose memory was taken away, marks and all.

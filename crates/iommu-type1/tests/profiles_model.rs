@@ -831,6 +831,10 @@ fn step(real: &mut Real, model: &mut Model, op: Op) -> Result<(), TestCaseError>
             );
             let result = errno(pinner.pin_pages(at, 1, prot)).map(drop);
             let refusal = model.refusal(at, |mapped| mapped.prot.allow(prot));
+            // Whoever has pinned a page may have written it.
+            if refusal.is_none() && model.tracking && model.profile == Profile::Type1v2 {
+                model.dirty.insert(at);
+            }
             prop_assert_eq!(result, refusal.map_or(Ok(()), Err));
         }
         Op::Hold(at, len) => {
@@ -847,11 +851,16 @@ fn step(real: &mut Real, model: &mut Model, op: Op) -> Result<(), TestCaseError>
         }
         Op::Release(_) => {}
         Op::SetTracking(true) => {
-            space.start_dirty_tracking().unwrap();
-            if !model.tracking {
-                model.dirty.clear();
+            let result = errno(space.start_dirty_tracking());
+            if model.profile == Profile::Type1v1 {
+                prop_assert_eq!(result, Err(libc::EACCES));
+            } else {
+                prop_assert_eq!(result, Ok(()));
+                if !model.tracking {
+                    model.dirty.clear();
+                }
+                model.tracking = true;
             }
-            model.tracking = true;
         }
         Op::SetTracking(false) => {
             space.stop_dirty_tracking();
@@ -906,6 +915,7 @@ proptest! {
     fn every_profile_equals_its_naive_model(
         profile in profile(),
         other_policy in any::<bool>(),
+        is_tracked in any::<bool>(),
         ops in prop::collection::vec((op(), any::<prop::sample::Index>()), 1..60)
     ) {
         let strict = matches!(profile, Profile::Iommufd | Profile::Iotlb) != other_policy;
@@ -921,10 +931,16 @@ proptest! {
         }
         let mut real = Real { space: builder.build(), held: Vec::new() };
         let mut model = Model::new(profile, strict);
+        step(&mut real, &mut model, Op::SetTracking(is_tracked))?;
         for (op, pick) in ops {
             let op = aim(op, &model, pick);
             step(&mut real, &mut model, op)?;
             compare(&real, &mut model)?;
+        }
+
+        // Whatever was not taken on the way.
+        for mapped in model.mappings.clone() {
+            step(&mut real, &mut model, Op::TakeDirty(mapped.range()))?;
         }
 
         // Nothing stays behind.

@@ -3,6 +3,10 @@
 
 //! What can go wrong with a pin.
 
+use std::io;
+
+use crate::Holder;
+
 /// Errors of pinning and unpinning.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -47,6 +51,67 @@ pub enum Error {
         /// First page of the request that is not pinned.
         iova: u64,
     },
+    /// Unpins have to name exactly the pages of a pin, and no pin left to the owner is of these.
+    #[error("{name} (access {id}) has no kept pin of exactly the {npages} pages from {iova:#x}")]
+    NotExact {
+        /// Access that asked.
+        id: u64,
+        /// Name the access was registered with.
+        name: String,
+        /// First page of the request.
+        iova: u64,
+        /// Number of pages of the request.
+        npages: usize,
+    },
+    /// The page is about to be unmapped.
+    #[error("the page at {iova:#x} is about to be unmapped")]
+    Prevented {
+        /// First page of the request that is.
+        iova: u64,
+    },
+    /// The account refuses a page.
+    #[error("the page at {iova:#x} is not accounted for: {}", io::Error::from_raw_os_error(*.errno))]
+    Account {
+        /// The page.
+        iova: u64,
+        /// What the account said.
+        errno: i32,
+    },
+    /// The access may not pin: it leaves its table, or has left it.
+    #[error("{name} (access {id}) is not attached")]
+    Detached {
+        /// Access that asked.
+        id: u64,
+        /// Name the access was registered with.
+        name: String,
+    },
+    /// An access has been told to let go and still holds pins at the deadline.
+    #[error("an access still holds pins: {}", Listed(.holders))]
+    Held {
+        /// What it holds.
+        holders: Vec<Holder>,
+    },
+    /// A notice of an access still runs at the deadline.
+    #[error("a notice of {name} (access {id}) is still running")]
+    NoticeRuns {
+        /// The access.
+        id: u64,
+        /// Name the access was registered with.
+        name: String,
+    },
+}
+
+/// Holders one after the other.
+struct Listed<'a>(&'a [Holder]);
+
+impl std::fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (i, holder) in self.0.iter().enumerate() {
+            let separator = if i == 0 { "" } else { "; " };
+            write!(f, "{separator}{holder}")?;
+        }
+        Ok(())
+    }
 }
 
 impl Error {
@@ -55,9 +120,14 @@ impl Error {
         match self {
             Error::Overflow { .. } => libc::EOVERFLOW,
             Error::TooMany { .. } => libc::E2BIG,
-            Error::Empty { .. } | Error::Misaligned { .. } | Error::NotPinned { .. } => {
-                libc::EINVAL
-            }
+            Error::Empty { .. }
+            | Error::Misaligned { .. }
+            | Error::NotPinned { .. }
+            | Error::NotExact { .. } => libc::EINVAL,
+            Error::Prevented { .. } | Error::NoticeRuns { .. } => libc::EBUSY,
+            Error::Account { errno, .. } => *errno,
+            Error::Detached { .. } => libc::ENOENT,
+            Error::Held { .. } => libc::EDEADLK,
         }
     }
 }

@@ -17,10 +17,15 @@
 //! - An [`Access`] is the registration of one owner: its name, what it wants to be told
 //!   ([`Interest`]) and whom to call ([`UnmapNotice`]). The registration lasts as long as the
 //!   `Access` or any pin made through it, so whoever holds a pin can be told.
-//! - [`Access::pin`] returns a [`PinGuard`]; dropping it unpins. [`PinGuard::keep`] leaves the pins
-//!   to the access instead, until [`Access::unpin`].
-//! - Whoever unmaps prevents new pins by its own means, calls [`PinTable::tell`], then
-//!   [`PinTable::wait_released`] with a deadline.
+//! - [`Access::pin`] and [`Access::pin_list`] return a [`PinGuard`]; dropping it unpins.
+//!   [`PinGuard::keep`] leaves the pins to the access instead, until [`Access::unpin`].
+//! - All pages of a call are pinned or none. An [`Account`] may refuse: it is charged for a page's
+//!   first pin and gets it back with the last.
+//! - Whoever unmaps prevents new pins ([`PinTable::prevent`], or by its own means), calls
+//!   [`PinTable::tell`], then [`PinTable::wait_released`] with a deadline, or [`PinTable::remind`],
+//!   which tells those who do not let go again.
+//! - An access leaves its table with [`Access::detach`], and after [`Access::end`] it is never told
+//!   of anything again.
 //!
 //! # Example
 //!
@@ -50,7 +55,9 @@
 //! - A notice runs on the thread that unmaps, with no lock of this crate held: it may unpin, pin
 //!   elsewhere or drop its own access. It must not unmap the same range again.
 //! - A notice that is already under way may still run once after its [`Access`] was dropped on
-//!   another thread.
+//!   another thread; [`Access::end`] waits for it. Dropping does not wait, as it may happen under a lock
+//!   that the notice takes.
+//! - An [`Account`] is called under the table's lock, a notice never is.
 //! - A pin keeps nobody's memory alive by itself: the owner of the memory waits for it.
 
 #![forbid(unsafe_code)]
@@ -58,20 +65,27 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("page-pin models Linux VFIO page pinning and is built for Linux only");
 
+mod account;
 #[cfg(loom)]
 #[doc(hidden)]
 pub mod clock;
 mod error;
 mod guard;
 mod notice;
+mod options;
 mod owner;
+mod pages;
+mod prevent;
 mod source;
 mod sync;
 mod table;
 
+pub use account::{Account, NoAccount, PinnedPage, Quota, Refusal};
 pub use error::{Error, Result};
 pub use guard::PinGuard;
 pub use notice::{Interest, UnmapNotice};
+pub use options::PinOptions;
 pub use owner::{Access, AccessId};
+pub use prevent::Prevented;
 pub use source::PinPages;
 pub use table::{Holder, PinTable};

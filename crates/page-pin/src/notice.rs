@@ -6,7 +6,11 @@
 /// Called before a range of I/O virtual addresses is unmapped: the kernel's `dma_unmap` op.
 ///
 /// The receiver should drop its pins in the range before it returns; whoever unmaps waits for them
-/// with a deadline. It is called with no lock of this crate held, on the unmapping thread.
+/// with a deadline, and may call this again for the same range while it still has some. It is called
+/// with no lock of this crate held, on the unmapping thread.
+///
+/// An owner that is moved or detached is told of everything: `size` bytes from 0 with `u64::MAX` for
+/// the size.
 pub trait UnmapNotice: Send + Sync {
     /// `size` bytes from `iova` are about to be unmapped.
     fn dma_unmap(&self, iova: u64, size: u64);

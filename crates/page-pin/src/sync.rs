@@ -8,9 +8,15 @@ pub(crate) use crate::clock::now;
 #[cfg(loom)]
 use crate::clock::wait_timeout;
 #[cfg(loom)]
-pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
+pub(crate) use loom::{
+    sync::{Condvar, Mutex, MutexGuard},
+    thread::{current, ThreadId},
+};
 #[cfg(not(loom))]
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
+pub(crate) use std::{
+    sync::{Condvar, Mutex, MutexGuard},
+    thread::{current, ThreadId},
+};
 
 use std::sync::PoisonError;
 #[cfg(not(loom))]

@@ -5,12 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::owner::Registration;
-use crate::sync::{lock, now, wait_until, Condvar, Mutex};
-use crate::{Access, AccessId, Error, Interest, Result, UnmapNotice};
+use crate::pages::{PageRange, Pages};
+use crate::sync::{current, lock, now, wait_until, Condvar, Mutex, MutexGuard, ThreadId};
+use crate::{
+    Access, AccessId, Error, Interest, PinOptions, PinnedPage, Prevented, Result, UnmapNotice,
+};
 
 /// Counts who pinned which pages; a cheap reference, all clones are the same table.
 ///
@@ -53,6 +57,15 @@ impl PinTable {
     ///
     /// Panics if `page_size` is not a power of two: it is the caller's constant, never a guest's.
     pub fn new(page_size: u64) -> Self {
+        PinTable::with_options(page_size, PinOptions::new())
+    }
+
+    /// As [`new`](PinTable::new), with limits and rules of one's own.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](PinTable::new).
+    pub fn with_options(page_size: u64, options: PinOptions) -> Self {
         assert!(
             page_size.is_power_of_two(),
             "page size {page_size} is not a power of two"
@@ -60,6 +73,7 @@ impl PinTable {
         PinTable {
             shared: Arc::new(Shared {
                 page_size,
+                options,
                 state: Mutex::new(State::default()),
                 released: Condvar::new(),
             }),
@@ -86,7 +100,12 @@ impl PinTable {
             name: registration.name.clone(),
             interest,
             registration: Arc::downgrade(&registration),
+            pins: 0,
             kept: 0,
+            kept_exactly: BTreeMap::new(),
+            closed: false,
+            ended: false,
+            running: Vec::new(),
         };
         state.accesses.insert(id, entry);
         drop(state);
@@ -102,6 +121,39 @@ impl PinTable {
         self.shared.range(iova, npages).map(|_| ())
     }
 
+    /// As [`check`](PinTable::check), for [`Access::pin_list`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Access::pin_list`].
+    pub fn check_list(&self, iovas: &[u64]) -> Result<()> {
+        self.shared.list(iovas).map(|_| ())
+    }
+
+    /// Refuses pins in a range as long as the result lives; those that are there stay.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use page_pin::{Interest, PinTable};
+    ///
+    /// let table = PinTable::new(4096);
+    /// let access = table.register("nic", Interest::Holder, Arc::new(|_, _| ()));
+    /// let prevented = table.prevent(0x1000, 0x2000);
+    /// assert_eq!(access.pin(0, 2).unwrap_err().errno(), libc::EBUSY);
+    /// drop(prevented);
+    /// assert!(access.pin(0, 2).is_ok());
+    /// ```
+    pub fn prevent(&self, iova: u64, size: u64) -> Prevented {
+        let mut state = lock(&self.shared.state);
+        let key = state.next_prevented;
+        state.next_prevented += 1;
+        if let Some(range) = self.shared.covering(iova, size) {
+            state.prevented.insert(key, range);
+        }
+        drop(state);
+        Prevented::new(self.shared.clone(), key)
+    }
+
     /// Tells everyone interested that `size` bytes from `iova` are about to be unmapped.
     ///
     /// Nobody is called twice, and no lock is held during the calls. Pins made after this call are
@@ -111,8 +163,56 @@ impl PinTable {
             return;
         };
         for registration in self.shared.interested(iova, iova + (size - 1), range) {
-            registration.notice.dma_unmap(iova, size);
+            registration.notify(iova, size);
         }
+    }
+
+    /// Waits as [`wait_released`](PinTable::wait_released) does, and up to `times` times, spread over
+    /// the time until `deadline`, tells those again who still hold pins in the range.
+    ///
+    /// ```
+    /// use std::sync::{Arc, Mutex};
+    /// use std::time::{Duration, Instant};
+    /// use page_pin::{Interest, PinGuard, PinTable};
+    ///
+    /// let table = PinTable::new(4096);
+    /// let held: Arc<Mutex<Option<PinGuard>>> = Arc::default();
+    /// let told = held.clone();
+    /// let access = table.register("busy", Interest::Holder, Arc::new(move |_, _| {
+    ///     told.lock().unwrap().take();
+    /// }));
+    /// *held.lock().unwrap() = Some(access.pin(0, 1)?);
+    /// let deadline = Instant::now() + Duration::from_millis(100);
+    /// assert!(table.remind(0, 0x1000, 1, deadline).is_ok());
+    /// # Ok::<(), page_pin::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`wait_released`](PinTable::wait_released).
+    pub fn remind(
+        &self,
+        iova: u64,
+        size: u64,
+        times: u32,
+        deadline: Instant,
+    ) -> std::result::Result<(), Vec<Holder>> {
+        for left in (1..=times).rev() {
+            let now = now();
+            let share = deadline.saturating_duration_since(now) / left.saturating_add(1);
+            if share.is_zero() {
+                break;
+            }
+            match self.wait_released(iova, size, now + share) {
+                Ok(()) => return Ok(()),
+                Err(holders) => {
+                    for registration in self.shared.registrations(&holders) {
+                        registration.notify(iova, size);
+                    }
+                }
+            }
+        }
+        self.wait_released(iova, size, deadline)
     }
 
     /// Waits until no page of the range is pinned.
@@ -130,28 +230,11 @@ impl PinTable {
         let Some(range) = self.shared.covering(iova, size) else {
             return Ok(());
         };
-        let mut state = lock(&self.shared.state);
-        while state.is_pinned(range) {
-            state.waiters += 1;
-            let woken = wait_until(&self.shared.released, &self.shared.state, state, deadline);
-            match woken {
-                Some(guard) => {
-                    state = guard;
-                    state.waiters -= 1;
-                }
-                None => {
-                    let mut state = lock(&self.shared.state);
-                    state.waiters -= 1;
-                    let holders = self.shared.holders(&state, range);
-                    return if holders.is_empty() {
-                        Ok(())
-                    } else {
-                        Err(holders)
-                    };
-                }
-            }
+        let (state, free) = self.shared.wait(deadline, |state| !state.is_pinned(range));
+        if free {
+            return Ok(());
         }
-        Ok(())
+        Err(self.shared.holders(&state, range))
     }
 
     /// Everyone who holds a pin in the range now.
@@ -172,7 +255,7 @@ impl PinTable {
         let mut last = None;
         for (page, _) in lock(&self.shared.state)
             .pins
-            .range(range.keys())
+            .range(keys(range))
             .map(|(key, _)| key)
         {
             if last.replace(*page) != Some(*page) {
@@ -193,13 +276,7 @@ impl PinTable {
         let page = iova / self.shared.page_size;
         lock(&self.shared.state)
             .pins
-            .range(
-                PageRange {
-                    first: page,
-                    last: page,
-                }
-                .keys(),
-            )
+            .range(keys(PageRange::only(page)))
             .map(|(_, count)| count.guarded + count.kept)
             .sum()
     }
@@ -209,42 +286,25 @@ impl PinTable {
         self.shared.page_size
     }
 
-    /// The most pages one call may pin or unpin: 512 of 4 KiB (`VFIO_PIN_PAGES_MAX_ENTRIES`).
+    /// The most pages one call may pin or unpin, see [`PinOptions::max_pages`].
     pub fn max_pages(&self) -> usize {
         self.shared.max_pages()
     }
 }
 
-/// The kernel takes one page of entries of this size a call; it also bounds the time under the lock.
-const ENTRY_BYTES: u64 = 8;
-
-/// A non-empty range of page numbers, inclusive at its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PageRange {
-    first: u64,
-    last: u64,
-}
-
-impl PageRange {
-    pub(crate) fn iova(&self, page_size: u64) -> u64 {
-        self.first * page_size
-    }
-
-    pub(crate) fn npages(&self) -> usize {
-        (self.last - self.first) as usize + 1
-    }
-
-    fn keys(self) -> std::ops::RangeInclusive<(u64, AccessId)> {
-        (self.first, AccessId(0))..=(self.last, AccessId(u64::MAX))
-    }
+/// The keys of all pins in a range.
+fn keys(range: PageRange) -> RangeInclusive<(u64, AccessId)> {
+    (range.first, AccessId(0))..=(range.last, AccessId(u64::MAX))
 }
 
 /// # Invariants
 ///
 /// `state.pins` has an entry for (page, owner) exactly while that owner has a pin on that page, and
-/// `guarded` of it is the number of living [`PinGuard`](crate::PinGuard)s over the page.
+/// `guarded` of it is how often living [`PinGuard`](crate::PinGuard)s name the page. With an account,
+/// `state.charged` has exactly the pages that somebody has pinned.
 pub(crate) struct Shared {
     page_size: u64,
+    options: PinOptions,
     state: Mutex<State>,
     released: Condvar,
 }
@@ -262,22 +322,42 @@ struct State {
     next_id: u64,
     accesses: BTreeMap<AccessId, Entry>,
     pins: BTreeMap<(u64, AccessId), Count>,
+    /// Where the pages lie that were charged.
+    charged: BTreeMap<u64, Option<usize>>,
+    next_prevented: u64,
+    prevented: BTreeMap<u64, PageRange>,
     waiters: usize,
 }
 
 impl State {
     fn is_pinned(&self, range: PageRange) -> bool {
-        self.pins.range(range.keys()).next().is_some()
+        self.pins.range(keys(range)).next().is_some()
     }
 
-    /// Changes the counts of one owner on every page of a range that it has pinned.
-    fn change(&mut self, id: AccessId, range: PageRange, change: impl Fn(&mut Count)) {
-        for page in range.first..=range.last {
+    fn is_prevented(&self, page: u64) -> bool {
+        self.prevented.values().any(|range| range.contains(page))
+    }
+
+    /// Changes the counts of one owner on every page of a pin, each as often as it is named.
+    fn change(&mut self, id: AccessId, pages: &Pages, change: impl Fn(&mut Count)) {
+        for page in pages.iter() {
             if let Some(count) = self.pins.get_mut(&(page, id)) {
                 change(count);
                 if count.guarded == 0 && count.kept == 0 {
                     self.pins.remove(&(page, id));
                 }
+            }
+        }
+    }
+
+    /// Whether the owner has left itself all of these pins; the first page of which it has not.
+    fn missing(&self, id: AccessId, pages: &Pages) -> Option<u64> {
+        let kept = |page| self.pins.get(&(page, id)).map_or(0, |count| count.kept);
+        match pages {
+            Pages::Range(_) => pages.iter().find(|page| kept(*page) == 0),
+            Pages::List(_) => {
+                let mut counted = pages.counted().into_iter();
+                counted.find_map(|(page, times)| (kept(page) < times).then_some(page))
             }
         }
     }
@@ -295,8 +375,18 @@ struct Entry {
     name: String,
     interest: Interest,
     registration: Weak<Registration>,
+    /// Its pins, over all pages.
+    pins: u64,
     /// Pins left to the access, over all pages.
     kept: u64,
+    /// The same by the range they were made with, where unpins have to be exact.
+    kept_exactly: BTreeMap<(u64, u64), u64>,
+    /// Whether it may not pin.
+    closed: bool,
+    /// Whether it is never told again, and stays closed.
+    ended: bool,
+    /// The threads that call its notice.
+    running: Vec<ThreadId>,
 }
 
 /// The pins of one owner on one page.
@@ -314,7 +404,7 @@ impl Shared {
     }
 
     fn max_pages(&self) -> usize {
-        (self.page_size / ENTRY_BYTES).max(1) as usize
+        self.options.max_pages_of(self.page_size)
     }
 
     /// The pages of a request that has to be aligned.
@@ -338,6 +428,24 @@ impl Shared {
             .ok_or(Error::Overflow { iova, npages })
     }
 
+    /// As [`range`](Shared::range) of pages that may lie anywhere.
+    pub(crate) fn list(&self, iovas: &[u64]) -> Result<Pages> {
+        let page_size = self.page_size;
+        if iovas.is_empty() {
+            return Err(Error::Empty { iova: 0 });
+        }
+        let (npages, max) = (iovas.len(), self.max_pages());
+        if npages > max {
+            return Err(Error::TooMany { npages, max });
+        }
+        match iovas.iter().find(|iova| **iova % page_size != 0) {
+            Some(&iova) => Err(Error::Misaligned { iova, page_size }),
+            None => Ok(Pages::List(
+                iovas.iter().map(|iova| iova / page_size).collect(),
+            )),
+        }
+    }
+
     /// The pages that `size` bytes from `iova` touch; `None` for an empty or wrapping range.
     fn covering(&self, iova: u64, size: u64) -> Option<PageRange> {
         let last = iova.checked_add(size.checked_sub(1)?)?;
@@ -347,55 +455,171 @@ impl Shared {
         })
     }
 
-    pub(crate) fn add(&self, id: AccessId, range: PageRange) {
+    pub(crate) fn add(
+        &self,
+        owner: &Registration,
+        pages: &Pages,
+        host: &mut dyn FnMut(u64) -> Option<usize>,
+    ) -> Result<()> {
         let since = now();
         let mut state = lock(&self.state);
-        for page in range.first..=range.last {
-            let count = state.pins.entry((page, id)).or_insert(Count {
+        let state = &mut *state;
+        if state
+            .accesses
+            .get(&owner.id)
+            .is_none_or(|entry| entry.closed)
+        {
+            return Err(owner.detached());
+        }
+        self.admit(state, pages, host)?;
+        if let Some(entry) = state.accesses.get_mut(&owner.id) {
+            entry.pins += pages.len() as u64;
+        }
+        for page in pages.iter() {
+            let count = state.pins.entry((page, owner.id)).or_insert(Count {
                 guarded: 0,
                 kept: 0,
                 since,
             });
             count.guarded += 1;
         }
+        Ok(())
     }
 
-    pub(crate) fn release(&self, id: AccessId, range: PageRange) {
+    /// Whether the pages may be pinned; if so, they are charged.
+    fn admit(
+        &self,
+        state: &mut State,
+        pages: &Pages,
+        host: &mut dyn FnMut(u64) -> Option<usize>,
+    ) -> Result<()> {
+        if !state.prevented.is_empty() {
+            if let Some(page) = pages.iter().find(|page| state.is_prevented(*page)) {
+                let iova = page * self.page_size;
+                return Err(Error::Prevented { iova });
+            }
+        }
+        let Some(account) = &self.options.account else {
+            return Ok(());
+        };
+        let mut fresh = Vec::new();
+        for (page, _) in pages.counted() {
+            if !state.charged.contains_key(&page) {
+                let iova = page * self.page_size;
+                let host = host(iova);
+                fresh.push(PinnedPage { iova, host });
+            }
+        }
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        account.charge(&fresh).map_err(|refusal| Error::Account {
+            // Whoever wrote the account may say anything.
+            iova: fresh.get(refusal.index).unwrap_or(&fresh[0]).iova,
+            errno: refusal.errno,
+        })?;
+        let charged = fresh
+            .iter()
+            .map(|page| (page.iova / self.page_size, page.host));
+        state.charged.extend(charged);
+        Ok(())
+    }
+
+    /// Gives back what was charged for those of the pages that nobody has pinned any more.
+    fn uncharge(&self, state: &mut State, pages: impl Iterator<Item = u64>) {
+        let Some(account) = &self.options.account else {
+            return;
+        };
+        let mut gone = Vec::new();
+        for page in pages {
+            if !state.is_pinned(PageRange::only(page)) {
+                if let Some(host) = state.charged.remove(&page) {
+                    let iova = page * self.page_size;
+                    gone.push(PinnedPage { iova, host });
+                }
+            }
+        }
+        if !gone.is_empty() {
+            account.uncharge(&gone);
+        }
+    }
+
+    pub(crate) fn release(&self, id: AccessId, pages: &Pages) {
         let mut state = lock(&self.state);
-        state.change(id, range, |count| count.guarded -= 1);
+        state.change(id, pages, |count| count.guarded -= 1);
+        if let Some(entry) = state.accesses.get_mut(&id) {
+            entry.pins -= pages.len() as u64;
+        }
+        self.uncharge(&mut state, pages.iter());
         self.wake(&state);
     }
 
     /// Turns the pins of a guard into pins of the access.
-    pub(crate) fn keep(&self, id: AccessId, range: PageRange) {
+    pub(crate) fn keep(&self, id: AccessId, pages: &Pages) {
         let mut state = lock(&self.state);
-        state.change(id, range, |count| {
+        state.change(id, pages, |count| {
             count.guarded -= 1;
             count.kept += 1;
         });
         if let Some(entry) = state.accesses.get_mut(&id) {
-            entry.kept += range.npages() as u64;
+            entry.kept += pages.len() as u64;
+            if self.options.exact_unpin {
+                for (range, times) in pages.exact() {
+                    let key = (range.first, range.last);
+                    *entry.kept_exactly.entry(key).or_insert(0) += times;
+                }
+            }
         }
     }
 
-    /// Releases a kept pin on each page, or nothing and the address of the first without.
-    pub(crate) fn release_kept(
-        &self,
-        id: AccessId,
-        range: PageRange,
-    ) -> std::result::Result<(), u64> {
+    /// Releases a kept pin on each page, or nothing.
+    pub(crate) fn release_kept(&self, owner: &Registration, pages: &Pages) -> Result<()> {
+        let id = owner.id;
         let mut state = lock(&self.state);
-        for page in range.first..=range.last {
-            let count = state.pins.get(&(page, id));
-            if count.is_none_or(|count| count.kept == 0) {
-                return Err(page * self.page_size);
+        if let Some(page) = state.missing(id, pages) {
+            return Err(Error::NotPinned {
+                id: id.0,
+                name: owner.name.clone(),
+                iova: page * self.page_size,
+            });
+        }
+        if let Some(entry) = state.accesses.get_mut(&id) {
+            if self.options.exact_unpin {
+                self.take_exactly(owner, entry, pages)?;
+            }
+            entry.kept -= pages.len() as u64;
+            entry.pins -= pages.len() as u64;
+        }
+        state.change(id, pages, |count| count.kept -= 1);
+        self.uncharge(&mut state, pages.iter());
+        self.wake(&state);
+        Ok(())
+    }
+
+    /// Takes the ranges of an exact unpin, all or none.
+    fn take_exactly(&self, owner: &Registration, entry: &mut Entry, pages: &Pages) -> Result<()> {
+        let ranges = pages.exact();
+        let kept = &mut entry.kept_exactly;
+        for (range, times) in &ranges {
+            let there = kept.get(&(range.first, range.last)).copied().unwrap_or(0);
+            if there < *times {
+                return Err(Error::NotExact {
+                    id: owner.id.0,
+                    name: owner.name.clone(),
+                    iova: range.first * self.page_size,
+                    npages: Pages::Range(*range).len(),
+                });
             }
         }
-        state.change(id, range, |count| count.kept -= 1);
-        if let Some(entry) = state.accesses.get_mut(&id) {
-            entry.kept -= range.npages() as u64;
+        for (range, times) in ranges {
+            let key = (range.first, range.last);
+            if let Some(there) = kept.get_mut(&key) {
+                *there -= times;
+                if *there == 0 {
+                    kept.remove(&key);
+                }
+            }
         }
-        self.wake(&state);
         Ok(())
     }
 
@@ -405,8 +629,114 @@ impl Shared {
         let kept = state.accesses.remove(&id).map_or(0, |entry| entry.kept);
         if kept > 0 {
             state.pins.retain(|(_, owner), _| *owner != id);
+            let charged: Vec<u64> = state.charged.keys().copied().collect();
+            self.uncharge(&mut state, charged.into_iter());
             self.wake(&state);
         }
+    }
+
+    /// Ends a [`Prevented`].
+    pub(crate) fn allow(&self, key: u64) {
+        lock(&self.state).prevented.remove(&key);
+    }
+
+    pub(crate) fn pins_of(&self, id: AccessId, iova: u64) -> u64 {
+        let state = lock(&self.state);
+        let count = state.pins.get(&(iova / self.page_size, id));
+        count.map_or(0, |count| count.guarded + count.kept)
+    }
+
+    pub(crate) fn total_pins(&self, id: AccessId) -> u64 {
+        lock(&self.state)
+            .accesses
+            .get(&id)
+            .map_or(0, |entry| entry.pins)
+    }
+
+    pub(crate) fn set_closed(&self, id: AccessId, closed: bool) {
+        if let Some(entry) = lock(&self.state).accesses.get_mut(&id) {
+            entry.closed = closed || entry.ended;
+        }
+    }
+
+    pub(crate) fn is_open(&self, id: AccessId) -> bool {
+        let state = lock(&self.state);
+        state.accesses.get(&id).is_some_and(|entry| !entry.closed)
+    }
+
+    pub(crate) fn wait_released_by(
+        &self,
+        id: AccessId,
+        deadline: Instant,
+    ) -> std::result::Result<(), Vec<Holder>> {
+        let holds = |state: &State| state.accesses.get(&id).is_some_and(|entry| entry.pins > 0);
+        let (state, free) = self.wait(deadline, |state| !holds(state));
+        if free {
+            return Ok(());
+        }
+        let everything = PageRange {
+            first: 0,
+            last: u64::MAX / self.page_size,
+        };
+        let mut holders = self.holders(&state, everything);
+        holders.retain(|holder| holder.id == id);
+        Err(holders)
+    }
+
+    /// A call of the owner's notice, until the result is dropped; `None` if it has ended.
+    pub(crate) fn begin_notice(&self, id: AccessId) -> Option<RunningNotice<'_>> {
+        let mut state = lock(&self.state);
+        let entry = state.accesses.get_mut(&id).filter(|entry| !entry.ended)?;
+        let thread = current().id();
+        entry.running.push(thread);
+        Some(RunningNotice {
+            shared: self,
+            id,
+            thread,
+        })
+    }
+
+    pub(crate) fn end(&self, owner: &Registration, deadline: Instant) -> Result<()> {
+        let mut state = lock(&self.state);
+        if let Some(entry) = state.accesses.get_mut(&owner.id) {
+            entry.closed = true;
+            entry.ended = true;
+        }
+        drop(state);
+        let me = current().id();
+        let over = |state: &State| {
+            let entry = state.accesses.get(&owner.id);
+            // Two notices that end their own access would wait for each other.
+            entry.is_none_or(|entry| entry.running.is_empty() || entry.running.contains(&me))
+        };
+        match self.wait(deadline, over) {
+            (_, true) => Ok(()),
+            (_, false) => Err(Error::NoticeRuns {
+                id: owner.id.0,
+                name: owner.name.clone(),
+            }),
+        }
+    }
+
+    /// Waits until something `holds`, or until the deadline; whether it does.
+    fn wait(
+        &self,
+        deadline: Instant,
+        holds: impl Fn(&State) -> bool,
+    ) -> (MutexGuard<'_, State>, bool) {
+        let mut state = lock(&self.state);
+        while !holds(&state) {
+            state.waiters += 1;
+            let woken = wait_until(&self.released, &self.state, state, deadline);
+            let late = woken.is_none();
+            state = woken.unwrap_or_else(|| lock(&self.state));
+            state.waiters -= 1;
+            if late {
+                let holds = holds(&state);
+                return (state, holds);
+            }
+        }
+        (state, true)
     }
 
     fn wake(&self, state: &State) {
@@ -419,7 +749,7 @@ impl Shared {
         let state = lock(&self.state);
         let mut ids: Vec<AccessId> = state
             .pins
-            .range(range.keys())
+            .range(keys(range))
             .map(|((_, id), _)| *id)
             .collect();
         ids.sort_unstable();
@@ -434,10 +764,21 @@ impl Shared {
             .collect()
     }
 
+    /// The registrations of holders, as far as they still are.
+    fn registrations(&self, holders: &[Holder]) -> Vec<Arc<Registration>> {
+        let state = lock(&self.state);
+        let entries = holders
+            .iter()
+            .filter_map(|holder| state.accesses.get(&holder.id));
+        entries
+            .filter_map(|entry| entry.registration.upgrade())
+            .collect()
+    }
+
     fn holders(&self, state: &State, range: PageRange) -> Vec<Holder> {
         let now = now();
         let mut by_owner: BTreeMap<AccessId, Holder> = BTreeMap::new();
-        for ((page, id), count) in state.pins.range(range.keys()) {
+        for ((page, id), count) in state.pins.range(keys(range)) {
             let age = now.saturating_duration_since(count.since);
             by_owner
                 .entry(*id)
@@ -454,5 +795,25 @@ impl Shared {
                 });
         }
         by_owner.into_values().collect()
+    }
+}
+
+/// A notice that runs.
+pub(crate) struct RunningNotice<'a> {
+    shared: &'a Shared,
+    id: AccessId,
+    thread: ThreadId,
+}
+
+impl Drop for RunningNotice<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.shared.state);
+        if let Some(entry) = state.accesses.get_mut(&self.id) {
+            let at = entry.running.iter().position(|id| *id == self.thread);
+            if let Some(at) = at {
+                entry.running.swap_remove(at);
+            }
+        }
+        self.shared.wake(&state);
     }
 }

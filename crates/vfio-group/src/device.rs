@@ -190,7 +190,7 @@ impl Device {
             group: self.group.id(),
             reason: Box::new(reason),
         })?;
-        Ok(KvmListener::new(&self.group, Arc::new(listener)))
+        Ok(KvmListener::new(&self.group, listener))
     }
 
     /// ENODEV unless the device is in its group, and stays there.
@@ -316,8 +316,11 @@ pub struct DeviceFile {
 
 impl DeviceFile {
     pub(crate) fn open(file: &GroupFile, name: &str, user_name: &str) -> Result<Self> {
-        let opened = OpenedDevice::open(file.group(), name, user_name)?;
+        // The name is looked for first, but the device is not open until nothing else is in the way:
+        // an attempt that fails must not end as the closing of a file does.
+        file.group().devices().lock().to_open(file.group(), name)?;
         let user = ContainerUser::of_device(file)?;
+        let opened = OpenedDevice::open(file.group(), name, user_name)?;
         Ok(DeviceFile { user, opened })
     }
 
@@ -343,11 +346,7 @@ impl OpenedDevice {
     fn open(group: &Group, name: &str, user: &str) -> Result<Self> {
         let mut devices = group.devices().lock();
         let file = devices.next_id();
-        let entry = devices
-            .by_name
-            .get_mut(name)
-            .filter(|entry| !entry.leaving)
-            .ok_or_else(|| no_device(group, name))?;
+        let entry = devices.to_open(group, name)?;
         entry.files.insert(file, user.to_owned());
         let device = Device {
             group: group.clone(),
@@ -426,6 +425,14 @@ impl Devices {
 
     fn knows(&self, name: &str) -> bool {
         self.by_name.contains_key(name) || self.elsewhere.contains(name)
+    }
+
+    /// The device of that name, unless it is leaving.
+    fn to_open(&mut self, group: &Group, name: &str) -> Result<&mut Entry> {
+        self.by_name
+            .get_mut(name)
+            .filter(|entry| !entry.leaving)
+            .ok_or_else(|| no_device(group, name))
     }
 
     fn next_id(&mut self) -> u64 {

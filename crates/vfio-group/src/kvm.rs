@@ -23,10 +23,13 @@ pub struct KvmListener {
 }
 
 impl KvmListener {
-    pub(crate) fn new(group: &Group, call: Arc<dyn Fn(Option<&Kvm>) + Send + Sync>) -> Self {
+    pub(crate) fn new(
+        group: &Group,
+        listener: impl Fn(Option<&Kvm>) + Send + Sync + 'static,
+    ) -> Self {
         KvmListener {
             group: group.clone(),
-            id: group.broadcast().add(call),
+            id: group.broadcast().add(Arc::new(listener)),
         }
     }
 }

@@ -19,6 +19,11 @@
 //!   while attached, every [`DeviceFile`], every [`ExternalUser`]. Files may be closed in any order;
 //!   whoever is the last detaches the group.
 //! - The last group to leave releases the IOMMU: all mappings vanish.
+//! - A group may not be viable ([`Group::bind_elsewhere`]), or have no IOMMU ([`GroupType`]), and the
+//!   container has the type1 of v1 or v2 ([`IommuType`]).
+//! - A [`Device`] can be asked for ([`Device::request_release`]) and taken away under those who use it
+//!   ([`Device::unplug`]); its model is told of the virtual machine ([`Group::set_kvm`],
+//!   [`Device::on_set_kvm`]).
 //! - An [`ExternalUser`] does DMA straight through the address space it holds; everything made from
 //!   it (handles, guards, scatter lists, pins) keeps it.
 //!
@@ -59,6 +64,8 @@
 //! - [`Container::address_space`] keeps nothing attached; [`ExternalUser::address_space`] does.
 //! - Dropping the last user waits for holders of what came from the former, up to the unmap
 //!   deadline of the space.
+//! - [`Device::unplug`] waits for files, not for external users.
+//! - Who calls [`Group::set_kvm`] while a listener runs in another thread does not wait for it.
 //! - A notice given to [`ExternalUser::register_notifier`] must not own that user.
 //!
 //! # Implementation notes
@@ -66,7 +73,13 @@
 //! The count is one atomic: inc-if-not-zero to become a user, dec-if-positive to go, and a
 //! compare-exchange from 1 to 0 to detach, so that exactly one detaches and nobody finds a group
 //! attached without users. It is model-checked with loom. No lock of this crate is held while
-//! mappings are removed: that may wait, and calls those who want to be told. They may drop users.
+//! mappings are removed: that may wait, and calls those who want to be told. They may drop users. Nor
+//! is one held while a listener to [`Group::set_kvm`] runs; that too is model-checked.
+//!
+//! # Features
+//!
+//! - `hardware` (off by default): `vfio_group::hardware`, the ioctls of the kernel's own containers,
+//!   groups and devices.
 
 // Only `hardware` has any: the ioctls.
 #![deny(unsafe_code)]

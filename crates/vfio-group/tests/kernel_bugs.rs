@@ -197,7 +197,10 @@ fn b14_a_device_is_opened_while_it_is_removed() {
         let opened = vm.file.device("vgpu0");
         let removed = remover.join().unwrap();
         match (&opened, &removed) {
-            (Ok(_), Err(error)) => assert_eq!(error.errno(), libc::EBUSY),
+            (Ok(_), Err(error)) => {
+                assert_eq!(error.errno(), libc::EBUSY);
+                assert!(vm.device.remove().is_err(), "still open");
+            }
             (Err(error), Ok(())) => assert_eq!(error.errno(), libc::ENODEV),
             other => panic!("both won, or none: {other:?}"),
         }

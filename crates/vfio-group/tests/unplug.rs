@@ -139,6 +139,19 @@ fn a_device_is_asked_for_as_often_as_was_said() {
     assert!(notifier.read().is_err());
 }
 
+/// Only a file that was open takes the notifier along when it is closed.
+#[test]
+fn an_open_that_fails_leaves_the_notifier() {
+    let vm = Vm::new();
+    let notifier = vm.notifier(EFD_NONBLOCK);
+    let bound = vm.group.bind_elsewhere("other").unwrap();
+    vm.file.device("vgpu0").unwrap_err();
+    drop(bound);
+    let _opened = vm.file.device("vgpu0").unwrap();
+    vm.device.request_release(1, Duration::ZERO).unwrap_err();
+    assert_eq!(notifier.read().unwrap(), 1);
+}
+
 /// A notifier that takes no more signals keeps nobody waiting.
 #[test]
 fn a_full_notifier_is_no_error_of_who_asks() {

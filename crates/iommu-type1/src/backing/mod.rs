@@ -147,6 +147,53 @@ impl Backing {
         self.address
     }
 
+    /// The file of the memory and where in it the first byte is; none of memory that belongs to no file.
+    ///
+    /// ```
+    /// use iommu_type1::Backing;
+    ///
+    /// assert!(Backing::anonymous(0x1000)?.file_offset().is_none());
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    pub fn file_offset(&self) -> Option<FileOffset> {
+        let file = self.region.file_offset()?;
+        let start = file.start() + self.start() as u64;
+        Some(FileOffset::from_arc(file.arc().clone(), start))
+    }
+
+    /// The same memory, of which `len` bytes from `offset`.
+    ///
+    /// ```
+    /// use iommu_type1::Backing;
+    ///
+    /// let whole = Backing::anonymous(0x4000)?;
+    /// assert_eq!(whole.slice(0x1000, 0x2000)?.len(), 0x2000);
+    /// assert!(whole.slice(0x1000, 0x4000).is_err());
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BackingRange`].
+    pub fn slice(&self, offset: usize, len: usize) -> Result<Self> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => {
+                let start = self.start() + offset;
+                Ok(Backing::part(self.region.clone(), start, len))
+            }
+            _ => Err(Error::BackingRange {
+                offset: offset as u64,
+                len: len as u64,
+                size: self.len as u64,
+            }),
+        }
+    }
+
+    /// The whole region that it is a part of.
+    pub(crate) fn region(&self) -> Self {
+        Backing::part(self.region.clone(), 0, self.region.size())
+    }
+
     /// The region, the address of the first byte, and whether the region wants to know what was
     /// written.
     pub(crate) fn into_parts(self) -> (Arc<dyn Region>, *mut u8, bool) {

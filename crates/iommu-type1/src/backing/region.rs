@@ -6,7 +6,7 @@
 use std::any::TypeId;
 
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{MmapRegion, Permissions};
+use vm_memory::{FileOffset, MmapRegion, Permissions};
 
 /// Memory mapped into this process.
 ///
@@ -22,6 +22,10 @@ pub(crate) unsafe trait Region: Send + Sync {
     fn tracks(&self) -> bool;
     fn mark_dirty(&self, offset: usize, len: usize);
     fn dirty_at(&self, offset: usize) -> bool;
+    /// Where in which file it begins, if it is of a file.
+    fn file_offset(&self) -> Option<&FileOffset> {
+        None
+    }
 }
 
 // SAFETY: an `MmapRegion` maps `size` bytes at its address until it is dropped; its constructors
@@ -49,6 +53,10 @@ unsafe impl<B: Bitmap + Send + Sync + 'static> Region for MmapRegion<B> {
 
     fn dirty_at(&self, offset: usize) -> bool {
         self.bitmap().dirty_at(offset)
+    }
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.file_offset()
     }
 }
 

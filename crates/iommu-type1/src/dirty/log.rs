@@ -123,8 +123,15 @@ impl DirtyLog {
         });
     }
 
+    /// The words of marks of a mapping of so many pages, which stay.
+    pub(crate) fn look(&self, pages: usize, mut seen: impl FnMut(u64)) {
+        self.for_each_word_of(0..=pages - 1, |_, word, mask| {
+            seen(word.load(Ordering::Acquire) & mask);
+        });
+    }
+
     /// Sets marks that were taken.
-    pub(super) fn put_back(&self, index: usize, marks: u64) {
+    pub(crate) fn put_back(&self, index: usize, marks: u64) {
         self.for_each_word_of(index * WORD..=index * WORD, |_, word, _| {
             word.fetch_or(marks, Ordering::AcqRel);
         });

@@ -8,7 +8,6 @@ mod log;
 mod slice;
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use vm_memory::Permissions;
 
@@ -129,6 +128,7 @@ impl IoAddressSpace {
     pub fn take_dirty(&self, iova: u64, size: u64) -> Result<DirtyPages> {
         let space = &*self.view.space;
         let range = whole_pages(space, iova, size)?;
+        let _harvest = lock(&space.harvest);
         let writer = lock(&space.writer);
         check_tracking(&writer, range)?;
         let mut mappings = Vec::new();
@@ -204,29 +204,24 @@ impl IoAddressSpace {
         let need = Need::exactly(Permissions::Write);
         space.grace.enter_shared(|inside| {
             space.for_each_chunk(inside, iova, len, need, |mapping, at, n, _| {
-                // Nobody waits for such a writer: its marks are those of somebody who has a slice.
-                mapping.mark_lent((at - mapping.range.first) as usize, n);
+                // The bytes come before this access, for which whoever takes a mark waits.
+                mapping.mark_inline((at - mapping.range.first) as usize, n);
             })
         })
     }
 }
 
-/// Marks pages that have just been pinned: `len` bytes from `iova`, of mappings that follow each other.
-pub(crate) fn mark_pinned(space: &Space, mappings: &[Arc<Mapping>], iova: u64, len: usize) {
-    if !space.rules.pinned_is_dirty {
-        return;
-    }
-    let pinned_last = iova + (len as u64 - 1);
-    for mapping in mappings {
-        let range = mapping.range;
-        let (first, last) = (range.first.max(iova), range.last.min(pinned_last));
-        let len = (last - first) as usize + 1;
-        mapping.dirty.mark_lent((first - range.first) as usize, len);
+/// Marks a page of a mapping that has just been pinned.
+pub(crate) fn mark_pinned(space: &Space, mapping: &Mapping, iova: u64) {
+    if space.rules.pinned_is_dirty {
+        mapping
+            .dirty
+            .mark_lent((iova - mapping.range.first) as usize, 1);
     }
 }
 
 /// Marks what is pinned of a mapping: who has pinned a page may write it at any time, and says nothing.
-fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
+pub(crate) fn mark_what_is_pinned(space: &Space, mapping: &Mapping) {
     if !space.rules.pinned_is_dirty {
         return;
     }

@@ -18,10 +18,13 @@ mod dirty;
 mod handle;
 mod holder;
 pub(crate) mod kernel;
+mod listen;
 mod map;
+mod marks;
 mod membarrier;
 mod page_word;
 mod reader;
+mod replace;
 mod unmap;
 
 use std::sync::Arc;
@@ -223,7 +226,10 @@ fn refused(result: Result<(), Error>) {
 fn is_refusal(error: &Error) -> bool {
     matches!(
         error,
-        Error::NotMapped { .. } | Error::Revoked { .. } | Error::Unmapping { .. }
+        Error::NotMapped { .. }
+            | Error::Revoked { .. }
+            | Error::Unmapping { .. }
+            | Error::VaddrInvalid { .. }
     )
 }
 

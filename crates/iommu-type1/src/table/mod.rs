@@ -448,6 +448,7 @@ mod tests {
                     Permissions::Read,
                     Backing::for_model(()),
                     crate::PermissionPolicy::Strict,
+                    crate::mapping_set::SetId::NONE,
                 );
                 let mapping = Arc::new(mapping);
                 self.expected

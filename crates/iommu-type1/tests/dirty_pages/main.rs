@@ -3,10 +3,12 @@
 
 //! Which pages were written: by I/O virtual address, and in the bitmaps of memory regions.
 
+mod bitmap;
 mod harvest;
 mod log;
 mod regions;
 mod rules;
+mod unseen;
 
 use std::collections::BTreeSet;
 

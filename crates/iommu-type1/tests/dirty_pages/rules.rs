@@ -91,7 +91,12 @@ fn every_way_to_write_marks_the_pages_it_writes() {
     let pinner = space.pinner("pinner", Interest::Holder, Arc::new(|_, _| ()));
     let pinned = pinner.pin_pages(40 * p, 2, ReadWrite).unwrap();
     pinned.page(1).unwrap().write_obj(10_u8, 100).unwrap();
-    assert_eq!(dirty(), [41]);
+    // Whoever pins pages may write them at any time: each time they are asked for.
+    assert_eq!(dirty(), [40, 41]);
+    assert_eq!(dirty(), [40, 41]);
+    drop(pinned);
+    assert_eq!(dirty(), [40, 41]);
+    assert!(dirty().is_empty());
 
     // The last page of the space, too.
     handle.write(u64::MAX, &[11]).unwrap();

@@ -1,0 +1,118 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Sets of mappings: they go with whoever has made them, and nothing else does.
+
+use std::time::Duration;
+
+use iommu_type1::{page_size, Backing, Error, IoAddressSpace, Profile};
+use vm_memory::Permissions::{Read, ReadWrite};
+
+fn p(pages: u64) -> u64 {
+    pages * page_size()
+}
+
+fn memory(pages: u64) -> Backing {
+    Backing::anonymous(p(pages) as usize).unwrap()
+}
+
+/// Which of the first pages are mapped.
+fn mapped(space: &IoAddressSpace) -> Vec<u64> {
+    let is_mapped = |page: &u64| space.read(p(*page), &mut [0]).is_ok();
+    (0..16).filter(is_mapped).collect()
+}
+
+#[test]
+fn what_is_left_goes_with_the_set() {
+    let space = IoAddressSpace::new();
+    space.map(p(1), memory(1), ReadWrite).unwrap();
+    let (one, other) = (space.mapping_set(), space.mapping_set());
+    one.map(p(2), memory(1), ReadWrite).unwrap();
+    one.map_batch([3, 4].map(|page| (p(page), memory(1), ReadWrite)))
+        .unwrap();
+    other.map(p(5), memory(1), ReadWrite).unwrap();
+    assert_eq!(one.unmap(p(3), p(1)).unwrap(), p(1));
+    // Somebody else may unmap it, and map there.
+    space.unmap(p(4), p(1)).unwrap();
+    space.map(p(4), memory(1), ReadWrite).unwrap();
+    assert_eq!(mapped(&space), [1, 2, 4, 5]);
+    drop(one);
+    assert_eq!(mapped(&space), [1, 4, 5]);
+    assert_eq!(other.close().unwrap(), p(1));
+    assert_eq!(mapped(&space), [1, 4]);
+}
+
+#[test]
+fn what_is_of_others_is_not_unmapped() {
+    let space = IoAddressSpace::new();
+    let (one, other) = (space.mapping_set(), space.mapping_set());
+    space.map(p(1), memory(1), ReadWrite).unwrap();
+    one.map(p(2), memory(1), ReadWrite).unwrap();
+    other.map(p(3), memory(1), ReadWrite).unwrap();
+    for (page, pages) in [(1, 1), (1, 2), (2, 2), (3, 1), (0, 8)] {
+        let error = one.unmap(p(page), p(pages)).unwrap_err();
+        assert!(matches!(error, Error::NotOwned { .. }), "{error}");
+        assert_eq!(error.errno(), libc::EPERM);
+    }
+    assert_eq!(mapped(&space), [1, 2, 3]);
+    assert_eq!(one.unmap(p(4), p(1)).unwrap(), 0);
+    assert_eq!(one.unmap_all().unwrap(), p(1));
+    assert_eq!(mapped(&space), [1, 3]);
+}
+
+/// Also what is revoked, and waits to be unmapped again.
+#[test]
+fn what_is_held_is_an_error_of_the_close_and_of_others_again() {
+    let space = IoAddressSpace::builder()
+        .unmap_deadline(Duration::ZERO)
+        .build();
+    let set = space.mapping_set();
+    set.map(p(1), memory(1), ReadWrite).unwrap();
+    let held = space.scatter(p(1), 8, Read).unwrap();
+    assert!(matches!(set.unmap_all(), Err(Error::Deadline { .. })));
+    let other = space.mapping_set();
+    assert!(matches!(
+        other.unmap(p(1), p(1)),
+        Err(Error::NotOwned { .. })
+    ));
+    assert_eq!(other.close().unwrap(), 0);
+    assert_eq!(space.mappings(), 1);
+    drop(held);
+    assert_eq!(set.close().unwrap(), p(1));
+    assert_eq!(space.mappings(), 0);
+
+    let set = space.mapping_set();
+    set.map(p(1), memory(1), ReadWrite).unwrap();
+    let held = space.scatter(p(1), 8, Read).unwrap();
+    assert!(matches!(set.close(), Err(Error::Deadline { .. })));
+    drop(held);
+    assert_eq!(space.unmap(p(1), p(1)).unwrap(), p(1));
+}
+
+#[test]
+fn parts_and_other_memory_belong_to_the_set_too() {
+    let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
+    let set = space.mapping_set();
+    set.map(p(1), memory(4), ReadWrite).unwrap();
+    space.unmap(p(2), p(1)).unwrap();
+    space.map(p(3), memory(1), ReadWrite).unwrap();
+    assert!(matches!(
+        set.map(p(3), memory(1), ReadWrite),
+        Err(Error::NotOwned { .. })
+    ));
+    set.map(p(4), memory(2), ReadWrite).unwrap();
+    assert_eq!(mapped(&space), [1, 3, 4, 5]);
+    drop(set);
+    assert_eq!(mapped(&space), [3]);
+
+    let space = IoAddressSpace::new();
+    let set = space.mapping_set();
+    for page in [1, 3] {
+        set.map(p(page), memory(1), ReadWrite).unwrap();
+        space.invalidate_vaddr(p(page), p(1)).unwrap();
+    }
+    space.resume_vaddr(p(1), p(1), memory(1)).unwrap();
+    assert_eq!(space.mappings(), 2);
+    assert_eq!(set.close().unwrap(), p(2));
+    assert_eq!(space.mappings(), 0);
+}

@@ -1,0 +1,59 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a table can be told when it is made.
+
+use std::sync::Arc;
+
+use crate::Account;
+
+/// The kernel takes one page of entries of this size a call; it also bounds the time under the lock.
+const ENTRY_BYTES: u64 = 8;
+
+/// Limits and rules of a [`PinTable`](crate::PinTable).
+///
+/// ```
+/// use page_pin::{PinOptions, PinTable};
+///
+/// let table = PinTable::with_options(4096, PinOptions::new().max_pages(16));
+/// assert_eq!(table.max_pages(), 16);
+/// ```
+#[derive(Clone, Debug, Default)]
+#[must_use]
+pub struct PinOptions {
+    pub(crate) account: Option<Arc<dyn Account>>,
+    max_pages: Option<usize>,
+    pub(crate) exact_unpin: bool,
+}
+
+impl PinOptions {
+    /// No account, as many pages a call as the kernel takes, and unpins page by page.
+    pub fn new() -> Self {
+        PinOptions::default()
+    }
+
+    /// Who counts the pinned pages.
+    pub fn account(mut self, account: Arc<dyn Account>) -> Self {
+        self.account = Some(account);
+        self
+    }
+
+    /// The most pages one call may pin or unpin. Otherwise as many addresses as fit in a page: 512 of
+    /// 4 KiB (`VFIO_PIN_PAGES_MAX_ENTRIES`).
+    pub fn max_pages(mut self, pages: usize) -> Self {
+        self.max_pages = Some(pages);
+        self
+    }
+
+    /// Whether an unpin has to name exactly the pages of one pin, as iommufd asks; each page of a list
+    /// is a pin of its own there. Otherwise any kept page can be unpinned, as with VFIO.
+    pub fn exact_unpin(mut self, exact: bool) -> Self {
+        self.exact_unpin = exact;
+        self
+    }
+
+    pub(crate) fn max_pages_of(&self, page_size: u64) -> usize {
+        self.max_pages
+            .unwrap_or((page_size / ENTRY_BYTES).max(1) as usize)
+    }
+}
