@@ -229,7 +229,7 @@ impl Generator {
             0 => map.iova += self.pick(&[1, 2048, PAGE - 1]),
             1 => map.length += self.pick(&[1, 2048, PAGE - 1]),
             2 => map.memory = Memory::Own(from + self.pick(&[1, 2048, PAGE - 1])),
-            3 => map.iova = self.pick(&[1 << 48, (1 << 48) - PAGE, 1 << 63, TOP - PAGE]),
+            3 => map.iova = self.pick(&[TOP + 1, 1 << 48, (1 << 48) - PAGE, 1 << 63, TOP - PAGE]),
             4 => map.iova = self.pick(&[0xfee0_0000, 0xfedf_f000, 0xfeef_f000]),
             5 => map.memory = Memory::Own(self.pick(&[TOP, u64::MAX, 0xffff_8000_0000_0000])),
             6 => map.length = self.pick(&[1 << 31, 1 << 48, 1 << 63]),
