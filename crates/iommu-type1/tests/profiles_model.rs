@@ -261,6 +261,9 @@ impl Model {
             if (iova, size) == (0, u64::MAX) {
                 return Ok((0, u64::MAX));
             }
+            if iova == u64::MAX || size == u64::MAX {
+                return Err(libc::EOVERFLOW);
+            }
         } else if !is_aligned(iova) || !is_aligned(size) {
             return Err(libc::EINVAL);
         }
@@ -587,8 +590,40 @@ impl Model {
     }
 
     /// Copies inside of the space, one mapping after the other or none.
+    /// The last byte of a range to copy.
+    fn check_copy(&self, (iova, size): Range, to: u64, prot: Permissions) -> Outcome<u64> {
+        if self.profile != Profile::Iommufd {
+            return self.check_map((iova, size), prot);
+        }
+        if [iova, size, to].contains(&u64::MAX) {
+            return Err(libc::EOVERFLOW);
+        }
+        if prot == Permissions::No || size == 0 {
+            return Err(libc::EINVAL);
+        }
+        iova.checked_add(size - 1).ok_or(libc::EOVERFLOW)
+    }
+
+    /// Whether there is room for one mapping.
+    fn check_room(&self, first: u64, last: u64) -> Outcome<()> {
+        if self.profile == Profile::Iotlb {
+            return Ok(());
+        }
+        let there = self.overlapping(first, last);
+        if there.iter().any(|mapped| mapped.state == State::Revoked) {
+            return Err(libc::EBUSY);
+        }
+        if !there.is_empty() {
+            return Err(libc::EEXIST);
+        }
+        if self.entries() + 1 > LIMIT {
+            return Err(libc::ENOSPC);
+        }
+        Ok(())
+    }
+
     fn copy(&mut self, range: Range, to: u64, prot: Permissions) -> Outcome<()> {
-        let last = self.check_map(range, prot)?;
+        let last = self.check_copy(range, to, prot)?;
         let there = self.overlapping(range.0, last);
         if there.iter().any(|mapped| mapped.state != State::Live) {
             return Err(libc::EBUSY);
@@ -599,18 +634,23 @@ impl Model {
             if mapped.first > next {
                 return Err(libc::ENOENT);
             }
-            if !mapped.prot.allow(prot) {
-                return Err(libc::EPERM);
-            }
             let part = Model::part(mapped, next, mapped.last.min(last));
             next = part.last.wrapping_add(1);
-            parts.push(Mapped { prot, ..part });
+            parts.push(part);
         }
         if next != last.wrapping_add(1) {
             return Err(libc::ENOENT);
         }
-        self.check_map((to, range.1), prot)?;
+        let to_last = self.check_map((to, range.1), prot)?;
+        self.check_room(to, to_last)?;
         for part in &mut parts {
+            if !part.prot.allow(prot) {
+                return Err(libc::EPERM);
+            }
+            if !is_aligned(part.first) {
+                return Err(libc::EINVAL);
+            }
+            part.prot = prot;
             let size = part.size();
             part.first = to + (part.first - range.0);
             part.last = part.first + (size - 1);
