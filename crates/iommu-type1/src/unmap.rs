@@ -11,6 +11,7 @@
 //! What was replaced ([`crate::replace`]) is waited for in the same way, though its addresses are not
 //! removed: by whoever has replaced it, and by every unmap that meets its addresses.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::slice;
@@ -257,6 +258,8 @@ pub(crate) struct Revocation<'a> {
     unlinked: Unlinked,
     /// Whether none of those accesses runs any more.
     graced: bool,
+    /// Whether any page of it was pinned when that was told.
+    pinned: bool,
     deadline: Deadline,
 }
 
@@ -281,9 +284,9 @@ impl<'a> Revocation<'a> {
         set: SetId,
         marked: bool,
     ) -> Result<Self> {
-        let none = Revocation::of(space, Vec::new(), Unlinked::default(), options);
+        let mut revocation = Revocation::of(space, Vec::new(), Unlinked::default(), options);
         let Some(first) = ranges.first() else {
-            return Ok(none);
+            return Ok(revocation);
         };
         check_outside(space, *first)?;
         let mut writer = space.turn(*first)?;
@@ -337,7 +340,8 @@ impl<'a> Revocation<'a> {
         }
         cuts.tell(writer, &revoked);
         drop(revoked);
-        let mut revocation = Revocation::of(space, mappings, unlinked, options);
+        revocation.mappings = mappings;
+        revocation.unlinked = unlinked;
         revocation.replaced = replaced
             .into_iter()
             .map(|mapping| Replaced {
@@ -396,6 +400,7 @@ impl<'a> Revocation<'a> {
             policy: options.policy,
             unlinked,
             graced: false,
+            pinned: false,
             deadline: Deadline::after(options.deadline),
         }
     }
@@ -429,7 +434,7 @@ impl<'a> Revocation<'a> {
         self.graced = self.space.grace.synchronize(&self.deadline);
     }
 
-    fn tell(&self) {
+    fn tell(&mut self) {
         let gone = self.replaced.iter().filter_map(|replaced| replaced.gone);
         for range in self
             .mappings
@@ -437,7 +442,8 @@ impl<'a> Revocation<'a> {
             .map(|mapping| mapping.range)
             .chain(gone)
         {
-            self.space.pins.tell(range.first, range.size());
+            let pinned = self.space.pins.tell(range.first, range.size());
+            self.pinned |= pinned;
         }
         self.remind();
     }
@@ -446,7 +452,7 @@ impl<'a> Revocation<'a> {
     fn remind(&self) {
         let (pins, times) = (&self.space.pins, self.space.reminders);
         for range in self.mappings.iter().map(|mapping| mapping.range) {
-            if times > 0 && pins.is_pinned(range.first, range.size()) {
+            if times > 0 && self.is_pinned(range) {
                 let deadline = self.deadline.instant();
                 let _holders = pins.remind(range.first, range.size(), times, deadline);
             }
@@ -454,8 +460,12 @@ impl<'a> Revocation<'a> {
     }
 
     fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
-        let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
-        let waited: Vec<_> = replaced.chain(&self.mappings).cloned().collect();
+        let waited = if self.replaced.is_empty() {
+            Cow::Borrowed(&self.mappings)
+        } else {
+            let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
+            Cow::Owned(replaced.chain(&self.mappings).cloned().collect())
+        };
         let leased = self.space.leases.wait_released(&waited, &self.deadline);
         drop(waited);
         // Both in the same order.
@@ -529,6 +539,12 @@ impl<'a> Revocation<'a> {
         })
     }
 
+    fn is_pinned(&self, range: IovaRange) -> bool {
+        // After the grace period there are no more pins than when they were told.
+        let may_be = self.pinned || !self.graced;
+        may_be && self.space.pins.is_pinned(range.first, range.size())
+    }
+
     /// Who still holds something of the mapping when the deadline has passed, or has pinned something of
     /// `pinned`.
     fn holders(&self, mapping: &Mapping, pinned: Option<IovaRange>, leased: bool) -> Vec<Holder> {
@@ -550,7 +566,7 @@ impl<'a> Revocation<'a> {
         let Some(range) = pinned else {
             return holders;
         };
-        if pins.is_pinned(range.first, range.size()) {
+        if self.is_pinned(range) {
             let pinned = pins.wait_released(range.first, range.size(), self.deadline.instant());
             holders.extend(pinned.err().into_iter().flatten().map(|pin| Holder {
                 kind: HolderKind::Pin,
