@@ -323,14 +323,18 @@ impl<'a> Revocation<'a> {
             true => mappings.clone(),
             false => Vec::new(),
         };
-        let mut replaced: Vec<Arc<Mapping>> = Vec::new();
+        let mut replaced: Vec<Replaced> = Vec::new();
         for range in ranges {
             if !stops(&writer, space, *range) {
                 writer.retry(*range, &mut mappings);
             }
             for mapping in writer.replaced_in(*range) {
-                if !replaced.iter().any(|other| Arc::ptr_eq(other, mapping)) {
-                    replaced.push(mapping.clone());
+                let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
+                if !replaced.iter().any(is_it) {
+                    replaced.push(Replaced {
+                        mapping: mapping.clone(),
+                        gone: None,
+                    });
                 }
             }
         }
@@ -342,13 +346,7 @@ impl<'a> Revocation<'a> {
         drop(revoked);
         revocation.mappings = mappings;
         revocation.unlinked = unlinked;
-        revocation.replaced = replaced
-            .into_iter()
-            .map(|mapping| Replaced {
-                mapping,
-                gone: None,
-            })
-            .collect();
+        revocation.replaced = replaced;
         Ok(revocation)
     }
 
@@ -592,11 +590,10 @@ impl<'a> Revocation<'a> {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        let over = over.into_iter();
-        let table = &self.space.table;
-        let released: Vec<_> = over
-            .filter_map(|mapping| writer.release(table, mapping))
-            .collect();
+        let mut released = Vec::new();
+        for mapping in over {
+            released.extend(writer.release(&self.space.table, mapping));
+        }
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));

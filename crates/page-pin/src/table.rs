@@ -751,6 +751,10 @@ impl Shared {
     /// Whether anyone holds a pin in the range, and whom to tell.
     fn interested(&self, iova: u64, last: u64, range: PageRange) -> (bool, Vec<Arc<Registration>>) {
         let state = lock(&self.state);
+        if state.accesses.is_empty() {
+            // Nor are there pins.
+            return (false, Vec::new());
+        }
         let mut ids: Vec<AccessId> = state
             .pins
             .range(keys(range))
