@@ -23,6 +23,7 @@ mod map;
 mod marks;
 mod membarrier;
 mod page_word;
+mod pinner;
 mod reader;
 mod replace;
 mod unmap;
