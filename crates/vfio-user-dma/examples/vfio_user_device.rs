@@ -52,7 +52,10 @@ impl Backend for Counter {
 fn count_up(dma: &vfio_user_dma::TableHandle, address: u64) -> vfio_user_dma::Result<()> {
     let mut bytes = [0; 8];
     dma.read(address, &mut bytes)?;
-    dma.write(address, &(u64::from_le_bytes(bytes) + 1).to_le_bytes())
+    dma.write(
+        address,
+        &u64::from_le_bytes(bytes).wrapping_add(1).to_le_bytes(),
+    )
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
