@@ -7,7 +7,7 @@ mod common;
 
 use std::os::fd::OwnedFd;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{map_body, memfd, Client, Reply, Served, PAGE, READ_WRITE};
 use vfio_user_dma::wire::{command, flags, DmaAccess, NarrowDmaAccess};
@@ -99,14 +99,14 @@ fn memory_without_a_file_is_accessed_by_messages_of_the_agreed_size() {
             narrow,
             sizes: Vec::new(),
         };
-        let messages = if narrow { 9 } else { 9 };
-        for _ in 0..messages {
+        // One to find out how it lays them out.
+        for _ in 0..9 {
             keeper.answer();
         }
         device.join().unwrap();
         let once = [0x600, 0x600, 0x600, 0x600];
-        assert_eq!(keeper.sizes.iter().filter(|size| **size > 1).count(), 8);
-        assert!(keeper.sizes.ends_with(&once), "{:x?}", keeper.sizes);
+        let sizes: Vec<_> = keeper.sizes.into_iter().filter(|size| *size > 1).collect();
+        assert_eq!(sizes, [once, once].concat());
         assert!(keeper.memory[..0x400].iter().all(|byte| *byte == 0));
         assert!(keeper.memory[0x400..0x1000]
             .iter()
@@ -266,15 +266,13 @@ fn a_client_that_goes_fails_what_is_awaited_of_it() {
     let mut served = Served::new();
     assert_eq!(served.client.map(0x1_0000, PAGE, 0, None), 0);
     let dma = served.table.handle();
-    let device = thread::spawn(move || {
-        let started = Instant::now();
-        let read = dma.read(0x1_0ffc, &mut [0; 16]);
-        (cause(read), started.elapsed())
-    });
+    let device = thread::spawn(move || cause(dma.read(0x1_0ff0, &mut [0; 16])));
     served.client.receive();
     assert_eq!(served.end().unwrap(), End::Closed);
-    let ((completed, cause), _) = device.join().unwrap();
-    assert!(matches!((completed, cause), (0, AccessError::Disconnected)));
+    assert!(matches!(
+        device.join().unwrap(),
+        (0, AccessError::Disconnected)
+    ));
 }
 
 #[test]

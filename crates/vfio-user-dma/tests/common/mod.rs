@@ -157,7 +157,7 @@ impl Client {
         fds: &[BorrowedFd<'_>],
     ) -> u16 {
         let message_id = self.next_id;
-        self.next_id += 1;
+        self.next_id = self.next_id.wrapping_add(1);
         let header = Header {
             message_id,
             command,
