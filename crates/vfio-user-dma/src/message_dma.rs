@@ -212,11 +212,8 @@ impl MessageDma {
                 }
                 Some(answer) => answer,
             };
-            let request = state.requests.remove(&ticket.0);
+            state.requests.remove(&ticket.0);
             state.unsent.retain(|unsent| *unsent != ticket.0);
-            if request.is_some_and(|request| matches!(request.want, Want::Layout)) {
-                return state.found_layout(answer);
-            }
             return answer;
         }
     }
@@ -250,9 +247,14 @@ impl MessageDma {
             log::debug!("a reply with id {} to nothing", header.message_id);
             return;
         };
-        if let Some(request) = state.requests.get_mut(&ticket) {
+        let State { requests, link, .. } = &mut *state;
+        if let Some(request) = requests.get_mut(&ticket) {
             if request.answer.is_none() {
-                request.answer = Some(request.check(header, body));
+                let mut answer = request.check(header, body);
+                if let (Want::Layout, Some(link)) = (&request.want, link) {
+                    answer = link.found_layout(answer);
+                }
+                request.answer = Some(answer);
                 self.answered.notify_all();
             }
         }
@@ -263,19 +265,25 @@ impl MessageDma {
     }
 }
 
-impl State {
+impl Link {
     fn found_layout(&mut self, answer: Answer) -> Answer {
         let layout = match answer {
             Ok(_) => Layout::Narrow,
-            // What a client that looks at the whole count may say of it; anything else may be about the address.
+            // What a client that looks at the whole count may say of it; anything else may be about the
+            // address.
             Err(AccessError::Client(
-                libc::EINVAL | libc::E2BIG | libc::EMSGSIZE | libc::ENOMEM | libc::ENOSPC,
+                libc::EINVAL
+                | libc::E2BIG
+                | libc::EFBIG
+                | libc::ERANGE
+                | libc::EOVERFLOW
+                | libc::EMSGSIZE
+                | libc::ENOMEM
+                | libc::ENOSPC,
             )) => Layout::Wide,
             Err(error) => return Err(error),
         };
-        if let Some(link) = &mut self.link {
-            link.layout = Some(layout);
-        }
+        self.layout = Some(layout);
         Ok(Vec::new())
     }
 }

@@ -171,7 +171,8 @@ fn the_client_is_served_while_the_device_waits_for_it() {
 
 #[test]
 fn answers_that_are_none_fail_that_access_only() {
-    let wrong: [(u32, u32, &dyn Fn(&Reply) -> Vec<u8>); 8] = [
+    type Body<'a> = &'a dyn Fn(&Reply) -> Vec<u8>;
+    let wrong: [(u32, u32, Body<'_>); 8] = [
         (flags::ERROR, libc::ENXIO as u32, &|_| vec![]),
         (flags::ERROR, 0, &|_| vec![]),
         (flags::ERROR, u32::MAX, &|_| vec![]),
@@ -204,6 +205,24 @@ fn answers_that_are_none_fail_that_access_only() {
         client.reply(&asked, 0, 0, &[0; 16]);
     });
     assert_eq!(read.unwrap_err().errno(), libc::EPROTO);
+    served.end().unwrap();
+}
+
+#[test]
+fn an_error_about_the_address_says_nothing_of_the_layout() {
+    let (read, mut served) = read_while(DmaTable::new().unwrap(), |client| {
+        let asked = client.receive();
+        client.reply(&asked, flags::ERROR, libc::EFAULT as u32, &[]);
+    });
+    assert_eq!(read.unwrap_err().errno(), libc::EFAULT);
+    // So the next access asks again.
+    let dma = served.table.handle();
+    let device = thread::spawn(move || dma.read(0x1_0000, &mut [0; 16]));
+    let asked = say_wide(&mut served.client);
+    served
+        .client
+        .reply(&asked, 0, 0, &[&asked.body[..], &[9; 16]].concat());
+    device.join().unwrap().unwrap();
     served.end().unwrap();
 }
 
