@@ -202,7 +202,7 @@ fn answers_that_are_none_fail_that_access_only() {
     let (read, served) = read_while(DmaTable::new().unwrap(), |client| {
         let mut asked = say_wide(client);
         asked.header.command = command::DMA_WRITE;
-        client.reply(&asked, 0, 0, &[0; 16]);
+        client.reply(&asked, 0, 0, &[&asked.body[..], &[9; 16]].concat());
     });
     assert_eq!(read.unwrap_err().errno(), libc::EPROTO);
     served.end().unwrap();

@@ -7,10 +7,13 @@
 mod common;
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
 
 use common::{map_body, memfd, Served, PAGE, READ_WRITE};
-use vfio_user_dma::wire::command;
+use vfio_user_dma::wire::{command, Header};
 use vfio_user_dma::{Capabilities, DmaTable, End};
 
 fn open_files() -> usize {
@@ -22,6 +25,30 @@ fn memory_mappings() -> usize {
         .unwrap()
         .lines()
         .count()
+}
+
+/// Most memory that the process ever had, in bytes.
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmPeak:"))
+        .unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// Waits until the server has taken all that was sent.
+fn wait_until_taken(stream: &UnixStream) {
+    loop {
+        let mut left: libc::c_int = 0;
+        // SAFETY: the kernel writes one integer.
+        let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &mut left) };
+        assert_eq!(result, 0);
+        if left == 0 {
+            return;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]
@@ -51,6 +78,35 @@ fn nothing_is_left_of_a_client() {
         assert_eq!(reply.errno(), libc::EINVAL);
     }
     assert_eq!(served.client.map(1, PAGE, 0, Some(&file)), libc::EINVAL);
+
+    // A message that says it is huge takes no memory, and one that comes in pieces, each with file descriptors,
+    // takes few of them.
+    let (files, memory) = (open_files(), peak());
+    for (message_size, fds) in [(u32::MAX, 0), (1 << 20, 16)] {
+        let mut cut_off = Served::new();
+        let header = Header {
+            command: command::DMA_MAP,
+            message_size,
+            ..Header::default()
+        };
+        let mut bytes = Vec::new();
+        header.encode(&mut bytes);
+        common::send_with_fds(&cut_off.client.stream, &bytes, &[]);
+        for _ in 0..50 {
+            common::send_with_fds(&cut_off.client.stream, &[0], &vec![file.as_fd(); fds]);
+            wait_until_taken(&cut_off.client.stream);
+        }
+        // The served end, the eventfds and the listener; what one message may have at most.
+        assert!(open_files() <= files + 32 + 16, "{}", open_files() - files);
+        assert!(peak() < memory + (1 << 30));
+        cut_off
+            .client
+            .stream
+            .shutdown(std::net::Shutdown::Write)
+            .unwrap();
+        assert!(cut_off.client.try_receive().is_err());
+        cut_off.end().unwrap();
+    }
     served.client.assert_in_step();
     let idle = open_files();
     // The whole file is mapped once, with one descriptor, however many pages of it are mapped.
