@@ -153,7 +153,9 @@ impl<'a> Connection<'a> {
             }
             incoming.received(received);
         }
-        Ok(Input::Nothing)
+        // The last of them may have been the end of the message: nothing else will wake us for it.
+        let message = self.incoming.complete(self.limit)?;
+        Ok(message.map_or(Input::Nothing, Input::Message))
     }
 
     /// Leaves a message to be sent.
@@ -243,3 +245,34 @@ impl Incoming {
 }
 
 const TOO_LONG: &str = "a message longer than what was agreed on";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Header;
+
+    #[test]
+    fn a_message_that_ends_with_the_last_read_in_a_row_is_there() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut header = Vec::new();
+        let message_size = (Header::SIZE + READS - 1) as u32;
+        Header {
+            message_size,
+            ..Header::default()
+        }
+        .encode(&mut header);
+        socket::send(&ours, &header, None).unwrap();
+        // What comes with a file descriptor is read by itself.
+        for _ in 1..READS {
+            socket::send(&ours, &[0], Some(theirs.as_fd())).unwrap();
+        }
+        let mut connection = Connection::new(&theirs, 4096, Duration::from_secs(5));
+        match connection.read().unwrap() {
+            Input::Message(message) => {
+                assert_eq!(message.body.len(), READS - 1);
+                assert!(message.fds.len() <= MAX_FDS && message.error.is_some());
+            }
+            Input::Nothing | Input::Closed => panic!("it is not there"),
+        }
+    }
+}

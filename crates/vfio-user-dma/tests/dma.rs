@@ -465,6 +465,20 @@ fn maps_are_checked() {
 }
 
 #[test]
+fn files_behind_mappings_are_limited() {
+    let table = DmaTable::new().unwrap();
+    for page in 0..256 {
+        table
+            .map(3, 0, page * PAGE, PAGE, Some(memfd(1).into()))
+            .unwrap();
+    }
+    let one_more = || table.map(3, 0, 256 * PAGE, PAGE, Some(memfd(1).into()));
+    assert_eq!(one_more().unwrap_err().errno(), libc::ENOSPC);
+    table.unmap(0, 0, PAGE).unwrap();
+    one_more().unwrap();
+}
+
+#[test]
 fn a_file_that_has_grown_is_mapped_further() {
     let table = DmaTable::new().unwrap();
     let file = memfd(1);
