@@ -86,10 +86,10 @@ fn memory_without_a_file_is_accessed_by_messages_of_the_agreed_size() {
         assert_eq!(served.client.map(0x1_2000, PAGE, 0, None), 0);
         let dma = served.table.handle();
         let device = thread::spawn(move || {
-            let data: Vec<u8> = (0..0x2800_u32).map(|byte| byte as u8 | 1).collect();
-            dma.write(0x1_0400, &data[..0x2800]).unwrap();
-            let mut back = vec![0; 0x2800];
-            dma.read(0x1_0400, &mut back).unwrap();
+            let data: Vec<u8> = (0..0x2700_u32).map(|byte| byte as u8 | 1).collect();
+            dma.write(0x1_0500, &data).unwrap();
+            let mut back = vec![0; 0x2700];
+            dma.read(0x1_0500, &mut back).unwrap();
             assert!(back == data);
         });
         let mut keeper = Keeper {
@@ -104,11 +104,11 @@ fn memory_without_a_file_is_accessed_by_messages_of_the_agreed_size() {
             keeper.answer();
         }
         device.join().unwrap();
-        let once = [0x600, 0x600, 0x600, 0x600];
+        let once = [0x600, 0x500, 0x600, 0x600];
         let sizes: Vec<_> = keeper.sizes.into_iter().filter(|size| *size > 1).collect();
         assert_eq!(sizes, [once, once].concat());
-        assert!(keeper.memory[..0x400].iter().all(|byte| *byte == 0));
-        assert!(keeper.memory[0x400..0x1000]
+        assert!(keeper.memory[..0x500].iter().all(|byte| *byte == 0));
+        assert!(keeper.memory[0x500..0x1000]
             .iter()
             .all(|byte| byte & 1 == 1));
         assert!(keeper.memory[0x1000..0x2000].iter().all(|byte| *byte == 0));

@@ -436,6 +436,14 @@ fn a_server_takes_the_path_of_one_that_was_killed() {
         thread.join().unwrap().unwrap();
         assert!(!path.exists());
     }
+    // A server does not remove the socket of one that came after it.
+    let first = Server::bind(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let second = Server::bind(&path).unwrap();
+    drop(first);
+    assert!(path.exists());
+    drop(second);
+    assert!(!path.exists());
     std::fs::write(&path, "no socket").unwrap();
     assert_eq!(Server::bind(&path).unwrap_err().errno(), libc::EADDRINUSE);
     std::fs::remove_file(&path).unwrap();
