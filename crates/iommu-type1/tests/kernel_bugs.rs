@@ -4,14 +4,26 @@
 //! Bugs that Linux had, or has, in what this crate does. docs/kernel-bugs.md lists them; `ci/kernel-bugs/run`
 //! puts each into the code and expects its test here to fail.
 
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
-use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace, UnmapOptions};
+use iommu_type1::uapi::bindings::vfio_iommu_type1_dma_map;
+use iommu_type1::uapi::{Bitmap, Type1, UserMemory};
+use iommu_type1::{
+    page_size, Backing, DirtyBitmap, Error, Interest, IoAddressSpace, IovaRanges, PermissionPolicy,
+    Profile, Result, UnmapOptions,
+};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, GuestRegionMmap, Permissions};
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryMmap, GuestRegionMmap, Permissions,
+};
 
-use Permissions::{Read, ReadWrite};
+use Permissions::{Read, ReadWrite, Write};
+
+/// Far longer than anything here takes: what has not answered by then waits for something.
+const STUCK: Duration = Duration::from_secs(20);
 
 fn pages(n: u64) -> Backing {
     Backing::anonymous((n * page_size()) as usize).unwrap()
@@ -19,6 +31,25 @@ fn pages(n: u64) -> Backing {
 
 fn at_once() -> UnmapOptions {
     UnmapOptions::new().deadline(Duration::ZERO)
+}
+
+/// Runs in a thread of its own, which is left behind where it gets stuck.
+#[track_caller]
+fn answered_at_once<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
+    let (answer, answered) = channel();
+    thread::spawn(move || answer.send(run()));
+    answered
+        .recv_timeout(STUCK)
+        .expect("waits, or has panicked")
+}
+
+/// A user whose memory is wherever it says.
+struct Anywhere;
+
+impl UserMemory for Anywhere {
+    fn backing(&self, _vaddr: u64, size: u64, _prot: Permissions) -> Result<Backing> {
+        Backing::anonymous(size as usize)
+    }
 }
 
 /// What ends exactly at 2^64 was found by no look-up, no unmap and no harvest.
@@ -38,6 +69,7 @@ fn b01_the_end_of_the_address_space() {
         libc::EEXIST
     );
 
+    assert_eq!(space.unmap_with(0, p, at_once()).unwrap(), 0);
     space.write(u64::MAX - p - 1, &[1, 2, 3, 4]).unwrap();
     space.write(u64::MAX, &[5]).unwrap();
     let mut byte = [0];
@@ -110,6 +142,43 @@ fn b07_an_unmap_that_begins_or_ends_with_a_mapping() {
     assert_eq!(space.unmap(4 * p, 2 * p).unwrap(), 2 * p);
 }
 
+/// Who used a mapping without memory waited until it had some again, if ever: a user could block a
+/// kernel thread for ever.
+#[test]
+fn b10_without_memory_the_answer_comes_at_once() {
+    let p = page_size();
+    let space = IoAddressSpace::new();
+    space.map(0, pages(2), ReadWrite).unwrap();
+    space.start_dirty_tracking().unwrap();
+    let pinner = space.pinner("model", Interest::Holder, Arc::new(|_, _| ()));
+    let handle = space.handle();
+    assert_eq!(space.invalidate_vaddr(0, 2 * p).unwrap(), 2 * p);
+
+    let (inner, pins) = (space.clone(), pinner.clone());
+    let errnos = answered_at_once(move || {
+        let answers = [
+            inner.read(0, &mut [0]),
+            inner.write(p - 1, &[1, 2]),
+            handle.write(p, &[1]),
+            inner.mark_dirty(0, 1),
+            inner.scatter(0, 1, Read).map(drop),
+            pins.pin_pages(0, 1, Read).map(drop),
+            pins.pin_list(&[p], Read).map(drop),
+        ];
+        answers.map(|answer| answer.unwrap_err().errno())
+    });
+    assert_eq!(errnos, [libc::EBUSY; 7]);
+
+    space.resume_vaddr(0, 2 * p, pages(2)).unwrap();
+    space.write(p - 1, &[1, 2]).unwrap();
+    drop(pinner.pin_pages(0, 2, Read).unwrap());
+    space.invalidate_all_vaddr().unwrap();
+    assert_eq!(
+        answered_at_once(move || space.unmap(0, 2 * p).unwrap()),
+        2 * p
+    );
+}
+
 /// Memory that this process cannot write could be mapped for the device to write (B19), and any number
 /// of mappings could be made (CVE-2019-3882).
 #[test]
@@ -156,6 +225,105 @@ fn b20_an_unmap_of_what_is_held() {
     assert_eq!(space.unmap(0, p).unwrap(), p);
 }
 
+/// The end of the user's memory was calculated without a look at whether it fits.
+#[test]
+fn b20_memory_of_the_user_that_ends_behind_the_last_address() {
+    let p = page_size();
+    let type1 = Type1::new(IoAddressSpace::new(), Anywhere);
+    let map = |vaddr, size| {
+        type1.map_dma(&vfio_iommu_type1_dma_map {
+            argsz: 32,
+            flags: 3,
+            vaddr,
+            iova: 0,
+            size,
+        })
+    };
+    for (vaddr, size) in [(p.wrapping_neg(), 2 * p), (2 * p, p.wrapping_neg())] {
+        let error = map(vaddr, size).unwrap_err();
+        assert_eq!(error.errno(), libc::EOVERFLOW, "{error}");
+        assert_eq!(type1.space().mappings(), 0);
+    }
+    map(p.wrapping_neg(), p).unwrap();
+}
+
+/// The size of pages that the user said was divided by, and shifted by, before it was looked at.
+#[test]
+fn b21_a_bitmap_of_pages_of_no_size_or_a_huge_one() {
+    let p = page_size();
+    let space = IoAddressSpace::new();
+    space.map(0, pages(2), ReadWrite).unwrap();
+    space.start_dirty_tracking().unwrap();
+    space.write(p, &[1]).unwrap();
+    let type1 = Type1::new(space.clone(), Anywhere);
+    for page_size in [0, 1, p - 1, p / 2, p + 1, 3 * p, 1 << 63, u64::MAX] {
+        let mut words = [0; 2];
+        let bitmap = DirtyBitmap::new(0, 2 * p, page_size, &mut words);
+        let taken = bitmap.and_then(|mut bitmap| space.take_dirty_bitmap(&mut bitmap));
+        assert_eq!(taken.unwrap_err().errno(), libc::EINVAL, "{page_size:#x}");
+
+        let bitmap = Bitmap {
+            pgsize: page_size,
+            size: 8,
+            data: &mut words,
+        };
+        // Sizes of `struct vfio_iommu_type1_dirty_bitmap` and what is behind it.
+        let got = type1.dirty_pages(8 + 40, 4, Some((0, 2 * p, bitmap)));
+        assert_eq!(got.unwrap_err().errno(), libc::EINVAL, "{page_size:#x}");
+        assert_eq!(words, [0; 2]);
+    }
+    let mut words = [0; 2];
+    let mut bitmap = DirtyBitmap::new(0, 2 * p, p, &mut words).unwrap();
+    space.take_dirty_bitmap(&mut bitmap).unwrap();
+    assert_eq!(words, [0b10, 0]);
+}
+
+/// Rounding up the beginning of the last gap went over the end, and came out at address 0.
+#[test]
+fn b22_no_address_is_found_behind_the_last() {
+    let p = page_size();
+    // Its memory begins at a multiple of four pages, and so would its addresses.
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 8 * p as usize)]).unwrap();
+    let three_at =
+        |offset| Backing::from_guest_memory(&memory, GuestAddress(offset), 3 * p as usize).unwrap();
+    let start = three_at(0).host_address().addr() as u64;
+    let three = || three_at(start.next_multiple_of(4 * p) - start);
+    let last = |n: u64| (n * p).wrapping_neg();
+    let within = |n| {
+        let ranges = IovaRanges::new(&[last(n)..=u64::MAX], &[]).unwrap();
+        IoAddressSpace::builder().iova_ranges(ranges).build()
+    };
+    let space = within(3);
+    let error = space.map_anywhere(three(), ReadWrite).unwrap_err();
+    assert!(matches!(error, Error::NoRoom { .. }), "{error}");
+    assert_eq!((error.errno(), space.mappings()), (libc::ENOSPC, 0));
+    assert_eq!(within(4).map_anywhere(three(), ReadWrite).unwrap(), last(4));
+}
+
+/// For a while an unmap of nothing was an error where type1 has none.
+#[test]
+fn b23_an_unmap_of_nothing() {
+    let p = page_size();
+    for (profile, expected) in [
+        (Profile::Type1v1, Ok(0)),
+        (Profile::Type1v2, Ok(0)),
+        (Profile::Iotlb, Ok(0)),
+        (Profile::Iommufd, Err(libc::ENOENT)),
+    ] {
+        let space = IoAddressSpace::builder().profile(profile).build();
+        let unmap = |iova, size| space.unmap(iova, size).map_err(|error| error.errno());
+        assert_eq!(unmap(0, p), expected, "{profile:?}");
+        space.map(4 * p, pages(1), ReadWrite).unwrap();
+        assert_eq!(unmap(0, 4 * p), expected, "{profile:?}");
+        assert_eq!(unmap(4 * p, p), Ok(p), "{profile:?}");
+        assert_eq!(unmap(4 * p, p), expected, "{profile:?}");
+        assert_eq!(space.unmap_all().unwrap(), 0, "{profile:?}");
+    }
+    // That stands for everything.
+    let iommufd = IoAddressSpace::builder().profile(Profile::Iommufd).build();
+    assert_eq!(iommufd.unmap(0, u64::MAX).unwrap(), 0);
+}
+
 /// An access beyond 2^64 went on at address 0.
 #[test]
 fn b24_an_access_does_not_wrap() {
@@ -184,6 +352,24 @@ fn b24_a_partial_write_is_marked() {
     assert_eq!((error.errno(), error.completed()), (libc::EPERM, 3));
     assert!(space.take_dirty(0, p).unwrap().iter().eq([0]));
     assert!(space.take_dirty(p, p).unwrap().is_empty());
+}
+
+/// What is mapped for writes only could be used by nobody. Here that is a matter of policy.
+#[test]
+fn b24_a_mapping_for_writes_only() {
+    let p = page_size();
+    for (policy, write) in [
+        (PermissionPolicy::Strict, Ok(())),
+        (PermissionPolicy::WriteNeedsRead, Err(libc::EPERM)),
+    ] {
+        let space = IoAddressSpace::builder().permission_policy(policy).build();
+        space.map(0, pages(1), Write).unwrap();
+        let errno = |result: Result<()>| result.map_err(|error| error.errno());
+        assert_eq!(errno(space.write(p - 1, &[1])), write, "{policy:?}");
+        assert_eq!(errno(space.handle().write(0, &[1])), write, "{policy:?}");
+        let read = errno(space.read(0, &mut [0]));
+        assert_eq!(read, Err(libc::EPERM), "{policy:?}");
+    }
 }
 
 /// A map that raced with the notice of an unmap made the rest of it fail, and that was reported as

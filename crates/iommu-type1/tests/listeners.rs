@@ -242,7 +242,7 @@ fn who_comes_late_is_given_what_there_is() {
 
 /// A notifier that is registered while mappings are replayed to it, and fails half-way, keeps none of them.
 #[test]
-fn b8_who_refuses_half_way_keeps_nothing() {
+fn b08_who_refuses_half_way_keeps_nothing() {
     let space = IoAddressSpace::new();
     for page in [2, 5, 9] {
         space.map(p(page), memory(1), ReadWrite).unwrap();

@@ -50,7 +50,7 @@ fn space() -> (IoAddressSpace, Pinner) {
 }
 
 #[test]
-fn pinned_pages_are_locked_once_and_within_the_limit() {
+fn b05_pinned_pages_are_locked_once_and_within_the_limit() {
     let p = page_size();
     drop_capabilities();
     set_limit(4 * p);

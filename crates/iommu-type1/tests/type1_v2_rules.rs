@@ -117,39 +117,6 @@ fn a_host_address_is_aligned() {
 }
 
 #[test]
-fn b1_the_last_page_of_the_space_is_a_page_like_any_other() {
-    let p = page_size();
-    let last = u64::MAX - p + 1;
-    let space = IoAddressSpace::new();
-    space.map(last - p, pages(1), ReadWrite).unwrap();
-    space.map(last, pages(1), ReadWrite).unwrap();
-
-    let data = [0x5a; 64];
-    space.write(last - 32, &data).unwrap();
-    space.write(u64::MAX - 63, &data).unwrap();
-    let mut found = [0; 64];
-    space.read(u64::MAX - 63, &mut found).unwrap();
-    assert_eq!(found, data);
-
-    assert_eq!(errno(space.map(last, pages(1), ReadWrite)), libc::EEXIST);
-    assert_eq!(space.unmap(last, p).unwrap(), p);
-    assert_eq!(space.unmap_all().unwrap(), p);
-}
-
-#[test]
-fn b24_an_access_does_not_wrap_to_address_0() {
-    let p = page_size();
-    let space = IoAddressSpace::new();
-    space.map(u64::MAX - p + 1, pages(1), ReadWrite).unwrap();
-    space.map(0, pages(1), ReadWrite).unwrap();
-    let error = space.write(u64::MAX - 7, &[1; 16]).unwrap_err();
-    assert_eq!((error.errno(), error.completed()), (libc::EOVERFLOW, 0));
-    let mut first = [0xff];
-    space.read(0, &mut first).unwrap();
-    assert_eq!(first, [0]);
-}
-
-#[test]
 fn a_write_needs_the_read_permission_too() {
     let p = page_size();
     let space = IoAddressSpace::new();

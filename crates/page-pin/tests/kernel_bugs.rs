@@ -1,11 +1,13 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bugs that the kernel had, kept away.
+//! Bugs that Linux had with pins. docs/kernel-bugs.md lists them; `ci/kernel-bugs/run` puts each into the
+//! code and expects its test here to fail.
 
 mod common;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,6 +19,18 @@ const PAGE: u64 = 4096;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
+}
+
+/// Runs in a thread of its own, which is left behind where it waits for itself.
+#[track_caller]
+fn must_end(run: impl FnOnce() + Send + 'static) {
+    let (done, ended) = channel();
+    thread::spawn(move || {
+        run();
+        done.send(()).unwrap();
+    });
+    let ended = ended.recv_timeout(Duration::from_secs(30));
+    ended.expect("waits for itself, or has panicked");
 }
 
 fn quiet(table: &PinTable, name: &str) -> Access {
@@ -244,8 +258,10 @@ fn b13_a_notice_may_unpin_on_another_thread_and_wait_for_it() {
     };
     let access = table.register("cache", Interest::Holder, Arc::new(notice));
     cache.lock().unwrap().push(access.pin(0, 4).unwrap());
-    table.tell(PAGE, PAGE);
-    assert!(!table.is_pinned(0, 4 * PAGE));
+    must_end(move || {
+        table.tell(PAGE, PAGE);
+        assert!(!table.is_pinned(0, 4 * PAGE));
+    });
 }
 
 #[test]

@@ -45,7 +45,7 @@ fn bitmap(space: &IoAddressSpace, first: u64, pages: u64, before: u64) -> Vec<u6
 
 /// Any first byte and length that reaches over pages.
 #[test]
-fn b2_bits_are_those_of_the_bytes_whatever_the_offset() {
+fn b02_bits_are_those_of_the_bytes_whatever_the_offset() {
     let p = page_size();
     let space = space(&[(0, 2), (2, 3)]);
     let handle = space.handle();

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use iommu_type1::{
-    page_size, Backing, Error, Interest, IoAddressSpace, ReaderBarrier, Transfer, UnmapOptions,
-    UnmapPolicy,
+    page_size, Backing, DirtyBitmap, Error, Interest, IoAddressSpace, ReaderBarrier, Transfer,
+    UnmapOptions, UnmapPolicy,
 };
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
@@ -383,6 +383,40 @@ fn an_access_that_runs_too_long_makes_a_start_uncertain() {
             assert!(taken(space, 0, 100).is_empty());
         });
     }
+}
+
+/// A bitmap that could not be written had been shifted by then, and stayed so: the next one was wrong.
+#[test]
+fn b24_a_harvest_that_fails_loses_and_shifts_nothing() {
+    let p = page_size();
+    let mut kept = None;
+    with_a_running_write(ReaderBarrier::Fence, |space| {
+        assert_access_runs(space.start_dirty_tracking());
+        map(space, 0x103, 100);
+        for page in [0x103, 0x105, 0x103 + 63, 0x103 + 64, 0x103 + 99] {
+            space.write(page * p, &[1]).unwrap();
+        }
+        // From inside a word of the bitmap on, and over several of them.
+        let (at, size) = (0x100 * p, 0x70 * p);
+        let mut words = [u64::MAX; 2];
+        for _ in 0..3 {
+            let mut bitmap = DirtyBitmap::new(at, size, p, &mut words).unwrap();
+            assert_access_runs(space.take_dirty_bitmap(&mut bitmap));
+        }
+        assert_eq!(words, [u64::MAX; 2]);
+        let mut short = DirtyBitmap::new(at, 4 * p, p, &mut words).unwrap();
+        let error = space.take_dirty_bitmap(&mut short).unwrap_err();
+        assert!(matches!(error, Error::Bisect { .. }), "{error}");
+        let mut large = DirtyBitmap::new(at, size, 2 * p, &mut words).unwrap();
+        let error = space.take_dirty_bitmap(&mut large).unwrap_err();
+        assert!(matches!(error, Error::BitmapPageSize { .. }), "{error}");
+        kept = Some(space.clone());
+    });
+    let space = kept.unwrap();
+    let mut words = [0; 2];
+    let mut bitmap = DirtyBitmap::new(0x100 * p, 0x70 * p, p, &mut words).unwrap();
+    space.take_dirty_bitmap(&mut bitmap).unwrap();
+    assert_eq!(words, [1 << 3 | 1 << 5, 1 << 2 | 1 << 3 | 1 << 38]);
 }
 
 #[test]
