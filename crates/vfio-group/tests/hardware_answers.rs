@@ -14,6 +14,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::time::Duration;
 
 use vfio_group::hardware::{HardwareContainer, HardwareGroup, READ, WRITE};
 use vfio_group::{Error, IommuType};
@@ -260,6 +261,9 @@ fn the_status_of_a_group_is_what_the_kernel_writes() {
 #[test]
 fn a_user_is_the_file_that_the_kernel_opened() {
     let (mut reader, writer) = UnixStream::pair().unwrap();
+    // What stays open would never end.
+    let stuck = Some(Duration::from_secs(20));
+    reader.set_read_timeout(stuck).unwrap();
     let opened = writer.as_raw_fd();
     let mut writer = Some(writer);
     answer_with(move |call| {
