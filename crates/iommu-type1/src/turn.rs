@@ -28,6 +28,7 @@ pub(crate) struct Turn<'a> {
 
 impl Space {
     /// Waits for a turn to change what is mapped in `range`.
+    #[inline]
     pub(crate) fn turn(&self, range: IovaRange) -> Result<Turn<'_>> {
         let writer = lock(&self.writer);
         if writer.is_heard {
@@ -69,6 +70,7 @@ impl Space {
 impl<'a> Turn<'a> {
     /// Asks those who listen whether `after` may come for `before`. As others may have changed something else
     /// meanwhile, `check` looks again.
+    #[inline]
     pub(crate) fn ask(
         self,
         before: &[Arc<Mapping>],
@@ -78,6 +80,16 @@ impl<'a> Turn<'a> {
         if self.listeners.is_none() {
             return (self, Ok(()));
         }
+        self.ask_those_who_listen(before, after, check)
+    }
+
+    #[inline(never)]
+    fn ask_those_who_listen(
+        self,
+        before: &[Arc<Mapping>],
+        after: &[Arc<Mapping>],
+        check: impl FnOnce(&Writer) -> Result<()>,
+    ) -> (Self, Result<()>) {
         let (turn, told) =
             self.unlocked(|listeners, space| listeners.exchange(space, before, after));
         if told.is_err() {

@@ -11,6 +11,7 @@
 //! What was replaced ([`crate::replace`]) is waited for in the same way, though its addresses are not
 //! removed: by whoever has replaced it, and by every unmap that meets its addresses.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::slice;
@@ -257,6 +258,8 @@ pub(crate) struct Revocation<'a> {
     unlinked: Unlinked,
     /// Whether none of those accesses runs any more.
     graced: bool,
+    /// Whether any page of it was pinned when that was told.
+    pinned: bool,
     deadline: Deadline,
 }
 
@@ -281,9 +284,9 @@ impl<'a> Revocation<'a> {
         set: SetId,
         marked: bool,
     ) -> Result<Self> {
-        let none = Revocation::of(space, Vec::new(), Unlinked::default(), options);
+        let mut revocation = Revocation::of(space, Vec::new(), Unlinked::default(), options);
         let Some(first) = ranges.first() else {
-            return Ok(none);
+            return Ok(revocation);
         };
         check_outside(space, *first)?;
         let mut writer = space.turn(*first)?;
@@ -320,14 +323,18 @@ impl<'a> Revocation<'a> {
             true => mappings.clone(),
             false => Vec::new(),
         };
-        let mut replaced: Vec<Arc<Mapping>> = Vec::new();
+        let mut replaced: Vec<Replaced> = Vec::new();
         for range in ranges {
             if !stops(&writer, space, *range) {
                 writer.retry(*range, &mut mappings);
             }
             for mapping in writer.replaced_in(*range) {
-                if !replaced.iter().any(|other| Arc::ptr_eq(other, mapping)) {
-                    replaced.push(mapping.clone());
+                let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
+                if !replaced.iter().any(is_it) {
+                    replaced.push(Replaced {
+                        mapping: mapping.clone(),
+                        gone: None,
+                    });
                 }
             }
         }
@@ -337,14 +344,9 @@ impl<'a> Revocation<'a> {
         }
         cuts.tell(writer, &revoked);
         drop(revoked);
-        let mut revocation = Revocation::of(space, mappings, unlinked, options);
-        revocation.replaced = replaced
-            .into_iter()
-            .map(|mapping| Replaced {
-                mapping,
-                gone: None,
-            })
-            .collect();
+        revocation.mappings = mappings;
+        revocation.unlinked = unlinked;
+        revocation.replaced = replaced;
         Ok(revocation)
     }
 
@@ -396,6 +398,7 @@ impl<'a> Revocation<'a> {
             policy: options.policy,
             unlinked,
             graced: false,
+            pinned: false,
             deadline: Deadline::after(options.deadline),
         }
     }
@@ -429,7 +432,7 @@ impl<'a> Revocation<'a> {
         self.graced = self.space.grace.synchronize(&self.deadline);
     }
 
-    fn tell(&self) {
+    fn tell(&mut self) {
         let gone = self.replaced.iter().filter_map(|replaced| replaced.gone);
         for range in self
             .mappings
@@ -437,7 +440,8 @@ impl<'a> Revocation<'a> {
             .map(|mapping| mapping.range)
             .chain(gone)
         {
-            self.space.pins.tell(range.first, range.size());
+            let pinned = self.space.pins.tell(range.first, range.size());
+            self.pinned |= pinned;
         }
         self.remind();
     }
@@ -446,7 +450,7 @@ impl<'a> Revocation<'a> {
     fn remind(&self) {
         let (pins, times) = (&self.space.pins, self.space.reminders);
         for range in self.mappings.iter().map(|mapping| mapping.range) {
-            if times > 0 && pins.is_pinned(range.first, range.size()) {
+            if times > 0 && self.is_pinned(range) {
                 let deadline = self.deadline.instant();
                 let _holders = pins.remind(range.first, range.size(), times, deadline);
             }
@@ -454,8 +458,12 @@ impl<'a> Revocation<'a> {
     }
 
     fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
-        let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
-        let waited: Vec<_> = replaced.chain(&self.mappings).cloned().collect();
+        let waited = if self.replaced.is_empty() {
+            Cow::Borrowed(&self.mappings)
+        } else {
+            let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
+            Cow::Owned(replaced.chain(&self.mappings).cloned().collect())
+        };
         let leased = self.space.leases.wait_released(&waited, &self.deadline);
         drop(waited);
         // Both in the same order.
@@ -529,6 +537,12 @@ impl<'a> Revocation<'a> {
         })
     }
 
+    fn is_pinned(&self, range: IovaRange) -> bool {
+        // After the grace period there are no more pins than when they were told.
+        let may_be = self.pinned || !self.graced;
+        may_be && self.space.pins.is_pinned(range.first, range.size())
+    }
+
     /// Who still holds something of the mapping when the deadline has passed, or has pinned something of
     /// `pinned`.
     fn holders(&self, mapping: &Mapping, pinned: Option<IovaRange>, leased: bool) -> Vec<Holder> {
@@ -550,7 +564,7 @@ impl<'a> Revocation<'a> {
         let Some(range) = pinned else {
             return holders;
         };
-        if pins.is_pinned(range.first, range.size()) {
+        if self.is_pinned(range) {
             let pinned = pins.wait_released(range.first, range.size(), self.deadline.instant());
             holders.extend(pinned.err().into_iter().flatten().map(|pin| Holder {
                 kind: HolderKind::Pin,
@@ -576,11 +590,10 @@ impl<'a> Revocation<'a> {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        let over = over.into_iter();
-        let table = &self.space.table;
-        let released: Vec<_> = over
-            .filter_map(|mapping| writer.release(table, mapping))
-            .collect();
+        let mut released = Vec::new();
+        for mapping in over {
+            released.extend(writer.release(&self.space.table, mapping));
+        }
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));

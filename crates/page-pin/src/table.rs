@@ -154,17 +154,20 @@ impl PinTable {
         Prevented::new(self.shared.clone(), key)
     }
 
-    /// Tells everyone interested that `size` bytes from `iova` are about to be unmapped.
+    /// Tells everyone interested that `size` bytes from `iova` are about to be unmapped; whether any
+    /// page of it was pinned before.
     ///
     /// Nobody is called twice, and no lock is held during the calls. Pins made after this call are
     /// not told: the caller prevents them first.
-    pub fn tell(&self, iova: u64, size: u64) {
+    pub fn tell(&self, iova: u64, size: u64) -> bool {
         let Some(range) = self.shared.covering(iova, size) else {
-            return;
+            return false;
         };
-        for registration in self.shared.interested(iova, iova + (size - 1), range) {
+        let (pinned, interested) = self.shared.interested(iova, iova + (size - 1), range);
+        for registration in interested {
             registration.notify(iova, size);
         }
+        pinned
     }
 
     /// Waits as [`wait_released`](PinTable::wait_released) does, and up to `times` times, spread over
@@ -745,8 +748,13 @@ impl Shared {
         }
     }
 
-    fn interested(&self, iova: u64, last: u64, range: PageRange) -> Vec<Arc<Registration>> {
+    /// Whether anyone holds a pin in the range, and whom to tell.
+    fn interested(&self, iova: u64, last: u64, range: PageRange) -> (bool, Vec<Arc<Registration>>) {
         let state = lock(&self.state);
+        if state.accesses.is_empty() {
+            // Nor are there pins.
+            return (false, Vec::new());
+        }
         let mut ids: Vec<AccessId> = state
             .pins
             .range(keys(range))
@@ -754,14 +762,11 @@ impl Shared {
             .collect();
         ids.sort_unstable();
         ids.dedup();
-        state
-            .accesses
-            .iter()
-            .filter(|(id, entry)| {
-                entry.interest.covers(iova, last) || ids.binary_search(id).is_ok()
-            })
-            .filter_map(|(_, entry)| entry.registration.upgrade())
-            .collect()
+        let accesses = state.accesses.iter().filter(|(id, entry)| {
+            entry.interest.covers(iova, last) || ids.binary_search(id).is_ok()
+        });
+        let interested = accesses.filter_map(|(_, entry)| entry.registration.upgrade());
+        (!ids.is_empty(), interested.collect())
     }
 
     /// The registrations of holders, as far as they still are.
