@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use iommu_type1::{page_size, Backing, Interest, IoAddressSpace, MemlockLimit, PinOptions, Pinner};
+use iommu_type1::{
+    page_size, Backing, Error, Interest, IoAddressSpace, MemlockLimit, PinOptions, Pinner,
+};
 use vm_memory::Permissions::{Read, ReadWrite};
 
 /// Bytes this process has locked, as the kernel counts them.
@@ -74,6 +76,17 @@ fn b05_pinned_pages_are_locked_once_and_within_the_limit() {
     // Beyond the limit nothing of the call stays locked.
     let error = first.pin_pages(0, 6, Read).unwrap_err();
     assert_eq!(error.errno(), libc::ENOMEM);
+    assert_eq!(locked(), 2 * p);
+    // Nor is anything unlocked that others have: the second page is refused, the next two are theirs.
+    let last = first.pin_pages(7 * p, 1, Read).unwrap();
+    match first.pin_pages(0, 4, Read).unwrap_err() {
+        Error::Pin(page_pin::Error::Account { iova, errno }) => {
+            assert_eq!((iova, errno), (p, libc::ENOMEM));
+        }
+        other => panic!("{other}"),
+    }
+    assert_eq!(locked(), 3 * p);
+    drop(last);
     assert_eq!(locked(), 2 * p);
     let four = first.pin_pages(0, 4, Read).unwrap();
     assert_eq!(locked(), 4 * p);

@@ -3,6 +3,9 @@
 
 //! Pinners that are attached, moved and detached.
 
+#[path = "dirty_pages/log.rs"]
+mod log;
+
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
@@ -47,11 +50,15 @@ fn during_a_move_pins_and_accesses_are_refused_and_unpins_go_on() {
         assert_eq!((iova, size), (0, u64::MAX));
         count.fetch_add(1, Ordering::SeqCst);
         let pinner = owner.get().unwrap();
-        let pin = pinner.pin_pages(0, 1, ReadWrite).unwrap_err();
-        assert_eq!(
-            (pin.errno(), who(pinner).unwrap_err().errno()),
-            (libc::ENOENT, libc::ENOENT)
-        );
+        let refused = [
+            pinner.pin_pages(0, 1, ReadWrite).map(drop),
+            pinner.pin_list(&[0], ReadWrite).map(drop),
+            who(pinner).map(drop),
+        ];
+        for refused in refused.map(Result::unwrap_err) {
+            assert!(matches!(refused, Error::NotAttached { .. }), "{refused}");
+            assert_eq!(refused.errno(), libc::ENOENT);
+        }
         let again = pinner.replace(&other, LONG).unwrap_err();
         assert_eq!(
             (again.errno(), pinner.detach(LONG).unwrap_err().errno()),
@@ -108,6 +115,59 @@ fn whoever_does_not_let_go_stays_where_it_was() {
     drop(pinned);
     pinner.replace(&new, LONG).unwrap();
     assert_eq!(who(&pinner).unwrap_err().errno(), libc::EINVAL);
+}
+
+/// Nobody leaves a space in which an access of it may run.
+#[test]
+fn an_access_that_does_not_end_keeps_the_pinner_where_it_is() {
+    let (begun, has_begun) = channel();
+    let (end, may_end) = channel::<()>();
+    let may_end = Mutex::new(may_end);
+    let region = log::region(1, move |_, _| {
+        begun.send(()).unwrap();
+        // Or nobody is there any more to say so.
+        let _ = may_end.lock().unwrap().recv();
+    });
+    let [old, new] = spaces();
+    let at = 0x100 * page_size();
+    old.map(at, log::whole(&region), ReadWrite).unwrap();
+    let pinner = quiet(&old);
+    thread::scope(|scope| {
+        let end = end;
+        let writer = pinner.clone();
+        scope.spawn(move || writer.dma_rw(at, Transfer::Write(&[1])).unwrap());
+        // In case that it is never marked.
+        has_begun.recv_timeout(LONG).unwrap();
+        let soon = Duration::from_millis(1);
+        for result in [pinner.replace(&new, soon), pinner.detach(soon)] {
+            let error = result.unwrap_err();
+            assert!(matches!(error, Error::AccessRuns { .. }), "{error}");
+            assert_eq!(error.errno(), libc::EBUSY);
+            drop(pinner.pin_pages(0, 1, ReadWrite).unwrap());
+            assert_eq!(who(&pinner).unwrap(), *b"old");
+        }
+        drop(end);
+    });
+    pinner.replace(&new, LONG).unwrap();
+    assert_eq!(who(&pinner).unwrap(), *b"new");
+}
+
+/// Also where it was to be told, and somebody who was told before has moved it.
+#[test]
+fn who_has_left_is_not_told_of_the_space_it_was_in() {
+    let [old, new] = spaces();
+    let slot: Arc<OnceLock<Pinner>> = Arc::default();
+    let moving = slot.clone();
+    let notice = move |_, _| moving.get().unwrap().replace(&new, LONG).unwrap();
+    let _mover = old.pinner("mover", Interest::All, Arc::new(notice));
+    let told: Arc<Mutex<Vec<(u64, u64)>>> = Arc::default();
+    let all = told.clone();
+    let notice = move |iova, size| all.lock().unwrap().push((iova, size));
+    let pinner = old.pinner("moved", Interest::All, Arc::new(notice));
+    slot.set(pinner).unwrap();
+    let size = 4 * page_size();
+    assert_eq!(old.unmap(0, size).unwrap(), size);
+    assert_eq!(*told.lock().unwrap(), [(0, u64::MAX)]);
 }
 
 #[test]

@@ -13,7 +13,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::Watching;
-use page_pin::{Access, Error, Interest, PinGuard, PinOptions, PinTable, Quota};
+use page_pin::{
+    Access, Account, Error, Interest, PinGuard, PinOptions, PinTable, PinnedPage, Quota,
+};
 
 const PAGE: u64 = 4096;
 
@@ -133,6 +135,33 @@ fn b09_a_quota_is_never_exceeded_by_those_who_race_for_it() {
     assert_eq!(quota.charged(), 0);
 }
 
+/// The account itself, where there is next to nothing between two who ask it.
+#[test]
+fn b09_of_two_who_want_the_last_page_one_gets_it() {
+    let quota = Quota::new(1);
+    let (held, most) = (AtomicU64::new(0), AtomicU64::new(0));
+    let page = [PinnedPage {
+        iova: 0,
+        host: None,
+    }];
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..2_000_000 {
+                    while quota.charge(&page).is_err() {
+                        thread::yield_now();
+                    }
+                    // Whoever gave up here would have the others wait for ever.
+                    most.fetch_max(held.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    held.fetch_sub(1, Ordering::SeqCst);
+                    quota.uncharge(&page);
+                }
+            });
+        }
+    });
+    assert_eq!((most.into_inner(), quota.charged()), (1, 0));
+}
+
 #[test]
 fn b09_a_page_is_charged_once_until_its_last_pin_is_gone() {
     let quota = Quota::new(3);
@@ -156,6 +185,9 @@ fn b09_a_page_is_charged_once_until_its_last_pin_is_gone() {
     assert_eq!(quota.charged(), 2);
     drop(other);
     assert_eq!(quota.charged(), 1);
+    // The first for which there is no room is named.
+    let error = two.pin(8 * PAGE, 4).unwrap_err();
+    assert!(matches!(error, Error::Account { iova, .. } if iova == 10 * PAGE));
     // What was left to an access ends with it.
     drop(one);
     assert_eq!(quota.charged(), 0);
@@ -206,6 +238,22 @@ fn b11_a_holder_that_lets_go_at_the_third_notice_is_waited_for() {
     let deadline = Instant::now() + Duration::from_secs(20);
     assert_eq!(table.remind(0, PAGE, 2_000, deadline), Ok(()));
     assert_eq!(cache.lock().unwrap().0, 3);
+}
+
+#[test]
+fn b11_who_is_told_again_once_is_told_again() {
+    let table = PinTable::new(PAGE);
+    let cache: Arc<Mutex<Option<PinGuard>>> = Arc::default();
+    let told = cache.clone();
+    let notice = move |_, _| *told.lock().unwrap() = None;
+    let slow = table.register("slow", Interest::Holder, Arc::new(notice));
+    *cache.lock().unwrap() = Some(slow.pin(0, 1).unwrap());
+    // One whose time is over before it begins tells nobody.
+    let released = (0..10).any(|_| {
+        let deadline = Instant::now() + Duration::from_millis(100);
+        table.remind(0, PAGE, 1, deadline).is_ok()
+    });
+    assert!(released);
 }
 
 #[test]
