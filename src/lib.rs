@@ -14,6 +14,7 @@
 //! | [`iommu`] | `iommu-type1` | the IO address space, DMA through it |
 //! | [`group`] | `vfio-group` | container, group, device, external user |
 //! | [`gvt`] | `gvt-scheduler` | GPU workloads over any guest memory |
+//! | `vfio_user` (feature `vfio-user`) | `vfio-user-dma` | a vfio-user device server and its DMA table |
 //!
 //! ```
 //! use vfio_dma::group::{Container, ExternalUser, Group, IommuType};
@@ -39,3 +40,5 @@ pub use gvt_scheduler as gvt;
 pub use iommu_type1 as iommu;
 pub use page_pin as pin;
 pub use vfio_group as group;
+#[cfg(feature = "vfio-user")]
+pub use vfio_user_dma as vfio_user;

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use iommu_type1::{page_size, Backing, Error, IoAddressSpace, Profile};
+use iommu_type1::{page_size, Backing, Error, IoAddressSpace, Profile, UnmapOptions, UnmapPolicy};
 use vm_memory::Permissions::{Read, ReadWrite};
 
 fn p(pages: u64) -> u64 {
@@ -114,5 +114,46 @@ fn parts_and_other_memory_belong_to_the_set_too() {
     space.resume_vaddr(p(1), p(1), memory(1)).unwrap();
     assert_eq!(space.mappings(), 2);
     assert_eq!(set.close().unwrap(), p(2));
+    assert_eq!(space.mappings(), 0);
+}
+
+#[test]
+fn a_mapping_that_may_be_anywhere_belongs_to_the_set() {
+    let space = IoAddressSpace::new();
+    let (one, other) = (space.mapping_set(), space.mapping_set());
+    let iova = one.map_anywhere(memory(2), Read).unwrap();
+    assert_eq!(space.write(iova, &[1]).unwrap_err().errno(), libc::EPERM);
+    space.read(iova + p(2) - 1, &mut [0]).unwrap();
+    assert!(matches!(
+        other.unmap(iova, p(2)),
+        Err(Error::NotOwned { .. })
+    ));
+    drop(other);
+    assert_eq!(space.mappings(), 1);
+    drop(one);
+    assert_eq!(space.mappings(), 0);
+}
+
+/// The policy is the call's, and not that of the space.
+#[test]
+fn an_unmap_through_a_set_may_have_options() {
+    let space = IoAddressSpace::new();
+    let (one, other) = (space.mapping_set(), space.mapping_set());
+    one.map(p(1), memory(1), ReadWrite).unwrap();
+    let at_once = UnmapOptions::default().deadline(Duration::ZERO);
+    let held = space.scatter(p(1), 8, Read).unwrap();
+    let restore = at_once.policy(UnmapPolicy::Restore);
+    let error = other.unmap_with(p(1), p(1), restore).unwrap_err();
+    assert_eq!(error.errno(), libc::EPERM);
+    for (policy, is_mapped) in [
+        (UnmapPolicy::Restore, vec![1]),
+        (UnmapPolicy::Revoked, vec![]),
+    ] {
+        let error = one.unmap_with(p(1), p(1), at_once.policy(policy));
+        assert_eq!(error.unwrap_err().errno(), libc::EDEADLK);
+        assert_eq!(mapped(&space), is_mapped);
+    }
+    drop(held);
+    assert_eq!(one.unmap_with(p(1), p(1), at_once).unwrap(), p(1));
     assert_eq!(space.mappings(), 0);
 }

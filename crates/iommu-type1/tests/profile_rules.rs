@@ -386,6 +386,30 @@ fn memory_that_is_taken_away_is_released() {
     assert_eq!(errno(space.write(p, &[1])), Err(libc::EPERM));
 }
 
+/// What refused it can be put right: the mapping stays as it was.
+#[test]
+fn memory_of_another_size_is_not_given_back() {
+    let p = page_size();
+    let space = space(Type1v2);
+    space.map(p, pages(1), ReadWrite).unwrap();
+    space.map(2 * p, pages(2), ReadWrite).unwrap();
+    assert_eq!(space.invalidate_vaddr(2 * p, 2 * p).unwrap(), 2 * p);
+    for wrong in [1, 3] {
+        let error = space.resume_vaddr(2 * p, 2 * p, pages(wrong)).unwrap_err();
+        assert_eq!(error.errno(), libc::EFAULT);
+        let (due, had) = (2 * p, wrong * p);
+        assert!(
+            matches!(error, Error::BackingRange { offset: 0, len, size } if (len, size) == (due, had)),
+            "{error}"
+        );
+        // What lies before it was read.
+        let error = space.read(2 * p - 3, &mut [0; 8]).unwrap_err();
+        assert_eq!((error.errno(), error.completed()), (libc::EBUSY, 3));
+    }
+    space.resume_vaddr(2 * p, 2 * p, pages(2)).unwrap();
+    space.read(2 * p - 3, &mut [0; 8]).unwrap();
+}
+
 #[test]
 fn a_copy_shares_memory_and_shrinks_permissions_only() {
     let p = page_size();

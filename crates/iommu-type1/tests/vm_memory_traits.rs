@@ -305,3 +305,76 @@ fn a_stream_that_fails_says_where_and_why() {
     assert_eq!((error.errno(), error.completed()), (libc::EPIPE, 0));
     assert_eq!(space.unmap(p, p).unwrap(), p);
 }
+
+#[test]
+fn a_stream_that_may_end_early_fails_only_at_its_first_byte() {
+    let p = page_size();
+    let len = p as usize;
+    let handle = space().handle();
+    let source = vec![7; 4 * len];
+    let fill = |at| handle.read_volatile_from(GuestAddress(at), &mut &source[..], 4 * len);
+    assert_eq!(fill(p).unwrap(), 2 * len);
+    for (at, errno) in [(3 * p, libc::EPERM), (4 * p, libc::EINVAL)] {
+        let error = fill(at).unwrap_err();
+        assert_eq!((error.errno(), error.completed()), (errno, 0));
+    }
+    let drain = |at| {
+        let mut sink = Vec::new();
+        let drained = handle.write_volatile_to(GuestAddress(at), &mut sink, 4 * len);
+        drained.map(|count| (count, sink.len()))
+    };
+    assert_eq!(drain(p).unwrap(), (3 * len, 3 * len));
+    assert_eq!(drain(4 * p).unwrap_err().errno(), libc::EINVAL);
+}
+
+/// Answers as it is told, and gives one byte a call when there is nothing more to answer.
+struct Answers(Vec<VolatileMemoryError>);
+
+impl ReadVolatile for Answers {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buf: &mut VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        match self.0.pop() {
+            Some(error) => Err(error),
+            None => Ok(buf.write(&[7], 0).unwrap()),
+        }
+    }
+}
+
+fn from_io(kind: io::ErrorKind) -> VolatileMemoryError {
+    VolatileMemoryError::IOError(kind.into())
+}
+
+#[test]
+fn a_stream_that_is_interrupted_goes_on() {
+    let p = page_size();
+    let handle = space().handle();
+    let interrupted = || from_io(io::ErrorKind::Interrupted);
+    let mut source = Answers(vec![interrupted(), interrupted()]);
+    let at = GuestAddress(p);
+    assert_eq!(handle.read_volatile_from(at, &mut source, 1).unwrap(), 1);
+    assert!(source.0.is_empty());
+    assert_eq!(handle.read_obj::<u8>(at).unwrap(), 7);
+}
+
+/// What is no error of the system is EIO, and says what it was.
+#[test]
+fn a_stream_whose_source_is_broken_says_so() {
+    let p = page_size();
+    let mut source = Answers(vec![VolatileMemoryError::OutOfBounds { addr: 77 }]);
+    let error = space()
+        .handle()
+        .read_exact_volatile_from(GuestAddress(p), &mut source, 1)
+        .unwrap_err();
+    assert_eq!((error.errno(), error.completed()), (libc::EIO, 0));
+    let Error::Stream { iova, source, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(iova, p);
+    let inner = source.get_ref().unwrap().downcast_ref();
+    assert!(matches!(
+        inner,
+        Some(VolatileMemoryError::OutOfBounds { addr: 77 })
+    ));
+}

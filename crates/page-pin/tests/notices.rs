@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use page_pin::{Access, Error, Interest, PinGuard, PinTable};
+use page_pin::{Access, Error, Interest, NoAccount, PinGuard, PinOptions, PinTable, Quota};
 
 const PAGE: u64 = 4096;
 
@@ -163,6 +163,84 @@ fn bad_ranges_are_refused_with_their_errno() {
             page_size: PAGE
         }
     );
+}
+
+#[test]
+fn a_table_may_allow_fewer_or_more_pages_a_call() {
+    for max in [3, 1000] {
+        let table = PinTable::with_options(PAGE, PinOptions::new().max_pages(max));
+        let access = table.register("nic", Interest::Holder, Arc::new(|_, _| ()));
+        let too_many = Error::TooMany {
+            npages: max + 1,
+            max,
+        };
+        let list: Vec<u64> = (0..=max as u64).map(|page| page * PAGE).collect();
+        assert_eq!(access.pin(0, max + 1).unwrap_err(), too_many);
+        assert_eq!(access.pin_list(&list).unwrap_err(), too_many);
+        access.pin(0, max).unwrap().keep();
+        assert_eq!(access.unpin(0, max + 1).unwrap_err(), too_many);
+        assert_eq!(too_many.errno(), libc::E2BIG);
+        assert_eq!(table.pins(0), 1);
+        access.unpin(0, max).unwrap();
+        assert_eq!(table.pins(0), 0);
+    }
+}
+
+/// A quota that is nobody's limit, and none at all, are for code that takes any account.
+#[test]
+fn what_an_account_allows_is_pinned() {
+    let quota = Quota::new(2);
+    let pin = |options: PinOptions, npages| {
+        let table = PinTable::with_options(PAGE, options);
+        let access = table.register("nic", Interest::Holder, Arc::new(|_, _| ()));
+        let pinned = access.pin(0, npages).map(drop);
+        assert_eq!(quota.charged(), 0, "given back");
+        pinned
+    };
+    let with_quota = || PinOptions::new().account(Arc::new(quota.clone()));
+    pin(with_quota(), quota.limit() as usize).unwrap();
+    // The first page that is too many is named.
+    assert_eq!(
+        pin(with_quota(), 5).unwrap_err(),
+        Error::Account {
+            iova: quota.limit() * PAGE,
+            errno: libc::ENOMEM
+        }
+    );
+    pin(PinOptions::new().account(Arc::new(NoAccount)), 512).unwrap();
+}
+
+#[test]
+fn an_access_is_named_in_its_errors_as_it_was_registered() {
+    let table = PinTable::new(PAGE);
+    table.register("first", Interest::Holder, Arc::new(|_, _| ()));
+    let access = table.register("nic", Interest::Holder, Arc::new(|_, _| ()));
+    assert_eq!(access.name(), "nic");
+    let error = access.unpin(2 * PAGE, 1).unwrap_err();
+    let due = format!(
+        "{} (access {}) has no kept pin on the page at 0x2000",
+        access.name(),
+        access.id()
+    );
+    assert_eq!(error.to_string(), due);
+}
+
+#[test]
+fn in_a_range_of_no_bytes_nothing_is_held() {
+    let table = PinTable::new(PAGE);
+    let access = table.register("nic", Interest::Holder, Arc::new(|_, _| ()));
+    let _pin = access.pin(0, 2).unwrap();
+    let visit = |size| {
+        let mut seen = Vec::new();
+        table.for_each_pinned(PAGE, size, |page| seen.push(page));
+        seen
+    };
+    assert_eq!(table.wait_released(PAGE, 0, Instant::now()), Ok(()));
+    assert!(table.holders(PAGE, 0).is_empty());
+    assert!(visit(0).is_empty());
+    // A byte of the page is enough.
+    assert!(table.wait_released(PAGE, 1, Instant::now()).is_err());
+    assert_eq!(visit(1), [PAGE]);
 }
 
 static_assertions::assert_impl_all!(PinTable: Send, Sync, Clone);

@@ -165,6 +165,21 @@ fn v1_removes_whole_mappings_and_pins_nothing() {
     assert_eq!(container.unmap(IOVA, page_size()).unwrap(), size);
 }
 
+/// What an access had done before it failed is known; what is no access has done nothing.
+#[test]
+fn errors_say_how_far_an_access_came() {
+    let (_group, file, container) = ready();
+    map_page(&container).unwrap();
+    let user = ExternalUser::from_group(&file).unwrap();
+    let last_three = IOVA + page_size() - 3;
+    let error = user.write(last_three, &[0; 8]).unwrap_err();
+    assert_eq!((error.errno(), error.completed()), (libc::EINVAL, 3));
+    let error = map_page(&container).unwrap_err();
+    assert_eq!((error.errno(), error.completed()), (libc::EEXIST, 0));
+    let error = file.unset_container().unwrap_err();
+    assert_eq!((error.errno(), error.completed()), (libc::EBUSY, 0));
+}
+
 #[test]
 fn a_group_is_not_viable_while_another_driver_has_a_device() {
     let group = Group::new(1);

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use iommu_type1::{page_size, Backing, Interest, IoAddressSpace};
+use page_pin::PinPages;
 use vfio_group::{Container, Error, ExternalUser, Group, GroupFile, IommuType};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
@@ -173,6 +174,40 @@ fn whatever_is_made_through_a_user_keeps_the_attachment() {
         drop(made);
         assert_ended(&group, &space);
     }
+}
+
+/// As code does that takes any source of pins.
+#[test]
+fn pages_pinned_by_whoever_pins_for_anybody_keep_the_attachment() {
+    fn pin<P: PinPages>(pins: &P, npages: usize) -> Result<P::Pinned, P::Error> {
+        pins.pin_pages(IOVA, npages, Permissions::ReadWrite)
+    }
+    let vm = Vm::new();
+    let space = vm.space();
+    let user = vm.user();
+    assert_eq!(pin(&user, 1).unwrap_err().errno(), libc::EINVAL);
+    user.register_notifier("vgpu0", Interest::Holder, Arc::new(|_, _| ()))
+        .unwrap();
+    assert_eq!(pin(&user, 2).unwrap_err().errno(), libc::EINVAL);
+    let pinned = pin(&user, 1).unwrap();
+    let Vm {
+        group,
+        file,
+        container,
+    } = vm;
+    drop((user, file, container));
+    assert_eq!((group.container_users(), space.mappings()), (1, 1));
+    drop(pinned);
+    assert_ended(&group, &space);
+}
+
+#[test]
+fn a_device_file_names_what_it_keeps() {
+    let (vm, other) = (Vm::new(), Vm::new());
+    let file = vm.file.device("vgpu0").unwrap();
+    assert_eq!(file.device().name(), "vgpu0");
+    assert_eq!(file.group(), &vm.group);
+    assert_ne!(file.group(), &other.group);
 }
 
 #[test]

@@ -7,7 +7,7 @@
 
 use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use iommu_type1::{page_size, Backing};
 use vfio_group::{Container, Device, Error, ExternalUser, Group, GroupFile, IommuType};
@@ -84,6 +84,20 @@ fn an_unplug_that_runs_out_of_time_names_who_has_the_device() {
     let gone = vm.device.unplug(Duration::ZERO).unwrap_err();
     assert_eq!(gone.errno(), libc::ENODEV);
     vm.group.add_device("vgpu0").unwrap();
+}
+
+/// It asks, gives the users that time, and says what it does at once without any.
+#[test]
+fn an_unplug_waits_as_long_as_it_was_told() {
+    let vm = Vm::new();
+    let notifier = vm.notifier(EFD_NONBLOCK);
+    let _opened = vm.file.device_for("vgpu0", "the guest").unwrap();
+    let timeout = Duration::from_millis(2);
+    let begun = Instant::now();
+    let error = vm.device.unplug(timeout).unwrap_err();
+    assert!(begun.elapsed() >= timeout);
+    assert_eq!(users(error), ["the guest"]);
+    assert_eq!(notifier.read().unwrap(), 1);
 }
 
 /// Who is asked closes the device, and whoever waits is told of that.

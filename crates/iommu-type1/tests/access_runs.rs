@@ -1,0 +1,90 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! An access that runs beyond the deadline of who wants to take away what it may use.
+
+#[path = "dirty_pages/log.rs"]
+mod log;
+
+use std::sync::{mpsc, Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace, ReaderBarrier};
+use vm_memory::Permissions::{Read, ReadWrite};
+
+const DEADLINE: Duration = Duration::from_millis(1);
+
+/// Runs `meanwhile` while a write to page 4 is in the middle of itself; page 0 is mapped too.
+fn beside_a_write(barrier: ReaderBarrier, meanwhile: impl FnOnce(&IoAddressSpace)) {
+    let p = page_size();
+    let (begun, has_begun) = mpsc::channel();
+    let (end, may_end) = mpsc::channel::<()>();
+    let may_end = Mutex::new(may_end);
+    let region = log::region(1, move |_, _| {
+        begun.send(()).unwrap();
+        // Or nobody is there any more to say so.
+        let _ = may_end.lock().unwrap().recv();
+    });
+    let space = IoAddressSpace::builder()
+        .unmap_deadline(DEADLINE)
+        .reader_barrier(barrier)
+        .build();
+    space.map(4 * p, log::whole(&region), ReadWrite).unwrap();
+    let page = Backing::anonymous(p as usize).unwrap();
+    space.map(0, page, ReadWrite).unwrap();
+    thread::scope(|scope| {
+        let end = end;
+        scope.spawn(|| space.write(4 * p, &[1]).unwrap());
+        // In case that it is never marked.
+        has_begun.recv_timeout(Duration::from_secs(60)).unwrap();
+        meanwhile(&space);
+        drop(end);
+    });
+}
+
+#[track_caller]
+fn assert_access_runs<T: std::fmt::Debug>(result: Result<T, Error>) {
+    let error = result.unwrap_err();
+    assert!(
+        matches!(error, Error::AccessRuns { waited } if waited >= DEADLINE),
+        "{error}"
+    );
+    assert_eq!(error.errno(), libc::EBUSY);
+}
+
+#[test]
+fn memory_is_not_taken_away() {
+    for barrier in [ReaderBarrier::Fence, ReaderBarrier::Membarrier] {
+        beside_a_write(barrier, |space| {
+            let p = page_size();
+            for _ in 0..2 {
+                assert_access_runs(space.invalidate_vaddr(0, p));
+                assert_access_runs(space.invalidate_all_vaddr());
+                // It is there as before, for everybody else.
+                space.write(0, &[1]).unwrap();
+                assert_eq!(space.mappings(), 2);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_pinner_stays_where_it_is() {
+    for barrier in [ReaderBarrier::Fence, ReaderBarrier::Membarrier] {
+        let other = IoAddressSpace::new();
+        let mut pinner = None;
+        beside_a_write(barrier, |space| {
+            let stays = space.pinner("nic", Interest::Holder, Arc::new(|_, _| ()));
+            assert_access_runs(stays.replace(&other, DEADLINE));
+            assert_access_runs(stays.detach(DEADLINE));
+            drop(stays.pin_pages(0, 1, Read).unwrap());
+            pinner = Some(stays);
+        });
+        // The write has ended.
+        let pinner = pinner.unwrap();
+        pinner.replace(&other, Duration::from_secs(60)).unwrap();
+        let error = pinner.pin_pages(0, 1, Read).unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL, "nothing is mapped there");
+    }
+}

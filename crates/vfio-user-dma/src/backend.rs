@@ -1,0 +1,146 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a device implements to be served.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE,
+};
+
+use crate::DmaTable;
+
+/// A region of a device: a BAR, its configuration space.
+#[derive(Clone, Debug, Default)]
+pub struct Region {
+    /// `VFIO_REGION_INFO_FLAG_READ`, `_WRITE`; `_MMAP` comes by itself where there is a file.
+    pub flags: u32,
+    /// Bytes; 0 for one that the device does not have.
+    pub size: u64,
+    /// The file that the client may map it from.
+    pub mmap: Option<RegionFile>,
+}
+
+/// The file behind a region.
+#[derive(Clone, Debug)]
+pub struct RegionFile {
+    /// The file.
+    pub fd: Arc<OwnedFd>,
+    /// Where the region begins in it.
+    pub offset: u64,
+    /// Offset and size of the parts that may be mapped; none for all of it.
+    pub areas: Vec<(u64, u64)>,
+}
+
+impl Region {
+    /// One that is read and written by messages.
+    pub fn new(size: u64) -> Self {
+        Region {
+            flags: VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE,
+            size,
+            mmap: None,
+        }
+    }
+}
+
+/// A kind of interrupts of a device: INTx, MSI, MSI-X.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Irqs {
+    /// `VFIO_IRQ_INFO_*`.
+    pub flags: u32,
+    /// How many of it there are.
+    pub count: u32,
+}
+
+/// What a client wants of interrupts: `VFIO_DEVICE_SET_IRQS`, checked as the kernel checks it.
+#[derive(Debug)]
+pub struct SetIrqs {
+    /// Which kind.
+    pub index: u32,
+    /// The first of it.
+    pub start: u32,
+    /// How many; 0 with [`IrqData::None`] and [`IrqAction::Trigger`] turns all of the kind off.
+    pub count: u32,
+    /// What is to happen.
+    pub action: IrqAction,
+    /// How each of them is concerned.
+    pub data: IrqData,
+}
+
+/// What is to happen with interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IrqAction {
+    /// `VFIO_IRQ_SET_ACTION_MASK`
+    Mask,
+    /// `VFIO_IRQ_SET_ACTION_UNMASK`
+    Unmask,
+    /// `VFIO_IRQ_SET_ACTION_TRIGGER`
+    Trigger,
+}
+
+/// Which of the interrupts are concerned, and how they are signalled.
+#[derive(Debug)]
+pub enum IrqData {
+    /// All.
+    None,
+    /// Those that are `true`.
+    Bool(Vec<bool>),
+    /// Each by its eventfd; none at all takes them away. What was sent may be any file: a write to it may
+    /// block or fail.
+    Eventfd(Vec<OwnedFd>),
+}
+
+/// A device that a [`Server`](crate::Server) serves. All calls come from the thread that serves it.
+///
+/// Errors travel to the client as their errno ([`io::Error::from_raw_os_error`]), EIO where they have none.
+pub trait Backend {
+    /// Where the device does its DMA. Threads of the device take [handles](DmaTable::handle) of it.
+    fn dma(&self) -> &DmaTable;
+
+    /// `VFIO_DEVICE_FLAGS_*`.
+    fn flags(&self) -> u32 {
+        VFIO_DEVICE_FLAGS_PCI | VFIO_DEVICE_FLAGS_RESET
+    }
+
+    /// Its regions by index.
+    fn regions(&self) -> &[Region];
+
+    /// Its kinds of interrupts by index.
+    fn irqs(&self) -> &[Irqs];
+
+    /// Reads a region. The range is inside of it, and it may be read.
+    ///
+    /// # Errors
+    ///
+    /// What the client is told.
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()>;
+
+    /// Writes a region. The range is inside of it, and it may be written.
+    ///
+    /// # Errors
+    ///
+    /// What the client is told.
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Changes how interrupts are signalled.
+    ///
+    /// # Errors
+    ///
+    /// What the client is told.
+    fn set_irqs(&mut self, set: SetIrqs) -> io::Result<()>;
+
+    /// Resets the device.
+    ///
+    /// # Errors
+    ///
+    /// What the client is told.
+    fn reset(&mut self) -> io::Result<()>;
+
+    /// The client has gone. Its mappings go when this returns, so what holds memory of them should let go, and
+    /// eventfds have nobody at the other end any more.
+    fn disconnected(&mut self) {}
+}

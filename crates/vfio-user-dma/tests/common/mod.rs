@@ -1,0 +1,453 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A client and a device to try the server with.
+
+#![allow(dead_code)] // Each test file uses a part of it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vfio_user_dma::wire::{self, command, flags, Header};
+use vfio_user_dma::{
+    Backend, Capabilities, DmaTable, End, Irqs, Region, RegionFile, Result, Server, SetIrqs,
+    Stopper,
+};
+
+pub const PAGE: u64 = 4096;
+pub const READ_WRITE: u32 = 3;
+
+/// A file of so many pages, each beginning with its number.
+pub fn memfd(pages: u64) -> File {
+    // SAFETY: the name ends with a NUL.
+    let fd = unsafe {
+        libc::memfd_create(
+            c"test".as_ptr(),
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+        )
+    };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor is new.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(pages * PAGE).unwrap();
+    for page in 0..pages.min(64) {
+        file.write_all_at(&page.to_le_bytes(), page * PAGE).unwrap();
+    }
+    file
+}
+
+pub fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut control = [0_u64; 64];
+    let mut iov = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: all zeroes is a valid message header.
+    let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    header.msg_iov = &mut iov;
+    header.msg_iovlen = 1;
+    let size = std::mem::size_of_val(fds) as u32;
+    if !fds.is_empty() {
+        header.msg_control = control.as_mut_ptr().cast();
+        // SAFETY: there is room for 100 descriptors; each is written inside of the area.
+        unsafe {
+            header.msg_controllen = libc::CMSG_SPACE(size) as _;
+            assert!(header.msg_controllen <= 512);
+            let first = libc::CMSG_FIRSTHDR(&header);
+            (*first).cmsg_level = libc::SOL_SOCKET;
+            (*first).cmsg_type = libc::SCM_RIGHTS;
+            (*first).cmsg_len = libc::CMSG_LEN(size) as _;
+            for (index, fd) in fds.iter().enumerate() {
+                let data = libc::CMSG_DATA(first).cast::<RawFd>().add(index);
+                data.write_unaligned(fd.as_raw_fd());
+            }
+        }
+    }
+    // SAFETY: the header points to buffers that outlive the call.
+    let sent = unsafe { libc::sendmsg(stream.as_raw_fd(), &header, libc::MSG_NOSIGNAL) };
+    assert!(sent > 0, "{}", io::Error::last_os_error());
+    (&*stream).write_all(&bytes[sent as usize..]).unwrap();
+}
+
+/// Receives a byte, and the file descriptor that comes with it.
+pub fn receive_fd(stream: &UnixStream) -> (u8, Option<OwnedFd>) {
+    let mut control = [0_u64; 8];
+    let mut byte = 0_u8;
+    let mut iov = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
+    // SAFETY: all zeroes is a valid message header.
+    let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    header.msg_iov = &mut iov;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = std::mem::size_of_val(&control) as _;
+    // SAFETY: the header points to buffers that outlive the call.
+    let received =
+        unsafe { libc::recvmsg(stream.as_raw_fd(), &mut header, libc::MSG_CMSG_CLOEXEC) };
+    assert_eq!(received, 1, "{}", io::Error::last_os_error());
+    // SAFETY: the kernel has filled the control area.
+    let first = unsafe { libc::CMSG_FIRSTHDR(&header) };
+    if first.is_null() {
+        return (byte, None);
+    }
+    // SAFETY: it holds one descriptor, which is new.
+    let fd =
+        unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned()) };
+    (byte, Some(fd))
+}
+
+#[derive(Debug)]
+pub struct Reply {
+    pub header: Header,
+    pub body: Vec<u8>,
+}
+
+impl Reply {
+    /// 0 or the errno.
+    pub fn errno(&self) -> i32 {
+        assert!(self.header.is_reply());
+        assert_eq!(
+            self.header.flags & flags::ERROR != 0,
+            self.header.error != 0
+        );
+        self.header.error as i32
+    }
+}
+
+/// The client's end.
+pub struct Client {
+    pub stream: UnixStream,
+    next_id: u16,
+}
+
+impl Client {
+    pub fn new(stream: UnixStream) -> Self {
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        stream
+            .set_write_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        Client {
+            stream,
+            next_id: 100,
+        }
+    }
+
+    pub fn send(&mut self, command: u16, body: &[u8]) -> u16 {
+        self.send_all(command, flags::COMMAND, body, &[])
+    }
+
+    pub fn send_all(
+        &mut self,
+        command: u16,
+        flags: u32,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> u16 {
+        let message_id = self.next_id;
+        self.next_id = self.next_id.wrapping_add(1);
+        let header = Header {
+            message_id,
+            command,
+            flags,
+            ..Header::default()
+        };
+        let bytes = wire::message(header, |bytes| bytes.extend_from_slice(body));
+        send_with_fds(&self.stream, &bytes, fds);
+        message_id
+    }
+
+    pub fn receive(&mut self) -> Reply {
+        self.try_receive().unwrap()
+    }
+
+    pub fn try_receive(&mut self) -> io::Result<Reply> {
+        let mut header = [0; Header::SIZE];
+        self.stream.read_exact(&mut header)?;
+        let (header, _) = Header::decode(&header).unwrap();
+        let mut body = vec![0; header.message_size as usize - Header::SIZE];
+        self.stream.read_exact(&mut body)?;
+        Ok(Reply { header, body })
+    }
+
+    pub fn call(&mut self, command: u16, body: &[u8]) -> Reply {
+        self.call_with(command, body, &[])
+    }
+
+    pub fn call_with(&mut self, command: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Reply {
+        let id = self.send_all(command, flags::COMMAND, body, fds);
+        let reply = self.receive();
+        assert_eq!(
+            (reply.header.message_id, reply.header.command),
+            (id, command)
+        );
+        reply
+    }
+
+    pub fn version(&mut self, capabilities: Capabilities) -> Reply {
+        let mut body = Vec::new();
+        wire::Version { major: 0, minor: 0 }.encode(&mut body);
+        body.extend_from_slice(&capabilities.to_text());
+        self.call(command::VERSION, &body)
+    }
+
+    pub fn map(&mut self, address: u64, size: u64, offset: u64, file: Option<&File>) -> i32 {
+        let fds: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
+        let body = map_body(READ_WRITE, address, size, offset);
+        self.call_with(command::DMA_MAP, &body, &fds).errno()
+    }
+
+    pub fn unmap(&mut self, flags: u32, address: u64, size: u64) -> std::result::Result<u64, i32> {
+        let mut body = Vec::new();
+        let unmap = wire::DmaUnmap {
+            argsz: wire::DmaUnmap::SIZE as u32,
+            flags,
+            address,
+            size,
+        };
+        unmap.encode(&mut body);
+        let reply = self.call(command::DMA_UNMAP, &body);
+        match reply.errno() {
+            0 => Ok(wire::DmaUnmap::decode(&reply.body).unwrap().0.size),
+            errno => Err(errno),
+        }
+    }
+
+    pub fn region_read(
+        &mut self,
+        region: u32,
+        offset: u64,
+        count: u32,
+    ) -> std::result::Result<Vec<u8>, i32> {
+        let mut body = Vec::new();
+        wire::RegionAccess {
+            offset,
+            region,
+            count,
+        }
+        .encode(&mut body);
+        let reply = self.call(command::REGION_READ, &body);
+        match reply.errno() {
+            0 => Ok(reply.body[wire::RegionAccess::SIZE..].to_vec()),
+            errno => Err(errno),
+        }
+    }
+
+    pub fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> i32 {
+        let mut body = Vec::new();
+        let count = data.len() as u32;
+        wire::RegionAccess {
+            offset,
+            region,
+            count,
+        }
+        .encode(&mut body);
+        body.extend_from_slice(data);
+        self.call(command::REGION_WRITE, &body).errno()
+    }
+
+    /// Nothing is left over of what was sent before.
+    pub fn assert_in_step(&mut self) {
+        assert_eq!(self.region_write(0, 8, &[7; 4]), 0);
+        assert_eq!(self.region_read(0, 8, 4), Ok(vec![7; 4]));
+    }
+
+    /// Answers one DMA_READ or DMA_WRITE of the server.
+    pub fn reply(&mut self, to: &Reply, flags: u32, error: u32, body: &[u8]) {
+        let header = Header {
+            flags: flags::REPLY | flags,
+            error,
+            ..to.header
+        };
+        let bytes = wire::message(header, |bytes| bytes.extend_from_slice(body));
+        self.stream.write_all(&bytes).unwrap();
+    }
+}
+
+pub fn map_body(flags: u32, address: u64, size: u64, offset: u64) -> Vec<u8> {
+    let mut body = Vec::new();
+    let map = wire::DmaMap {
+        argsz: wire::DmaMap::SIZE as u32,
+        flags,
+        offset,
+        address,
+        size,
+    };
+    map.encode(&mut body);
+    body
+}
+
+/// Region 0 is memory, region 1 can be mapped in parts, region 2 cannot be accessed.
+pub struct Device {
+    pub table: DmaTable,
+    pub regions: Vec<Region>,
+    pub memory: Vec<u8>,
+    pub irqs: Vec<SetIrqs>,
+    pub seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl Device {
+    pub fn new(table: DmaTable) -> Self {
+        let file = RegionFile {
+            fd: Arc::new(memfd(4).into()),
+            offset: PAGE,
+            areas: vec![(0, PAGE), (2 * PAGE, PAGE)],
+        };
+        let sparse = Region {
+            mmap: Some(file),
+            ..Region::new(3 * PAGE)
+        };
+        Device {
+            table,
+            regions: vec![Region::new(2 << 20), sparse, Region::default()],
+            memory: vec![0; 2 << 20],
+            irqs: Vec::new(),
+            seen: Arc::default(),
+        }
+    }
+
+    fn saw(&self, what: String) {
+        self.seen.lock().unwrap().push(what);
+    }
+}
+
+impl Backend for Device {
+    fn dma(&self) -> &DmaTable {
+        &self.table
+    }
+
+    fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    fn irqs(&self) -> &[Irqs] {
+        const IRQS: [Irqs; 2] = [
+            Irqs { flags: 1, count: 1 },
+            Irqs {
+                flags: 9,
+                count: 32,
+            },
+        ];
+        &IRQS
+    }
+
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        if region == 1 {
+            return Err(io::Error::from_raw_os_error(libc::ENXIO));
+        }
+        data.copy_from_slice(&self.memory[offset as usize..][..data.len()]);
+        Ok(())
+    }
+
+    fn region_write(&mut self, _region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.memory[offset as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn set_irqs(&mut self, set: SetIrqs) -> io::Result<()> {
+        self.saw(format!(
+            "{:?} {} {}+{} {:?}",
+            set.action, set.index, set.start, set.count, set.data
+        ));
+        self.irqs.push(set);
+        Ok(())
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        self.saw("reset".to_owned());
+        Ok(())
+    }
+
+    fn disconnected(&mut self) {
+        self.irqs.clear();
+        self.saw("disconnected".to_owned());
+    }
+}
+
+/// A server with a client.
+pub struct Served {
+    pub client: Client,
+    pub table: DmaTable,
+    pub stopper: Stopper,
+    pub seen: Arc<Mutex<Vec<String>>>,
+    thread: JoinHandle<Result<End>>,
+}
+
+impl Served {
+    pub fn new() -> Self {
+        Served::with(
+            DmaTable::new().unwrap(),
+            |server| server,
+            Capabilities::default(),
+        )
+    }
+
+    /// With a version agreed on.
+    pub fn with(
+        table: DmaTable,
+        configure: impl FnOnce(Server) -> Server,
+        capabilities: Capabilities,
+    ) -> Self {
+        let mut served = Served::silent(table, configure);
+        assert_eq!(served.client.version(capabilities).errno(), 0);
+        served
+    }
+
+    /// Without.
+    pub fn silent(table: DmaTable, configure: impl FnOnce(Server) -> Server) -> Self {
+        let server = configure(Server::from_listener(listener()).unwrap());
+        let stopper = server.stopper();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut device = Device::new(table.clone());
+        let seen = device.seen.clone();
+        let thread = std::thread::spawn(move || server.serve(&theirs, &mut device));
+        Served {
+            client: Client::new(ours),
+            table,
+            stopper,
+            seen,
+            thread,
+        }
+    }
+
+    /// Ends the client, and says how the server took it. Nothing must be left mapped.
+    pub fn end(self) -> Result<End> {
+        drop(self.client);
+        let result = self.thread.join().unwrap();
+        assert_eq!(self.table.mappings(), 0);
+        assert_eq!(self.table.space().mappings(), 0);
+        assert!(self
+            .seen
+            .lock()
+            .unwrap()
+            .contains(&"disconnected".to_owned()));
+        result
+    }
+
+    /// How the server ended by itself.
+    pub fn join(self) -> Result<End> {
+        self.thread.join().unwrap()
+    }
+}
+
+pub fn listener() -> UnixListener {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let name = format!(
+        "vfio-user-dma-{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    );
+    UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap()
+}

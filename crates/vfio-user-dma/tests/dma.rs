@@ -1,0 +1,592 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the client maps, with files and without.
+
+mod common;
+
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::Duration;
+
+use common::{map_body, memfd, Client, Reply, Served, PAGE, READ_WRITE};
+use vfio_user_dma::wire::{command, flags, DmaAccess, NarrowDmaAccess};
+use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Error};
+use vm_memory::Permissions;
+
+fn cause<T: std::fmt::Debug>(result: Result<T, Error>) -> (usize, AccessError) {
+    match result.unwrap_err() {
+        Error::Access {
+            completed, cause, ..
+        } => (completed, cause),
+        error => panic!("{error}"),
+    }
+}
+
+/// A client that has its memory for itself.
+struct Keeper<'a> {
+    client: &'a mut Client,
+    memory: Vec<u8>,
+    base: u64,
+    narrow: bool,
+    /// Bytes of data in each message.
+    sizes: Vec<usize>,
+}
+
+impl Keeper<'_> {
+    /// Answers one question.
+    fn answer(&mut self) {
+        let asked = self.client.receive();
+        let narrow = self.narrow && !asked.body.is_empty();
+        let (wide, data) = DmaAccess::decode(&asked.body).unwrap();
+        if wide.count > u32::MAX.into() && !narrow {
+            return self
+                .client
+                .reply(&asked, flags::ERROR, libc::E2BIG as u32, &[]);
+        }
+        let count = wide.count as u32 as usize;
+        self.sizes.push(count);
+        let at = (wide.address - self.base) as usize;
+        let memory = &mut self.memory[at..at + count];
+        match (asked.header.command, narrow) {
+            (command::DMA_WRITE, false) => {
+                memory.copy_from_slice(data);
+                self.client.reply(&asked, 0, 0, &asked.body[..16]);
+            }
+            (command::DMA_WRITE, true) => {
+                assert_eq!(asked.body.len(), 16 + count);
+                memory.copy_from_slice(&asked.body[12..][..count]);
+                self.client.reply(&asked, 0, 0, &[]);
+            }
+            (_, false) => {
+                let body = [&asked.body[..16], memory].concat();
+                self.client.reply(&asked, 0, 0, &body);
+            }
+            (_, true) => {
+                let mut body = [&asked.body[..NarrowDmaAccess::SIZE], memory].concat();
+                body.resize(16 + count, 0);
+                self.client.reply(&asked, 0, 0, &body);
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_without_a_file_is_accessed_by_messages_of_the_agreed_size() {
+    for narrow in [false, true] {
+        let capabilities = Capabilities {
+            max_data_xfer_size: 0x600,
+            ..Capabilities::default()
+        };
+        let mut served = Served::with(DmaTable::new().unwrap(), |server| server, capabilities);
+        let file = memfd(1);
+        // Client, file, client: one access over all of them.
+        assert_eq!(served.client.map(0x1_0000, PAGE, 7, None), 0);
+        assert_eq!(served.client.map(0x1_1000, PAGE, 0, Some(&file)), 0);
+        assert_eq!(served.client.map(0x1_2000, PAGE, 0, None), 0);
+        let dma = served.table.handle();
+        let device = thread::spawn(move || {
+            let data: Vec<u8> = (0..0x2700_u32).map(|byte| byte as u8 | 1).collect();
+            dma.write(0x1_0500, &data).unwrap();
+            let mut back = vec![0; 0x2700];
+            dma.read(0x1_0500, &mut back).unwrap();
+            assert!(back == data);
+        });
+        let mut keeper = Keeper {
+            client: &mut served.client,
+            memory: vec![0; 0x3000],
+            base: 0x1_0000,
+            narrow,
+            sizes: Vec::new(),
+        };
+        // One to find out how it lays them out.
+        for _ in 0..9 {
+            keeper.answer();
+        }
+        device.join().unwrap();
+        let once = [0x600, 0x500, 0x600, 0x600];
+        let sizes: Vec<_> = keeper.sizes.into_iter().filter(|size| *size > 1).collect();
+        assert_eq!(sizes, [once, once].concat());
+        assert!(keeper.memory[..0x500].iter().all(|byte| *byte == 0));
+        assert!(keeper.memory[0x500..0x1000]
+            .iter()
+            .all(|byte| byte & 1 == 1));
+        assert!(keeper.memory[0x1000..0x2000].iter().all(|byte| *byte == 0));
+        served.client.assert_in_step();
+        served.end().unwrap();
+    }
+}
+
+/// A device's thread reads 16 bytes while the client does as told.
+fn read_while(
+    table: DmaTable,
+    client: impl FnOnce(&mut Client),
+) -> (Result<Vec<u8>, Error>, Served) {
+    let mut served = Served::with(table, |server| server, Capabilities::default());
+    assert_eq!(served.client.map(0x1_0000, PAGE, 0, None), 0);
+    let dma = served.table.handle();
+    let device = thread::spawn(move || {
+        let mut bytes = vec![0; 16];
+        dma.read(0x1_0000, &mut bytes).map(|()| bytes)
+    });
+    client(&mut served.client);
+    (device.join().unwrap(), served)
+}
+
+/// The question how it lays messages out, answered as the protocol has it.
+fn say_wide(client: &mut Client) -> Reply {
+    let asked = client.receive();
+    let (access, _) = DmaAccess::decode(&asked.body).unwrap();
+    assert_eq!(
+        (asked.header.command, access.count),
+        (command::DMA_READ, (1 << 32) + 1)
+    );
+    client.reply(&asked, flags::ERROR, libc::EINVAL as u32, &[]);
+    let asked = client.receive();
+    let (access, _) = DmaAccess::decode(&asked.body).unwrap();
+    assert_eq!((access.address, access.count), (0x1_0000, 16));
+    asked
+}
+
+fn short_table() -> DmaTable {
+    DmaTable::builder()
+        .message_deadline(Duration::from_millis(300))
+        .build()
+        .unwrap()
+}
+
+#[test]
+fn the_client_is_served_while_the_device_waits_for_it() {
+    let (read, served) = read_while(DmaTable::new().unwrap(), |client| {
+        let asked = say_wide(client);
+        // Replies are told from questions by their ids only; these have ids of their own.
+        client.assert_in_step();
+        assert_eq!(client.map(0x9_0000, PAGE, 0, Some(&memfd(1))), 0);
+        let body = [&asked.body[..], &[9; 16]].concat();
+        client.reply(&asked, 0, 0, &body);
+    });
+    assert_eq!(read.unwrap(), [9; 16]);
+    served.end().unwrap();
+}
+
+#[test]
+fn answers_that_are_none_fail_that_access_only() {
+    type Body<'a> = &'a dyn Fn(&Reply) -> Vec<u8>;
+    let wrong: [(u32, u32, Body<'_>); 8] = [
+        (flags::ERROR, libc::ENXIO as u32, &|_| vec![]),
+        (flags::ERROR, 0, &|_| vec![]),
+        (flags::ERROR, u32::MAX, &|_| vec![]),
+        (0, 0, &|_| vec![]),
+        (0, 0, &|asked| [&asked.body[..], &[9; 15]].concat()),
+        (0, 0, &|asked| [&asked.body[..], &[9; 17]].concat()),
+        (0, 0, &|asked| {
+            [&[1][..], &asked.body[1..], &[9; 16]].concat()
+        }),
+        (0, 0, &|_| vec![0; 1 << 20]),
+    ];
+    for (index, (flags, error, body)) in wrong.into_iter().enumerate() {
+        let (read, mut served) = read_while(DmaTable::new().unwrap(), |client| {
+            let asked = say_wide(client);
+            let body = body(&asked);
+            client.reply(&asked, flags, error, &body);
+        });
+        let errno = [libc::ENXIO, libc::EIO, libc::EIO]
+            .get(index)
+            .copied()
+            .unwrap_or(libc::EPROTO);
+        assert_eq!(read.unwrap_err().errno(), errno, "{index}");
+        served.client.assert_in_step();
+        served.end().unwrap();
+    }
+    // Another command's answer.
+    let (read, served) = read_while(DmaTable::new().unwrap(), |client| {
+        let mut asked = say_wide(client);
+        asked.header.command = command::DMA_WRITE;
+        client.reply(&asked, 0, 0, &[&asked.body[..], &[9; 16]].concat());
+    });
+    assert_eq!(read.unwrap_err().errno(), libc::EPROTO);
+    served.end().unwrap();
+}
+
+#[test]
+fn an_error_about_the_address_says_nothing_of_the_layout() {
+    let (read, mut served) = read_while(DmaTable::new().unwrap(), |client| {
+        let asked = client.receive();
+        client.reply(&asked, flags::ERROR, libc::EFAULT as u32, &[]);
+    });
+    assert_eq!(read.unwrap_err().errno(), libc::EFAULT);
+    // So the next access asks again.
+    let dma = served.table.handle();
+    let device = thread::spawn(move || dma.read(0x1_0000, &mut [0; 16]));
+    let asked = say_wide(&mut served.client);
+    served
+        .client
+        .reply(&asked, 0, 0, &[&asked.body[..], &[9; 16]].concat());
+    device.join().unwrap().unwrap();
+    served.end().unwrap();
+}
+
+#[test]
+fn an_answer_that_never_comes_fails_at_the_deadline_and_is_nothing_when_it_comes() {
+    let mut late = None;
+    let (read, mut served) = read_while(short_table(), |client| {
+        let mut asked = say_wide(client);
+        // An answer to nothing is no answer.
+        asked.header.message_id ^= 0x4000;
+        let body = [&asked.body[..], &[9; 16]].concat();
+        client.reply(&asked, 0, 0, &body);
+        asked.header.message_id ^= 0x4000;
+        late = Some(asked);
+    });
+    assert!(matches!(cause(read), (0, AccessError::Deadline(_))));
+    // The next question has another id, so the late answer is not taken for its own.
+    let dma = served.table.handle();
+    let device = thread::spawn(move || {
+        let mut bytes = [0; 16];
+        dma.read(0x1_0000, &mut bytes).map(|()| bytes)
+    });
+    let late = late.unwrap();
+    let asked = served.client.receive();
+    assert_ne!(asked.header.message_id, late.header.message_id);
+    served
+        .client
+        .reply(&late, 0, 0, &[&late.body[..], &[1; 16]].concat());
+    served
+        .client
+        .reply(&asked, 0, 0, &[&asked.body[..], &[2; 16]].concat());
+    assert_eq!(device.join().unwrap().unwrap(), [2; 16]);
+    served.end().unwrap();
+}
+
+#[test]
+fn what_is_awaited_of_a_silent_client_is_bounded() {
+    let table = DmaTable::builder()
+        .message_deadline(Duration::from_millis(1))
+        .build()
+        .unwrap();
+    let mut served = Served::with(table, |server| server, Capabilities::default());
+    assert_eq!(served.client.map(0, PAGE, 0, None), 0);
+    for _ in 0..300 {
+        let (_, cause) = cause(served.table.read(0, &mut [0; 4]));
+        assert!(matches!(cause, AccessError::Deadline(_)));
+    }
+    served
+        .client
+        .stream
+        .set_read_timeout(Some(Duration::from_millis(100)))
+        .unwrap();
+    let asked = std::iter::from_fn(|| served.client.try_receive().ok()).count();
+    assert!((1..=64).contains(&asked), "{asked}");
+    served.end().unwrap();
+}
+
+#[test]
+fn a_client_that_goes_fails_what_is_awaited_of_it() {
+    let mut served = Served::new();
+    assert_eq!(served.client.map(0x1_0000, PAGE, 0, None), 0);
+    let dma = served.table.handle();
+    let device = thread::spawn(move || cause(dma.read(0x1_0ff0, &mut [0; 16])));
+    served.client.receive();
+    assert_eq!(served.end().unwrap(), End::Closed);
+    assert!(matches!(
+        device.join().unwrap(),
+        (0, AccessError::Disconnected)
+    ));
+}
+
+#[test]
+fn an_unmap_fails_what_is_awaited_of_its_range_and_nothing_else() {
+    let (read, mut served) = read_while(DmaTable::new().unwrap(), |client| {
+        let asked = say_wide(client);
+        assert_eq!(client.map(0x2_0000, PAGE, 0, None), 0);
+        assert_eq!(client.unmap(0, 0x2_0000, PAGE), Ok(PAGE));
+        assert_eq!(client.unmap(0, 0x1_0000, PAGE), Ok(PAGE));
+        client.reply(&asked, 0, 0, &[&asked.body[..], &[9; 16]].concat());
+    });
+    assert!(matches!(cause(read), (0, AccessError::Unmapped)));
+    served.client.assert_in_step();
+    assert!(matches!(
+        cause(served.table.read(0x1_0000, &mut [0])),
+        (0, AccessError::Space(_))
+    ));
+    served.end().unwrap();
+}
+
+#[test]
+fn permissions_of_ranges_without_a_file() {
+    let mut served = Served::new();
+    assert_eq!(
+        served
+            .client
+            .call(command::DMA_MAP, &map_body(1, 0x1000, PAGE, 0))
+            .errno(),
+        0
+    );
+    assert_eq!(
+        served
+            .client
+            .call(command::DMA_MAP, &map_body(2, 0x2000, PAGE, 0))
+            .errno(),
+        0
+    );
+    assert!(matches!(
+        cause(served.table.write(0x1000, &[1])),
+        (0, AccessError::Permission)
+    ));
+    assert!(matches!(
+        cause(served.table.read(0x2000, &mut [1])),
+        (0, AccessError::Permission)
+    ));
+    served.end().unwrap();
+}
+
+#[test]
+fn an_unmap_waits_for_who_holds_memory() {
+    let table = DmaTable::builder()
+        .unmap_deadline(Duration::from_millis(50))
+        .build()
+        .unwrap();
+    let mut served = Served::with(table, |server| server, Capabilities::default());
+    let file = memfd(3);
+    for page in 0..3 {
+        assert_eq!(
+            served
+                .client
+                .map(page * PAGE, PAGE, page * PAGE, Some(&file)),
+            0
+        );
+    }
+    assert_eq!(served.client.map(3 * PAGE, PAGE, 0, None), 0);
+    let held = served
+        .table
+        .space()
+        .scatter(PAGE, 8, Permissions::ReadWrite)
+        .unwrap();
+    assert_eq!(served.client.unmap(0, 0, 4 * PAGE), Err(libc::EDEADLK));
+    // What nobody holds is free, the rest is to be unmapped again.
+    assert_eq!(served.table.mappings(), 1);
+    assert_eq!(served.client.map(0, PAGE, 0, Some(&file)), 0);
+    assert_eq!(served.client.map(PAGE, PAGE, 0, Some(&file)), libc::EEXIST);
+    let later = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(20));
+        drop(held);
+    });
+    later.join().unwrap();
+    assert_eq!(served.client.unmap(2, 0, 0), Ok(2 * PAGE));
+    served.end().unwrap();
+}
+
+#[test]
+fn unmaps_as_qemu_sends_them() {
+    let mut served = Served::new();
+    let client = &mut served.client;
+    let file = memfd(4);
+    // Up to 2^64, where nothing is, and where something is.
+    assert_eq!(
+        client.unmap(0, 0xfef0_0000, 0_u64.wrapping_sub(0xfef0_0000)),
+        Ok(0)
+    );
+    let top = 0_u64.wrapping_sub(2 * PAGE);
+    assert_eq!(client.map(top, PAGE, 0, Some(&file)), 0);
+    assert_eq!(client.map(top + PAGE, PAGE, 0, None), 0);
+    assert_eq!(client.map(top + PAGE, 2 * PAGE, 0, None), libc::EINVAL);
+    served.table.write(top, &[5; 4]).unwrap();
+    assert_eq!(
+        client.unmap(0, 0xfef0_0000, 0_u64.wrapping_sub(0xfef0_0000)),
+        Ok(2 * PAGE)
+    );
+    // All, by its flag; only as it is defined.
+    assert_eq!(client.map(0, PAGE, 0, Some(&file)), 0);
+    assert_eq!(client.unmap(2, 0, PAGE), Err(libc::EINVAL));
+    assert_eq!(client.unmap(1, 0, PAGE), Err(libc::EOPNOTSUPP));
+    assert_eq!(client.unmap(4, 0, PAGE), Err(libc::EINVAL));
+    assert_eq!(client.unmap(0, 0, 0), Err(libc::EINVAL));
+    assert_eq!(client.unmap(0, 1, PAGE), Err(libc::EINVAL));
+    assert_eq!(client.unmap(0, PAGE, u64::MAX - PAGE + 1), Ok(0));
+    assert_eq!(client.unmap(2, 0, 0), Ok(PAGE));
+    assert_eq!(client.unmap(2, 0, 0), Ok(0));
+    served.end().unwrap();
+}
+
+#[test]
+fn strict_unmaps_are_of_exactly_one_mapping() {
+    let table = DmaTable::builder().strict_unmap(true).build().unwrap();
+    table.map(READ_WRITE, 0, 0, PAGE, None).unwrap();
+    table
+        .map(READ_WRITE, 0, PAGE, PAGE, Some(memfd(1).into()))
+        .unwrap();
+    let errno = |result: vfio_user_dma::Result<u64>| result.map_err(|error| error.errno());
+    assert_eq!(errno(table.unmap(0, 0, 2 * PAGE)), Err(libc::EINVAL));
+    assert_eq!(errno(table.unmap(0, 2 * PAGE, PAGE)), Err(libc::ENOENT));
+    assert_eq!(errno(table.unmap(0, PAGE, PAGE)), Ok(PAGE));
+    assert_eq!(errno(table.unmap(0, 0, PAGE)), Ok(PAGE));
+}
+
+#[test]
+fn maps_are_checked() {
+    let table = DmaTable::builder().entry_limit(2).build().unwrap();
+    let map = |flags, offset, address, size, fd: Option<OwnedFd>| {
+        table
+            .map(flags, offset, address, size, fd)
+            .map_err(|error| error.errno())
+    };
+    let file = || Some(OwnedFd::from(memfd(2)));
+    for (flags, offset, address, size) in [
+        (0, 0, 0, PAGE),
+        (4, 0, 0, PAGE),
+        (u32::MAX, 0, 0, PAGE),
+        (3, 0, 0, 0),
+        (3, 0, 1, PAGE),
+        (3, 0, 0, PAGE + 1),
+        (3, 1, 0, PAGE),
+        (3, 0, PAGE, 0_u64.wrapping_sub(PAGE) + PAGE / 2),
+        (3, 0, 2 * PAGE, 0_u64.wrapping_sub(PAGE)),
+    ] {
+        assert_eq!(map(flags, offset, address, size, file()), Err(libc::EINVAL));
+    }
+    assert_eq!(map(3, PAGE, 0, 2 * PAGE, file()), Err(libc::EFAULT));
+    assert_eq!(
+        map(3, u64::MAX - PAGE + 1, 0, PAGE, file()),
+        Err(libc::EFAULT)
+    );
+    assert_eq!(map(3, 0, 0, 1 << 63, file()), Err(libc::EFAULT));
+    let read_only = std::fs::File::open("/proc/self/exe").unwrap();
+    assert_eq!(
+        map(3, 0, 0, PAGE, Some(read_only.into())),
+        Err(libc::EACCES)
+    );
+    let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
+    assert!(map(1, 0, 0, PAGE, Some(socket.into())).is_err());
+    assert_eq!((table.mappings(), table.space().mappings()), (0, 0));
+    assert_eq!(map(3, 0, 0, PAGE, file()), Ok(()));
+    assert_eq!(map(3, 0, PAGE, PAGE, None), Ok(()));
+    assert_eq!(map(3, 0, PAGE, PAGE, None), Err(libc::EEXIST));
+    assert_eq!(map(3, 0, 2 * PAGE, PAGE, None), Err(libc::ENOSPC));
+}
+
+#[test]
+fn files_behind_mappings_are_limited() {
+    let table = DmaTable::new().unwrap();
+    for page in 0..256 {
+        table
+            .map(3, 0, page * PAGE, PAGE, Some(memfd(1).into()))
+            .unwrap();
+    }
+    let one_more = || table.map(3, 0, 256 * PAGE, PAGE, Some(memfd(1).into()));
+    assert_eq!(one_more().unwrap_err().errno(), libc::ENOSPC);
+    table.unmap(0, 0, PAGE).unwrap();
+    one_more().unwrap();
+}
+
+#[test]
+fn a_file_that_has_grown_is_mapped_further() {
+    let table = DmaTable::new().unwrap();
+    let file = memfd(1);
+    table
+        .map(3, 0, 0, PAGE, Some(file.try_clone().unwrap().into()))
+        .unwrap();
+    file.set_len(2 * PAGE).unwrap();
+    table
+        .map(3, PAGE, PAGE, PAGE, Some(file.try_clone().unwrap().into()))
+        .unwrap();
+    table.write(PAGE - 2, &[1, 2, 3, 4]).unwrap();
+    let mut bytes = [0; 4];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, PAGE - 2).unwrap();
+    assert_eq!(bytes, [1, 2, 3, 4]);
+}
+
+#[test]
+fn memory_that_the_client_has_mapped_privately_is_refused() {
+    let mut served = Served::new();
+    let map_here = |file: &std::fs::File, how| {
+        // SAFETY: a new mapping, which nobody accesses.
+        let address = unsafe {
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE as usize,
+                prot,
+                how,
+                std::os::fd::AsRawFd::as_raw_fd(file),
+                0,
+            )
+        };
+        assert_ne!(address, libc::MAP_FAILED);
+    };
+    let (private, shared) = (memfd(1), memfd(1));
+    map_here(&private, libc::MAP_PRIVATE);
+    map_here(&shared, libc::MAP_PRIVATE);
+    map_here(&shared, libc::MAP_SHARED);
+    assert_eq!(served.client.map(0, PAGE, 0, Some(&private)), libc::EINVAL);
+    assert_eq!(served.client.map(0, PAGE, 0, Some(&shared)), 0);
+    // Not mapped at all: nobody can tell.
+    assert_eq!(served.client.map(PAGE, PAGE, 0, Some(&memfd(1))), 0);
+    served.end().unwrap();
+
+    let table = DmaTable::new().unwrap();
+    table.set_client(Some(std::process::id() as i32));
+    let error = table.map(3, 0, 0, PAGE, Some(private.into())).unwrap_err();
+    assert!(error.to_string().contains("privately"), "{error}");
+}
+
+#[test]
+fn seals_can_be_asked_for() {
+    let table = DmaTable::builder().require_seals(true).build().unwrap();
+    let file = memfd(1);
+    let clone = || Some(OwnedFd::from(file.try_clone().unwrap()));
+    assert_eq!(
+        table.map(3, 0, 0, PAGE, clone()).unwrap_err().errno(),
+        libc::EPERM
+    );
+    // SAFETY: takes no pointers.
+    let sealed = unsafe {
+        libc::fcntl(
+            std::os::fd::AsRawFd::as_raw_fd(&file),
+            libc::F_ADD_SEALS,
+            libc::F_SEAL_SHRINK,
+        )
+    };
+    assert_eq!(sealed, 0);
+    table.map(3, 0, 0, PAGE, clone()).unwrap();
+}
+
+#[test]
+fn memory_without_a_file_is_not_for_the_thread_that_serves() {
+    struct Reader(common::Device);
+    impl vfio_user_dma::Backend for Reader {
+        fn dma(&self) -> &DmaTable {
+            &self.0.table
+        }
+        fn regions(&self) -> &[vfio_user_dma::Region] {
+            &self.0.regions
+        }
+        fn irqs(&self) -> &[vfio_user_dma::Irqs] {
+            &[]
+        }
+        fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> std::io::Result<()> {
+            Ok(self.0.table.read(offset, data)?)
+        }
+        fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn set_irqs(&mut self, _: vfio_user_dma::SetIrqs) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn reset(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let server = vfio_user_dma::Server::from_listener(common::listener()).unwrap();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let thread = thread::spawn(move || {
+        let mut device = Reader(common::Device::new(DmaTable::new().unwrap()));
+        server.serve(&theirs, &mut device).unwrap()
+    });
+    let mut client = Client::new(ours);
+    client.version(Capabilities::default());
+    assert_eq!(client.map(0x1000, PAGE, 0, None), 0);
+    assert_eq!(client.region_read(0, 0x1000, 4), Err(libc::EDEADLK));
+    assert_eq!(client.region_read(0, 0x3000, 4), Err(libc::EINVAL));
+    drop(client);
+    assert_eq!(thread.join().unwrap(), End::Closed);
+}
