@@ -3,16 +3,25 @@
 
 //! One mapping: a range of IOVAs, the memory behind it, and what may be done with it.
 
+mod need;
+mod nowhere;
+mod page_word;
+
 use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::{Permissions, VolatileSlice};
 
+use self::need::{bits, permissions, ASKED, PLAIN, READ, WRITE};
+use self::nowhere::Nowhere;
 use crate::backing::Region;
 use crate::dirty::{DirtyLog, DirtySlice, InlineMarks};
 use crate::mapping_set::SetId;
 use crate::range::{page_shift, IovaRange};
 use crate::{Backing, PermissionPolicy};
+
+pub(crate) use need::Need;
+pub(crate) use page_word::PageWord;
 
 /// # Invariants
 ///
@@ -43,53 +52,6 @@ unsafe impl Sync for Mapping {}
 
 /// Memory in the hands of an access that runs.
 pub(crate) type InlineSlice<'a> = VolatileSlice<'a, InlineMarks<'a>>;
-
-/// What an access needs, as bits of [`PageWord`]s.
-///
-/// What a write needs of a mapping is decided when it is made: a mapping has the bit of writes if the
-/// [`PermissionPolicy`] lets it be written. Pins need just what they ask for, whatever the policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Need(usize);
-
-const READ: usize = 1;
-const WRITE: usize = 2;
-/// Nobody wants to know what is written.
-const PLAIN: usize = 4;
-/// Where the bits stand of what was asked for when it was mapped; not in page words.
-const ASKED: u32 = 3;
-
-impl Need {
-    pub(crate) const READ: Need = Need(READ);
-    pub(crate) const WRITE: Need = Need(WRITE);
-    pub(crate) const READ_WRITE: Need = Need(READ | WRITE);
-
-    /// What no mapping permits: of an access that is wrong in itself.
-    pub(crate) const IMPOSSIBLE: Need = Need(usize::MAX);
-
-    /// What an access for these permissions needs.
-    #[inline]
-    pub(crate) fn of(access: Permissions) -> Need {
-        Need(bits(access))
-    }
-
-    /// Exactly these permissions, as the mapping was made with.
-    #[inline]
-    pub(crate) fn exactly(permissions: Permissions) -> Need {
-        Need(bits(permissions) << ASKED)
-    }
-
-    /// The permissions that a mapping must have been made with.
-    pub(crate) fn permissions(self, policy: PermissionPolicy) -> Permissions {
-        if self.writes() && policy == PermissionPolicy::WriteNeedsRead {
-            return Permissions::ReadWrite;
-        }
-        permissions(self.0 | self.0 >> ASKED)
-    }
-
-    fn writes(self) -> bool {
-        self.0 & WRITE != 0
-    }
-}
 
 impl Mapping {
     /// One without memory.
@@ -328,99 +290,5 @@ pub(crate) fn log_bytes(range: IovaRange) -> usize {
 impl Drop for Mapping {
     fn drop(&mut self) {
         self.dirty.free(self.pages());
-    }
-}
-
-/// The host address of a page and what may be done with it, in one word; null where nothing is mapped.
-///
-/// Host pages are aligned, which leaves the bits of [`Need`] free.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PageWord(*mut ());
-
-impl PageWord {
-    pub(crate) const NONE: PageWord = PageWord(ptr::null_mut());
-
-    pub(crate) fn from_raw(raw: *mut ()) -> Self {
-        PageWord(raw)
-    }
-
-    pub(crate) fn into_raw(self) -> *mut () {
-        self.0
-    }
-
-    /// `len` bytes from `iova`, one at least, if they lie in this page and may be accessed as `need`
-    /// says without a look at the mapping.
-    ///
-    /// # Safety
-    ///
-    /// The word was found at the page of `iova` by an access that runs for all of the lifetime.
-    #[inline]
-    pub(crate) unsafe fn slice<'a>(
-        self,
-        iova: u64,
-        len: usize,
-        need: Need,
-    ) -> Option<InlineSlice<'a>> {
-        let page_mask = (1_usize << page_shift()) - 1;
-        let offset = iova as usize & page_mask;
-        let bits = if need.writes() {
-            need.0 | PLAIN
-        } else {
-            need.0
-        };
-        let fits = len.wrapping_sub(1) <= page_mask - offset;
-        if !fits || self.0.addr() & bits != bits {
-            return None;
-        }
-        let memory = self.0.map_addr(|addr| addr & !page_mask | offset).cast();
-        // SAFETY: the page belongs to a mapping, which lives while the access runs.
-        Some(unsafe { VolatileSlice::with_bitmap(memory, len, InlineMarks::NONE, None) })
-    }
-}
-
-/// The memory of mappings that have none.
-struct Nowhere;
-
-// SAFETY: there are no bytes that anything could be said of.
-unsafe impl Region for Nowhere {
-    fn host_address(&self) -> *mut u8 {
-        ptr::null_mut()
-    }
-
-    fn size(&self) -> usize {
-        0
-    }
-
-    fn access(&self) -> Permissions {
-        Permissions::No
-    }
-
-    fn tracks(&self) -> bool {
-        false
-    }
-
-    fn mark_dirty(&self, _offset: usize, _len: usize) {}
-
-    fn dirty_at(&self, _offset: usize) -> bool {
-        false
-    }
-}
-
-fn permissions(bits: usize) -> Permissions {
-    match bits & (READ | WRITE) {
-        0 => Permissions::No,
-        READ => Permissions::Read,
-        WRITE => Permissions::Write,
-        _ => Permissions::ReadWrite,
-    }
-}
-
-#[inline]
-fn bits(permissions: Permissions) -> usize {
-    match permissions {
-        Permissions::No => 0,
-        Permissions::Read => READ,
-        Permissions::Write => WRITE,
-        Permissions::ReadWrite => READ | WRITE,
     }
 }
