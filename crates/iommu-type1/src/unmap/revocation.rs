@@ -209,6 +209,8 @@ impl<'a> Revocation<'a> {
             self.undo = None;
         }
         let mut unlinked = std::mem::take(&mut self.unlinked);
+        // Who takes marks refers to mappings and does not forget them: none that is over may be among those.
+        let harvest = (!over.is_empty()).then(|| lock(&self.space.harvest));
         let mut writer = lock(&self.space.writer);
         writer.forget(&free);
         if writer.tracking {
@@ -224,6 +226,7 @@ impl<'a> Revocation<'a> {
             writer.late.append(std::mem::take(&mut unlinked));
         }
         drop(writer);
+        drop(harvest);
         drop(released);
         total(&free)
     }

@@ -11,7 +11,7 @@
 //! ROUNDS=1000000 cargo test --release -p iommu-type1 --test dirty_pages harvest -- --nocapture
 //! ```
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Barrier;
 use std::thread;
 
@@ -166,4 +166,29 @@ fn nothing_written_is_missed_with_fences() {
 #[test]
 fn nothing_written_is_missed_with_membarriers() {
     nothing_written_is_missed(ReaderBarrier::Membarrier);
+}
+
+/// Whoever takes dirty pages refers to the mappings meanwhile, and may be the last who does.
+#[test]
+fn what_is_replaced_beside_a_harvest_is_forgotten() {
+    let p = page_size();
+    let space = IoAddressSpace::new();
+    let page = || Backing::anonymous(p as usize).unwrap();
+    space.map(0, page(), Permissions::ReadWrite).unwrap();
+    space.start_dirty_tracking().unwrap();
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                space.write(0, &[1]).unwrap();
+                space.take_dirty(0, p).unwrap();
+            }
+        });
+        let kept = (0..3000).find(|_| {
+            let replaced = space.replace(0, page(), Permissions::ReadWrite);
+            replaced.is_err() || space.mappings() > 1
+        });
+        is_over.store(true, Ordering::Relaxed);
+        assert_eq!(kept, None);
+    });
 }
