@@ -112,6 +112,13 @@ impl Request {
     }
 }
 
+/// A range as the kernel takes it.
+pub(crate) fn whole_pages(space: &Space, iova: u64, size: u64) -> Result<IovaRange> {
+    check_aligned("address", iova, space.unit())?;
+    check_aligned("size", size, space.unit())?;
+    IovaRange::new(iova, size)
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use proptest::prelude::*;

@@ -16,10 +16,10 @@ use vfio_bindings::bindings::vfio::{
 };
 use vm_memory::Permissions;
 
+use crate::check::whole_pages;
 use crate::dirty::check_page_size;
 use crate::info::MAX_DIRTY_BITMAP_SIZE;
 use crate::range::{check_aligned, IovaRange};
-use crate::unmap::whole_pages;
 use crate::{Backing, DirtyBitmap, Error, IoAddressSpace, Result};
 
 pub use vfio_bindings::bindings::vfio as bindings;

@@ -11,6 +11,7 @@ use std::ops::ControlFlow;
 
 use vm_memory::Permissions;
 
+use crate::check::whole_pages;
 use crate::deadline::Deadline;
 use crate::map::check_log_bytes;
 use crate::mapping::{Mapping, Need};
@@ -18,7 +19,7 @@ use crate::range::{page_shift, page_size, IovaRange};
 use crate::space::Space;
 use crate::sync::lock;
 use crate::table::Table;
-use crate::unmap::{inside, whole_pages};
+use crate::unmap::inside;
 use crate::writer::Writer;
 use crate::{Error, IoAddressSpace, Result};
 

@@ -1,7 +1,7 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What an unmap has cut before it removes anything, for those who listen.
+//! Mappings of which an unmap takes a part, and what is said of that.
 
 use std::collections::HashSet;
 use std::sync::Arc;

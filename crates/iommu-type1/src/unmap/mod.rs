@@ -11,20 +11,30 @@
 //! What was replaced ([`crate::replace`]) is waited for in the same way, though its addresses are not
 //! removed: by whoever has replaced it, and by every unmap that meets its addresses.
 
+mod begin;
 mod cuts;
+mod holders;
 mod options;
+mod policy;
 mod revocation;
 mod select;
 
+use std::sync::Arc;
+
 use crate::check::Request;
+use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::{DirtyPages, IoAddressSpace, Result};
+use crate::stream;
+use crate::table::Unlinked;
+use crate::turn::Turn;
+use crate::{DirtyPages, Error, IoAddressSpace, Result};
 
 pub(crate) use cuts::Cuts;
 pub use options::{UnmapOptions, UnmapPolicy};
-pub(crate) use revocation::{put_back, take_back, Replaced, Revocation, Undo};
-pub(crate) use select::{beginning, check_outside, check_owned, inside, stops, whole_pages};
+pub(crate) use policy::put_back;
+pub(crate) use revocation::{Replaced, Revocation, Undo};
+pub(crate) use select::{beginning, check_owned, inside, stops};
 
 impl IoAddressSpace {
     /// Removes every mapping inside `size` bytes from `iova` and returns the bytes removed, 0 where
@@ -150,4 +160,27 @@ impl Space {
         }
         Request::to_unmap(iova, size).check(self, self.rules.unmap)
     }
+}
+
+/// Unmaps what the caller has mapped during its turn, and of which those who listen were told.
+pub(crate) fn take_back(
+    space: &Space,
+    mut turn: Turn<'_>,
+    mappings: Vec<Arc<Mapping>>,
+) -> Result<u64> {
+    let mut unlinked = Unlinked::default();
+    turn.revoke(&space.table, &mappings, &mut unlinked);
+    drop(turn);
+    Revocation::of(space, mappings, unlinked, space.unmap).run(None)
+}
+
+/// Refuses to wait from inside an access of the same space.
+pub(crate) fn check_outside(space: &Space, range: IovaRange) -> Result<()> {
+    if !stream::is_inside(space) {
+        return Ok(());
+    }
+    Err(Error::InsideAccess {
+        iova: range.first,
+        size: range.size(),
+    })
 }

@@ -1,7 +1,7 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How long an unmap waits, and what then.
+//! How long an unmap waits for holders, and what then.
 
 use std::time::Duration;
 

@@ -1,46 +1,37 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Mappings on their way out: waiting for those who use them, and what becomes of them at the deadline.
+//! Mappings that are being removed, from the grace period to the release of their memory.
 
 use std::borrow::Cow;
-use std::ops::ControlFlow;
-use std::slice;
 use std::sync::Arc;
 
-use super::select::select;
-use super::{check_outside, check_owned, stops, Cuts};
+use super::{UnmapOptions, UnmapPolicy};
 use crate::deadline::Deadline;
-use crate::dirty::check_tracking;
-use crate::holder::HolderKind;
 use crate::mapping::Mapping;
-use crate::mapping_set::SetId;
 use crate::range::IovaRange;
-use crate::replace;
 use crate::space::Space;
 use crate::sync::lock;
-use crate::table::{Table, Unlinked};
-use crate::turn::Turn;
-use crate::writer::State;
-use crate::{DirtyPages, Error, Holder, Result, UnmapOptions, UnmapPolicy};
+use crate::table::Unlinked;
+use crate::{DirtyPages, Error, Result};
 
 /// Mappings that are being removed. Dropped without [`finish`](Revocation::finish) (a notice
 /// panicked), it leaves them to the policy.
 pub(crate) struct Revocation<'a> {
-    space: &'a Space,
-    mappings: Vec<Arc<Mapping>>,
+    pub(super) space: &'a Space,
+    pub(super) mappings: Vec<Arc<Mapping>>,
     /// Mappings that others stand in place of.
-    replaced: Vec<Replaced>,
+    pub(super) replaced: Vec<Replaced>,
     /// What these were replaced by, where it can be put back.
-    undo: Option<Undo>,
-    policy: UnmapPolicy,
+    pub(super) undo: Option<Undo>,
+    pub(super) policy: UnmapPolicy,
     /// What accesses that ran when it was taken out of the table may still see.
-    unlinked: Unlinked,
+    pub(super) unlinked: Unlinked,
     /// Whether none of those accesses runs any more.
-    graced: bool,
+    pub(super) graced: bool,
     /// Whether any page of it was pinned when that was told.
-    pinned: bool,
-    deadline: Deadline,
+    pub(super) pinned: bool,
+    pub(super) deadline: Deadline,
 }
 
 /// A mapping that was replaced.
@@ -57,114 +48,8 @@ pub(crate) struct Undo {
 }
 
 impl<'a> Revocation<'a> {
-    pub(super) fn begin(
-        space: &'a Space,
-        ranges: &[IovaRange],
-        options: UnmapOptions,
-        set: SetId,
-        marked: bool,
-    ) -> Result<Self> {
-        let mut revocation = Revocation::of(space, Vec::new(), Unlinked::default(), options);
-        let Some(first) = ranges.first() else {
-            return Ok(revocation);
-        };
-        check_outside(space, *first)?;
-        let mut writer = space.turn(*first)?;
-        for range in ranges {
-            check_owned(&writer, space, *range, set)?;
-        }
-        if marked {
-            check_tracking(&writer, *first)?;
-        }
-        let mut unlinked = Unlinked::default();
-        let mut mappings = Vec::new();
-        let mut cuts = Cuts::default();
-        let selected = select(
-            &mut writer,
-            space,
-            ranges,
-            &mut mappings,
-            &mut unlinked,
-            &mut cuts,
-        );
-        if let Err(error) = selected {
-            // Something may have been cut before.
-            writer.late.append(unlinked);
-            cuts.tell(writer, &[]);
-            return Err(error);
-        }
-        if ranges.len() > 1 {
-            // Ranges may overlap.
-            mappings.sort_unstable_by_key(|mapping| mapping.range.first);
-            mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
-        }
-        writer.revoke(&space.table, &mappings, &mut unlinked);
-        let revoked = match writer.is_heard {
-            true => mappings.clone(),
-            false => Vec::new(),
-        };
-        let mut replaced: Vec<Replaced> = Vec::new();
-        for range in ranges {
-            if !stops(&writer, space, *range) {
-                writer.retry(*range, &mut mappings);
-            }
-            for mapping in writer.replaced_in(*range) {
-                let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
-                if !replaced.iter().any(is_it) {
-                    replaced.push(Replaced {
-                        mapping: mapping.clone(),
-                        gone: None,
-                    });
-                }
-            }
-        }
-        if !mappings.is_empty() || !replaced.is_empty() {
-            // There will be a grace period; what is late can use it too.
-            unlinked.append(std::mem::take(&mut writer.late));
-        }
-        cuts.tell(writer, &revoked);
-        drop(revoked);
-        revocation.mappings = mappings;
-        revocation.unlinked = unlinked;
-        revocation.replaced = replaced;
-        Ok(revocation)
-    }
-
-    /// Of whatever was made through a set.
-    pub(crate) fn of_set(space: &'a Space, set: SetId, options: UnmapOptions) -> Result<Self> {
-        check_outside(space, IovaRange::ALL)?;
-        let mut turn = space.turn(IovaRange::ALL)?;
-        let mut mappings = Vec::new();
-        space.table.visit(IovaRange::ALL, |mapping| {
-            if mapping.set == set {
-                mappings.push(Table::share(mapping));
-            }
-            ControlFlow::<()>::Continue(())
-        });
-        let leaving = turn.leaving_inside(IovaRange::ALL);
-        let left = leaving.filter(|leaving| leaving.mapping.set == set);
-        let left: Vec<_> = left.map(|leaving| leaving.mapping.range).collect();
-        let replaced = turn.replaced.iter();
-        let replaced = replaced.filter(|mapping| mapping.set == set);
-        let replaced = replaced.map(|mapping| Replaced {
-            mapping: mapping.clone(),
-            gone: None,
-        });
-        let replaced = replaced.collect();
-        let mut unlinked = Unlinked::default();
-        turn.revoke(&space.table, &mappings, &mut unlinked);
-        let mut turn = turn.report(&mappings, &[]);
-        for range in left {
-            turn.retry(range, &mut mappings);
-        }
-        drop(turn);
-        let mut revocation = Revocation::of(space, mappings, unlinked, options);
-        revocation.replaced = replaced;
-        Ok(revocation)
-    }
-
     /// Of mappings that are being revoked already.
-    fn of(
+    pub(super) fn of(
         space: &'a Space,
         mappings: Vec<Arc<Mapping>>,
         unlinked: Unlinked,
@@ -317,46 +202,6 @@ impl<'a> Revocation<'a> {
         })
     }
 
-    fn is_pinned(&self, range: IovaRange) -> bool {
-        // After the grace period there are no more pins than when they were told.
-        let may_be = self.pinned || !self.graced;
-        may_be && self.space.pins.is_pinned(range.first, range.size())
-    }
-
-    /// Who still holds something of the mapping when the deadline has passed, or has pinned something of
-    /// `pinned`.
-    fn holders(&self, mapping: &Mapping, pinned: Option<IovaRange>, leased: bool) -> Vec<Holder> {
-        let range = mapping.range;
-        let mut holders = Vec::new();
-        if leased {
-            holders = self.space.leases.holders(mapping);
-        }
-        if !self.graced {
-            holders.push(Holder {
-                kind: HolderKind::Access,
-                name: String::from("a running access"),
-                iova: range.first,
-                size: range.size(),
-                age: self.deadline.age(),
-            });
-        }
-        let pins = &self.space.pins;
-        let Some(range) = pinned else {
-            return holders;
-        };
-        if self.is_pinned(range) {
-            let pinned = pins.wait_released(range.first, range.size(), self.deadline.instant());
-            holders.extend(pinned.err().into_iter().flatten().map(|pin| Holder {
-                kind: HolderKind::Pin,
-                name: pin.name,
-                iova: pin.iova,
-                size: pin.pages as u64 * pins.page_size(),
-                age: pin.age,
-            }));
-        }
-        holders
-    }
-
     /// Ends the revocation of `free` and the time of `over`, whose memory goes with the last reference to
     /// it.
     fn remove(&mut self, free: Vec<Arc<Mapping>>, over: Vec<Arc<Mapping>>) -> u64 {
@@ -385,67 +230,6 @@ impl<'a> Revocation<'a> {
         drop(released);
         total(&free)
     }
-}
-
-impl Drop for Revocation<'_> {
-    fn drop(&mut self) {
-        if self.mappings.is_empty() && self.replaced.is_empty() {
-            return;
-        }
-        let mut writer = self.space.another_turn();
-        writer.late.append(std::mem::take(&mut self.unlinked));
-        let mut restored = Vec::new();
-        for mapping in self.mappings.drain(..) {
-            match self.policy {
-                _ if mapping.is_hollow() => writer.set_state(&mapping, State::Invalid),
-                UnmapPolicy::Revoked => writer.keep_revoked(&mapping),
-                UnmapPolicy::Restore => restored.push(mapping),
-            }
-        }
-        let writer = put_back(writer, self.space, restored);
-        if let Some(undo) = self.undo.take() {
-            replace::undo(writer, &self.space.table, undo);
-        }
-        // During this turn: who else waits for them may be the last then.
-        self.replaced.clear();
-    }
-}
-
-/// Unmaps what the caller has mapped during its turn, and of which those who listen were told.
-pub(crate) fn take_back(
-    space: &Space,
-    mut turn: Turn<'_>,
-    mappings: Vec<Arc<Mapping>>,
-) -> Result<u64> {
-    let mut unlinked = Unlinked::default();
-    turn.revoke(&space.table, &mappings, &mut unlinked);
-    drop(turn);
-    Revocation::of(space, mappings, unlinked, space.unmap).run(None)
-}
-
-/// Has mappings that were revoked be in the table again; those that a listener refuses stay revoked.
-pub(crate) fn put_back<'a>(
-    mut turn: Turn<'a>,
-    space: &Space,
-    revoked: Vec<Arc<Mapping>>,
-) -> Turn<'a> {
-    let mut restored = Vec::with_capacity(revoked.len());
-    for mapping in revoked {
-        let (next, agreed) = turn.ask(&[], slice::from_ref(&mapping), |_| Ok(()));
-        turn = next;
-        match agreed {
-            Ok(()) => {
-                turn.publish(&space.table, mapping.clone());
-                restored.push(mapping);
-            }
-            Err(error) => {
-                log::warn!("a mapping stays revoked: {error}");
-                turn.keep_revoked(&mapping);
-            }
-        }
-    }
-    turn.forget(&restored);
-    turn
 }
 
 fn total(mappings: &[Arc<Mapping>]) -> u64 {

@@ -1,7 +1,7 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which mappings an unmap means, and what stands in its way: by the rules of the profile.
+//! Which mappings an unmap means, and what must not be among them.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -11,55 +11,12 @@ use crate::map::unmapping;
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
 use crate::profile::Cut;
-use crate::range::{check_aligned, IovaRange};
+use crate::range::IovaRange;
 use crate::replace;
 use crate::space::Space;
-use crate::stream;
 use crate::table::{Table, Unlinked};
 use crate::writer::Writer;
 use crate::{Error, Result};
-
-/// Refuses to wait from inside an access of the same space.
-pub(crate) fn check_outside(space: &Space, range: IovaRange) -> Result<()> {
-    if !stream::is_inside(space) {
-        return Ok(());
-    }
-    Err(Error::InsideAccess {
-        iova: range.first,
-        size: range.size(),
-    })
-}
-
-/// Refuses a set a range in which there is something that was not made through it.
-pub(crate) fn check_owned(
-    writer: &Writer,
-    space: &Space,
-    range: IovaRange,
-    set: SetId,
-) -> Result<()> {
-    if set == SetId::NONE {
-        return Ok(());
-    }
-    let live = space
-        .table
-        .visit(range, |mapping| match mapping.set == set {
-            true => ControlFlow::Continue(()),
-            false => ControlFlow::Break(mapping.range),
-        });
-    let mut leaving = writer.all_leaving_in(range);
-    let other = live.or_else(|| {
-        let other = leaving.find(|leaving| leaving.mapping.set != set)?;
-        Some(other.mapping.range)
-    });
-    other.map_or(Ok(()), |mapped| {
-        Err(Error::NotOwned {
-            iova: range.first,
-            size: range.size(),
-            mapped: mapped.first,
-            mapped_size: mapped.size(),
-        })
-    })
-}
 
 /// Adds the mappings of the table that go with these ranges, in which nothing else is being removed.
 pub(super) fn select(
@@ -163,17 +120,41 @@ pub(crate) fn inside(
     }
 }
 
+/// Refuses a set a range in which there is something that was not made through it.
+pub(crate) fn check_owned(
+    writer: &Writer,
+    space: &Space,
+    range: IovaRange,
+    set: SetId,
+) -> Result<()> {
+    if set == SetId::NONE {
+        return Ok(());
+    }
+    let live = space
+        .table
+        .visit(range, |mapping| match mapping.set == set {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(mapping.range),
+        });
+    let mut leaving = writer.all_leaving_in(range);
+    let other = live.or_else(|| {
+        let other = leaving.find(|leaving| leaving.mapping.set != set)?;
+        Some(other.mapping.range)
+    });
+    other.map_or(Ok(()), |mapped| {
+        Err(Error::NotOwned {
+            iova: range.first,
+            size: range.size(),
+            mapped: mapped.first,
+            mapped_size: mapped.size(),
+        })
+    })
+}
+
 /// Refuses a range of which another unmap is under way; everything means whatever there is to take.
 fn check_idle(writer: &Writer, range: IovaRange) -> Result<()> {
     match writer.revoking_in(range) {
         Some(leaving) if range != IovaRange::ALL => Err(unmapping(range, leaving)),
         _ => Ok(()),
     }
-}
-
-/// A range as the kernel takes it.
-pub(crate) fn whole_pages(space: &Space, iova: u64, size: u64) -> Result<IovaRange> {
-    check_aligned("address", iova, space.unit())?;
-    check_aligned("size", size, space.unit())?;
-    IovaRange::new(iova, size)
 }

@@ -1,0 +1,124 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The beginning of an unmap: what it means leaves the table, under the writer's lock.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use super::select::{check_owned, select, stops};
+use super::{check_outside, Cuts, Replaced, Revocation, UnmapOptions};
+use crate::dirty::check_tracking;
+use crate::mapping_set::SetId;
+use crate::range::IovaRange;
+use crate::space::Space;
+use crate::table::{Table, Unlinked};
+use crate::Result;
+
+impl<'a> Revocation<'a> {
+    pub(super) fn begin(
+        space: &'a Space,
+        ranges: &[IovaRange],
+        options: UnmapOptions,
+        set: SetId,
+        marked: bool,
+    ) -> Result<Self> {
+        let mut revocation = Revocation::of(space, Vec::new(), Unlinked::default(), options);
+        let Some(first) = ranges.first() else {
+            return Ok(revocation);
+        };
+        check_outside(space, *first)?;
+        let mut writer = space.turn(*first)?;
+        for range in ranges {
+            check_owned(&writer, space, *range, set)?;
+        }
+        if marked {
+            check_tracking(&writer, *first)?;
+        }
+        let mut unlinked = Unlinked::default();
+        let mut mappings = Vec::new();
+        let mut cuts = Cuts::default();
+        let selected = select(
+            &mut writer,
+            space,
+            ranges,
+            &mut mappings,
+            &mut unlinked,
+            &mut cuts,
+        );
+        if let Err(error) = selected {
+            // Something may have been cut before.
+            writer.late.append(unlinked);
+            cuts.tell(writer, &[]);
+            return Err(error);
+        }
+        if ranges.len() > 1 {
+            // Ranges may overlap.
+            mappings.sort_unstable_by_key(|mapping| mapping.range.first);
+            mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
+        }
+        writer.revoke(&space.table, &mappings, &mut unlinked);
+        let revoked = match writer.is_heard {
+            true => mappings.clone(),
+            false => Vec::new(),
+        };
+        let mut replaced: Vec<Replaced> = Vec::new();
+        for range in ranges {
+            if !stops(&writer, space, *range) {
+                writer.retry(*range, &mut mappings);
+            }
+            for mapping in writer.replaced_in(*range) {
+                let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
+                if !replaced.iter().any(is_it) {
+                    replaced.push(Replaced {
+                        mapping: mapping.clone(),
+                        gone: None,
+                    });
+                }
+            }
+        }
+        if !mappings.is_empty() || !replaced.is_empty() {
+            // There will be a grace period; what is late can use it too.
+            unlinked.append(std::mem::take(&mut writer.late));
+        }
+        cuts.tell(writer, &revoked);
+        drop(revoked);
+        revocation.mappings = mappings;
+        revocation.unlinked = unlinked;
+        revocation.replaced = replaced;
+        Ok(revocation)
+    }
+
+    /// Of whatever was made through a set.
+    pub(crate) fn of_set(space: &'a Space, set: SetId, options: UnmapOptions) -> Result<Self> {
+        check_outside(space, IovaRange::ALL)?;
+        let mut turn = space.turn(IovaRange::ALL)?;
+        let mut mappings = Vec::new();
+        space.table.visit(IovaRange::ALL, |mapping| {
+            if mapping.set == set {
+                mappings.push(Table::share(mapping));
+            }
+            ControlFlow::<()>::Continue(())
+        });
+        let leaving = turn.leaving_inside(IovaRange::ALL);
+        let left = leaving.filter(|leaving| leaving.mapping.set == set);
+        let left: Vec<_> = left.map(|leaving| leaving.mapping.range).collect();
+        let replaced = turn.replaced.iter();
+        let replaced = replaced.filter(|mapping| mapping.set == set);
+        let replaced = replaced.map(|mapping| Replaced {
+            mapping: mapping.clone(),
+            gone: None,
+        });
+        let replaced = replaced.collect();
+        let mut unlinked = Unlinked::default();
+        turn.revoke(&space.table, &mappings, &mut unlinked);
+        let mut turn = turn.report(&mappings, &[]);
+        for range in left {
+            turn.retry(range, &mut mappings);
+        }
+        drop(turn);
+        let mut revocation = Revocation::of(space, mappings, unlinked, options);
+        revocation.replaced = replaced;
+        Ok(revocation)
+    }
+}
