@@ -19,7 +19,6 @@ use crate::mapping::Mapping;
 use crate::profile::Cut;
 use crate::range::IovaRange;
 use crate::space::Space;
-#[cfg(feature = "uapi")]
 use crate::sync::lock;
 use crate::table::Unlinked;
 use crate::unmap::{beginning, check_outside, inside, put_back, stops};
@@ -159,8 +158,20 @@ impl IoAddressSpace {
         let deadline = Deadline::after(space.unmap.longest());
         let graced = mappings.is_empty() || space.grace.synchronize(&deadline);
         let outcome = unused(space, &mappings, &used, &deadline, graced);
-        drop(used);
 
+        // A harvest forgets nothing that it refers to (`Revocation::remove`).
+        let harvest = outcome.is_ok().then(|| lock(&space.harvest));
+        let mut released = Vec::new();
+        if outcome.is_ok() {
+            let mut writer = lock(&space.writer);
+            // Who has replaced them may have waited too, and left them to whoever is the last.
+            for mapping in used.drain(mappings.len()..) {
+                released.extend(writer.release(&space.table, mapping));
+            }
+        }
+        drop(harvest);
+        drop(released);
+        drop(used);
         let mut writer = space.another_turn();
         if graced {
             writer.table_bytes -= unlinked.bytes();

@@ -437,3 +437,28 @@ fn a_copy_shares_memory_and_shrinks_permissions_only() {
     assert_eq!(&found, b"both");
     assert_eq!(errno(other.write(8 * p, &[1])), Err(libc::EPERM));
 }
+
+/// Both wait for whoever uses the memory that was replaced; either may be the last who does.
+#[test]
+fn what_was_replaced_is_forgotten_by_whoever_waits_last() {
+    for _ in 0..200 {
+        let space = IoAddressSpace::new();
+        space.map(0, pages(1), ReadWrite).unwrap();
+        let guard = space.memory();
+        guard.read_slice(&mut [0], GuestAddress(0)).unwrap();
+        thread::scope(|scope| {
+            let replacing = scope.spawn(|| space.replace(0, pages(1), ReadWrite));
+            while space.mappings() == 1 {
+                thread::yield_now();
+            }
+            let invalidating = scope.spawn(|| space.invalidate_vaddr(0, page_size()));
+            while space.read(0, &mut [0]).is_ok() {
+                thread::yield_now();
+            }
+            drop(guard);
+            replacing.join().unwrap().unwrap();
+            invalidating.join().unwrap().unwrap();
+        });
+        assert_eq!(space.mappings(), 1);
+    }
+}
