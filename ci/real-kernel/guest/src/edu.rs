@@ -2,25 +2,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A real device on the same addresses: it reads what our path has written, and the other way round; and
-//! what is not mapped for it is refused to both.
+//! what is not mapped for it is refused to both. Its side is mapped through `vfio_group::hardware`.
 
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::ptr;
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vfio_bindings::bindings::vfio::{
-    VFIO_TYPE1v2_IOMMU, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE,
-    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX,
+    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_PCI_BAR0_REGION_INDEX,
+    VFIO_PCI_CONFIG_REGION_INDEX,
 };
+use vfio_group::hardware::{HardwareContainer, HardwareGroup};
+use vfio_group::IommuType;
 
 use crate::init::Given;
 use crate::memory::{self, PAGE, PRIVATE};
-use crate::op::{Machine, Map, Op, Unmap};
+use crate::op::{Machine, Map, Op, Outcome, Unmap};
 use crate::ours::Ours;
 use crate::setup::Setup;
-use crate::vfio::{Device, Kernel};
+use crate::vfio::Device;
 
 /// Registers of the device, in its BAR 0.
 const DMA_SOURCE: u64 = 0x80;
@@ -52,9 +55,9 @@ struct Edu {
 }
 
 impl Edu {
-    fn open(kernel: &Kernel, name: &str) -> Result<Self, String> {
+    fn open(group: &HardwareGroup, name: &str) -> Result<Self, String> {
         let failed = |errno: i32| format!("the device: errno {errno}");
-        let device = kernel.group().device(name).map_err(failed)?;
+        let device = Device::from(group.device(name).map_err(said)?);
         let config = device
             .region(VFIO_PCI_CONFIG_REGION_INDEX)
             .map_err(failed)?;
@@ -114,49 +117,59 @@ impl Edu {
 
 /// Both containers, and what is mapped in both.
 struct Both {
-    kernel: Kernel,
+    kernel: HardwareContainer,
     ours: Ours,
 }
 
 impl Both {
-    fn apply(&mut self, op: &Op) -> Result<(), String> {
-        let (kernel, ours) = (self.kernel.apply(op), self.ours.apply(op));
-        if kernel.result != Ok(0) || ours != kernel {
-            return Err(format!("{op}: {kernel} beside {ours}"));
-        }
-        Ok(())
-    }
-
     fn map(&mut self, iova: u64, page: u64, flags: u32) -> Result<(), String> {
-        let (argsz, size) = (32, PAGE);
         let vaddr = PRIVATE.first + page * PAGE;
-        self.apply(&Op::Map(Map {
-            argsz,
+        let memory = ptr::with_exposed_provenance_mut(vaddr as usize);
+        // SAFETY: the memory is there as long as this program, and nobody has references into it.
+        unsafe { self.kernel.map(iova, memory, PAGE, flags) }.map_err(said)?;
+        let ours = self.ours.apply(&Op::Map(Map {
+            argsz: 32,
             flags,
             vaddr,
             iova,
-            size,
-        }))
+            size: PAGE,
+        }));
+        same(ours, Outcome::plain(Ok(0)))
     }
 
     fn unmap(&mut self, iova: u64) -> Result<(), String> {
-        let (argsz, flags, size, bitmap) = (24, 0, PAGE, None);
-        self.apply(&Op::Unmap(Unmap {
-            argsz,
-            flags,
+        let size = self.kernel.unmap(iova, PAGE).map_err(said)?;
+        let ours = self.ours.apply(&Op::Unmap(Unmap {
+            argsz: 24,
+            flags: 0,
             iova,
+            size: PAGE,
+            bitmap: None,
+        }));
+        let expected = Outcome {
             size,
-            bitmap,
-        }))
+            ..Outcome::plain(Ok(0))
+        };
+        same(ours, expected)
+    }
+}
+
+fn same(ours: Outcome, kernel: Outcome) -> Result<(), String> {
+    if ours == kernel {
+        Ok(())
+    } else {
+        Err(format!("{kernel} beside {ours}"))
     }
 }
 
 /// Runs all of it.
 pub fn run(given: &Given, setup: &Setup, seed: u64) -> Result<(), String> {
-    let kernel = Kernel::new(given.group, VFIO_TYPE1v2_IOMMU)
-        .map_err(|errno| format!("a container: errno {errno}"))?;
+    let kernel = HardwareContainer::open().map_err(said)?;
+    let group = HardwareGroup::open(given.group).map_err(said)?;
+    group.set_container(&kernel).map_err(said)?;
+    kernel.set_iommu(IommuType::Type1v2).map_err(said)?;
     let ours = Ours::new(setup, true, 65535).map_err(|error| error.to_string())?;
-    let edu = Edu::open(&kernel, &given.name)?;
+    let edu = Edu::open(&group, &given.name)?;
     let mut both = Both { kernel, ours };
     let any = VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE;
     both.map(SOURCE, 0, any)?;

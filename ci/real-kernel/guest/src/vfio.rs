@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use libc::{c_int, c_ulong, c_void};
 use vfio_bindings::bindings::vfio::{
@@ -15,6 +15,8 @@ use vfio_bindings::bindings::vfio::{
     vfio_iommu_type1_dirty_bitmap_get, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
     vfio_region_info, VFIO_BASE, VFIO_TYPE,
 };
+
+use vfio_group::hardware::HardwareUser;
 
 use crate::op::{info_buffer, Bitmap, Dirty, Machine, Map, Op, Outcome, Unmap};
 
@@ -239,6 +241,12 @@ impl Group {
     }
 }
 
+impl From<HardwareUser> for Device {
+    fn from(user: HardwareUser) -> Self {
+        Device(File::from(OwnedFd::from(user)))
+    }
+}
+
 impl Device {
     /// Where in its file a region begins.
     pub fn region(&self, index: u32) -> Result<u64, i32> {
@@ -261,7 +269,7 @@ impl Device {
 pub struct Kernel {
     // Dropped in this order, so that the group is free when the next container wants it.
     container: Container,
-    group: Group,
+    _group: Group,
 }
 
 impl Kernel {
@@ -271,17 +279,15 @@ impl Kernel {
         let group = Group::open(group)?;
         group.set_container(&container)?;
         container.set_iommu(iommu_type)?;
-        Ok(Kernel { container, group })
+        Ok(Kernel {
+            container,
+            _group: group,
+        })
     }
 
     /// The container.
     pub fn container(&self) -> &Container {
         &self.container
-    }
-
-    /// The group.
-    pub fn group(&self) -> &Group {
-        &self.group
     }
 }
 
