@@ -251,7 +251,8 @@ impl Writer {
         }
     }
 
-    fn move_marks(&self, table: &Table, from: &Mapping) {
+    /// Moves the marks of a mapping, in the table or not, to whatever has its addresses.
+    pub(crate) fn move_marks(&self, table: &Table, from: &Mapping) {
         from.dirty.take_pages(from.pages(), |page| {
             let iova = from.range.first + ((page as u64) << page_shift());
             let at = IovaRange {

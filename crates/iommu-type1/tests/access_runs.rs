@@ -17,6 +17,16 @@ const DEADLINE: Duration = Duration::from_millis(1);
 
 /// Runs `meanwhile` while a write to page 4 is in the middle of itself; page 0 is mapped too.
 fn beside_a_write(barrier: ReaderBarrier, meanwhile: impl FnOnce(&IoAddressSpace)) {
+    beside_a_write_after(|_| (), DEADLINE, barrier, meanwhile);
+}
+
+/// As [`beside_a_write`], with something done before the write and a deadline of one's own.
+fn beside_a_write_after(
+    before: impl FnOnce(&IoAddressSpace),
+    deadline: Duration,
+    barrier: ReaderBarrier,
+    meanwhile: impl FnOnce(&IoAddressSpace),
+) {
     let p = page_size();
     let (begun, has_begun) = mpsc::channel();
     let (end, may_end) = mpsc::channel::<()>();
@@ -27,12 +37,13 @@ fn beside_a_write(barrier: ReaderBarrier, meanwhile: impl FnOnce(&IoAddressSpace
         let _ = may_end.lock().unwrap().recv();
     });
     let space = IoAddressSpace::builder()
-        .unmap_deadline(DEADLINE)
+        .unmap_deadline(deadline)
         .reader_barrier(barrier)
         .build();
     space.map(4 * p, log::whole(&region), ReadWrite).unwrap();
     let page = Backing::anonymous(p as usize).unwrap();
     space.map(0, page, ReadWrite).unwrap();
+    before(&space);
     thread::scope(|scope| {
         let end = end;
         scope.spawn(|| space.write(4 * p, &[1]).unwrap());
@@ -87,4 +98,34 @@ fn a_pinner_stays_where_it_is() {
         let error = pinner.pin_pages(0, 1, Read).unwrap_err();
         assert_eq!(error.errno(), libc::EINVAL, "nothing is mapped there");
     }
+}
+
+/// Marks that a harvest had taken when it failed belong to whatever has the addresses by then.
+#[test]
+fn marks_follow_a_mapping_that_gets_memory_during_a_harvest_in_vain() {
+    let p = page_size();
+    let written_without_memory = |space: &IoAddressSpace| {
+        space.start_dirty_tracking().unwrap();
+        space.write(0, &[1]).unwrap();
+        space.invalidate_vaddr(0, p).unwrap();
+    };
+    let deadline = Duration::from_millis(300);
+    let barrier = ReaderBarrier::Fence;
+    let mut resumed = None;
+    beside_a_write_after(written_without_memory, deadline, barrier, |space| {
+        thread::scope(|scope| {
+            let harvest = scope.spawn(|| space.take_dirty(0, p));
+            // Most likely the harvest waits by now; if it does not, it finds all of it.
+            thread::sleep(deadline / 3);
+            let page = Backing::anonymous(p as usize).unwrap();
+            space.resume_vaddr(0, p, page).unwrap();
+            assert!(matches!(
+                harvest.join().unwrap(),
+                Err(Error::AccessRuns { .. })
+            ));
+        });
+        resumed = Some(space.clone());
+    });
+    let dirty = resumed.unwrap().take_dirty(0, p).unwrap();
+    assert!(dirty.iter().eq([0]));
 }

@@ -556,6 +556,11 @@ impl Model {
         if selected.iter().any(|mapped| uses(&mapped)) {
             return Err(libc::EDEADLK);
         }
+        // Nobody uses what they stand in place of any more, so that is over too.
+        self.replaced.retain(|old| {
+            let mut there = selected.iter();
+            !there.any(|mapped| old.overlaps(mapped.first, mapped.last))
+        });
         let mut bytes = 0;
         for mapped in &mut self.mappings {
             if selected.iter().any(|other| other.id == mapped.id) {

@@ -152,6 +152,12 @@ impl IoAddressSpace {
                 for (mapping, index, marks) in taken {
                     mapping.dirty.put_back(index, marks);
                 }
+                // What was taken from a mapping that has lost or got its memory meanwhile goes to the one
+                // that has its addresses now.
+                let writer = lock(&space.writer);
+                for mapping in &mappings {
+                    writer.move_marks(&space.table, mapping);
+                }
                 return Err(error);
             }
         }
