@@ -26,7 +26,8 @@
 //! | complete | pages, head, context control, time stamp and the rest of page 1 are written back; the execlist is scheduled out with up to two events |
 //!
 //! The last four are [`Vgpu::run_next`]. The commands are scanned at once if the engine's queue is
-//! empty, otherwise when it is the workload's turn.
+//! empty, otherwise when it is the workload's turn. Whose turn it is among several vGPUs is for
+//! [`policy`] to say, which the caller asks.
 //!
 //! # Example
 //! A guest with one context on the blitter, made by hand:
@@ -101,7 +102,7 @@
 //! - A mapped page that was lost to an unmap ([`Vgpu::release_pins`]) is pinned again by the next
 //!   submission whose root maps it, or refuses that (`ENXIO`).
 //! - The workloads of a queue are limited (`EBUSY`), and so are page tables (`ENOMEM`).
-//! - Left out besides: failsafe mode, register tables, scheduling between vGPUs, out-of-sync page tables,
+//! - Left out besides: failsafe mode, register tables, out-of-sync page tables,
 //!   the host's observation registers.
 
 #![forbid(unsafe_code)]
@@ -115,6 +116,7 @@ mod ggtt;
 mod guest_dma;
 
 mod observe;
+pub mod policy;
 mod ppgtt;
 mod regs;
 mod ring;

@@ -1,0 +1,163 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! In the long run each vGPU has the part of the time that its weight says, whatever workloads there
+//! are.
+
+use std::time::Duration;
+
+use gvt_scheduler::policy::{
+    Clock, TimeBased, VgpuId, VirtualClock, Weight, BALANCE_PERIOD, START_PRIORITY, TICK,
+};
+use gvt_scheduler::EngineId;
+use proptest::prelude::*;
+
+const ENGINE: EngineId = EngineId::Rcs;
+/// Periods after which debts are forgotten, in all.
+const SECOND: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_millis(3);
+
+/// What a guest does over and over: a workload of some length, then nothing for a while.
+#[derive(Clone, Debug)]
+struct Load {
+    weight: u8,
+    /// Microseconds, taken in turn.
+    lengths: Vec<u64>,
+    /// Microseconds between the end of a workload and the next; 0 for a guest that is always busy.
+    pause: u64,
+}
+
+fn loads() -> impl Strategy<Value = Vec<Load>> {
+    let lengths = prop::collection::vec(10..=LONGEST.as_micros() as u64, 1..8);
+    let pause = prop_oneof![2 => Just(0), 1 => 1..20_000u64];
+    let load = (1..=16u8, lengths, pause).prop_map(|(weight, lengths, pause)| Load {
+        weight,
+        lengths,
+        pause,
+    });
+    prop::collection::vec(load, 1..6)
+}
+
+struct Guest {
+    id: VgpuId,
+    load: Load,
+    workloads: usize,
+    /// When it submits next; `None` while it waits for what it has submitted.
+    submits: Option<Duration>,
+    /// Since when it waits.
+    waits: Option<Duration>,
+    longest_wait: Duration,
+}
+
+/// Lets `guests` play for `seconds` behind the time that is theirs for being new; gives what each has
+/// used.
+fn play(loads: &[Load], seconds: u32) -> Vec<(Duration, Guest)> {
+    let clock = VirtualClock::default();
+    let mut policy = TimeBased::new(&clock);
+    let begin = START_PRIORITY;
+    let end = begin + seconds * SECOND;
+    let mut guests: Vec<Guest> = loads
+        .iter()
+        .map(|load| Guest {
+            id: policy.add(Weight::new(load.weight).unwrap()),
+            load: load.clone(),
+            workloads: 0,
+            submits: Some(begin),
+            waits: None,
+            longest_wait: Duration::ZERO,
+        })
+        .collect();
+    for guest in &guests {
+        policy.start(guest.id).unwrap();
+    }
+    let mut tick = Duration::ZERO;
+    let mut finish: Option<(Duration, usize)> = None;
+    loop {
+        let now = clock.now();
+        if now == tick {
+            policy.tick();
+            tick += TICK;
+        }
+        if let Some((_, guest)) = finish.filter(|(at, _)| *at == now) {
+            finish = None;
+            policy.finish(ENGINE).unwrap();
+            let guest = &mut guests[guest];
+            guest.submits = Some(now + Duration::from_micros(guest.load.pause));
+        }
+        if now == end {
+            break;
+        }
+        for guest in &mut guests {
+            if guest.submits == Some(now) {
+                guest.submits = None;
+                guest.waits = Some(now);
+                policy.queue(guest.id, ENGINE).unwrap();
+            }
+        }
+        if let Some(id) = policy.begin(ENGINE) {
+            let at = guests.iter().position(|guest| guest.id == id).unwrap();
+            let guest = &mut guests[at];
+            let waited = now - guest.waits.take().unwrap();
+            guest.longest_wait = guest.longest_wait.max(waited);
+            let length = guest.load.lengths[guest.workloads % guest.load.lengths.len()];
+            guest.workloads += 1;
+            finish = Some((now + Duration::from_micros(length), at));
+        }
+        let submits = guests.iter().filter_map(|guest| guest.submits);
+        let next = submits.chain(finish.map(|(at, _)| at)).chain([tick, end]);
+        clock.advance_to(next.min().unwrap());
+    }
+    let used = |guest: &Guest| policy.used(guest.id).unwrap();
+    guests
+        .into_iter()
+        .map(|guest| (used(&guest), guest))
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// A second forgets what one vGPU owes the others, which is at most what outlasts its time: the rest
+    /// of a workload, and of the tick in which it is noticed. So each has its share but for that much of
+    /// every other in each second; one that is not always busy has no more than that.
+    #[test]
+    fn shares_are_those_of_the_weights(loads in loads()) {
+        let seconds = 5;
+        let weights: u32 = loads.iter().map(|load| u32::from(load.weight)).sum();
+        let owed = (LONGEST + TICK) * loads.len() as u32;
+        for (used, guest) in play(&loads, seconds) {
+            let share = seconds * SECOND * u32::from(guest.load.weight) / weights;
+            prop_assert!(used <= share + owed * seconds, "{used:?} of {share:?}: {:?}", guest.load);
+            if guest.load.pause == 0 {
+                prop_assert!(used + owed * seconds >= share, "{used:?} of {share:?}: {:?}", guest.load);
+            }
+        }
+    }
+
+    /// Who has a workload gets its turn when the others have used up their time, or it has some again.
+    #[test]
+    fn nobody_starves(loads in loads()) {
+        let weights: u32 = loads.iter().map(|load| u32::from(load.weight)).sum();
+        for (_, guest) in play(&loads, 3) {
+            // Debt that a workload makes is paid back by periods in which the vGPU gets nothing.
+            let allocated = BALANCE_PERIOD * u32::from(guest.load.weight) / weights;
+            let periods = 2 + (LONGEST + TICK).as_micros() / allocated.as_micros();
+            let limit = BALANCE_PERIOD * periods as u32;
+            prop_assert!(guest.workloads > 0, "{:?}", guest.load);
+            prop_assert!(guest.longest_wait <= limit, "{:?}: {:?}", guest.longest_wait, guest.load);
+        }
+    }
+}
+
+#[test]
+fn two_to_one_is_two_to_one_within_a_hundredth() {
+    let load = |weight, lengths: &[u64]| Load {
+        weight,
+        lengths: lengths.to_vec(),
+        pause: 0,
+    };
+    let guests = play(&[load(2, &[700]), load(1, &[300, 900])], 1);
+    let used: Vec<f64> = guests.iter().map(|(used, _)| used.as_secs_f64()).collect();
+    assert!((used[0] - 2.0 / 3.0).abs() < 0.01, "{used:?}");
+    assert!((used[1] - 1.0 / 3.0).abs() < 0.01, "{used:?}");
+}
