@@ -67,6 +67,16 @@ pub enum Error {
         /// Permissions of the memory.
         allowed: Permissions,
     },
+    /// By the rules of iommufd: a mapping of a file that was not opened for what it should allow.
+    #[error("the mapping at {iova:#x} would allow {asked:?}, the file behind it only {allowed:?}")]
+    FileProtection {
+        /// Start of the mapping.
+        iova: u64,
+        /// Permissions of the mapping.
+        asked: Permissions,
+        /// Permissions of the file.
+        allowed: Permissions,
+    },
     /// A part of a memory region or a file that is not there.
     #[error(
         "{len:#x} bytes at offset {offset:#x} are not inside a region or file of {size:#x} bytes"
@@ -442,6 +452,9 @@ pub enum Error {
         /// Name of the pinner.
         name: String,
     },
+    /// The profile of the space lets nobody pin pages ([`Profile::pins`](crate::Profile::pins)).
+    #[error("pages are not pinned by the rules of VFIO_TYPE1_IOMMU")]
+    NoPins,
     /// A space cannot be made of a snapshot.
     #[error(transparent)]
     Snapshot(#[from] crate::SnapshotError),
@@ -498,10 +511,12 @@ impl Error {
             | Error::AccessRuns { .. }
             | Error::Moving { .. } => libc::EBUSY,
             Error::NotAttached { .. } => libc::ENOENT,
-            Error::NoDirtyPages => libc::EACCES,
+            Error::NoDirtyPages | Error::NoPins => libc::EACCES,
             Error::ArgumentMemory { .. } => libc::EFAULT,
             Error::RangeInUse { .. } => libc::EADDRINUSE,
-            Error::Permission { .. } | Error::NotOwned { .. } => libc::EPERM,
+            Error::Permission { .. } | Error::FileProtection { .. } | Error::NotOwned { .. } => {
+                libc::EPERM
+            }
             Error::Deadline { .. } | Error::InsideAccess { .. } | Error::InsideListener { .. } => {
                 libc::EDEADLK
             }

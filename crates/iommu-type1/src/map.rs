@@ -38,7 +38,8 @@ impl IoAddressSpace {
     /// [`Error::DirtyMapping`] (EINVAL) and [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL),
     /// [`Error::BackingProtection`] (EFAULT).
     ///
-    /// Other [profiles](crate::Profile) check in other orders. With [`Profile::Iotlb`](crate::Profile::Iotlb)
+    /// Other [profiles](crate::Profile) check in other orders. By the rules of
+    /// [`Profile::Iommufd`](crate::Profile::Iommufd) there is [`Error::FileProtection`] (EPERM) of files. With [`Profile::Iotlb`](crate::Profile::Iotlb)
     /// what is in the way is no error but replaced, as [`replace`](IoAddressSpace::replace) does it, and
     /// parts of it outside of the range stay; then there may also be what `replace` says.
     pub fn map(&self, iova: u64, backing: Backing, prot: Permissions) -> Result<()> {
@@ -268,13 +269,21 @@ pub(crate) fn check_backing(
     prot: Permissions,
 ) -> Result<()> {
     Request::to_map(range.first, backing, prot).look(space, space.rules.map_late)?;
-    if backing.access().allow(prot) {
+    let (iova, asked, allowed) = (range.first, prot, backing.access());
+    if allowed.allow(asked) {
         return Ok(());
     }
+    if space.rules.looks_at_files && backing.file_offset().is_some() {
+        return Err(Error::FileProtection {
+            iova,
+            asked,
+            allowed,
+        });
+    }
     Err(Error::BackingProtection {
-        iova: range.first,
-        asked: prot,
-        allowed: backing.access(),
+        iova,
+        asked,
+        allowed,
     })
 }
 

@@ -13,7 +13,7 @@ use crate::attach::{Attachment, Owner};
 use crate::dirty::{mark_pinned, DirtySlice};
 use crate::grace::Inside;
 use crate::mapping::{Mapping, Need};
-use crate::range::page_size;
+use crate::range::{page_size, IovaRange};
 use crate::space::View;
 use crate::table::Table;
 use crate::{Error, IoAddressSpace, Result, Transfer};
@@ -68,13 +68,13 @@ impl Pinner {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAttached`] (ENOENT). [`Error::Pin`]: no pages or a misaligned address (EINVAL), more
-    /// pages than one call may take (E2BIG), beyond the 64-bit space (EOVERFLOW). Otherwise as an access:
-    /// [`Error::NotMapped`] (EINVAL), [`Error::Revoked`] (EBUSY), [`Error::Permission`] (EPERM). At last
+    /// [`Error::NotAttached`] (ENOENT), where the range is right in itself. [`Error::Pin`]: no pages (EINVAL), more pages than one call may take
+    /// (E2BIG); [`Error::NoPins`] (EACCES) by the rules of type1 v1; [`Error::Pin`] of a misaligned address
+    /// (EINVAL) or beyond the 64-bit space (EOVERFLOW). Otherwise as an access: [`Error::NotMapped`] (EINVAL), [`Error::Revoked`] (EBUSY), [`Error::Permission`] (EPERM). At last
     /// [`Error::Pin`] with what the account says (ENOMEM for a limit).
     pub fn pin_pages(&self, iova: u64, npages: usize, prot: Permissions) -> Result<PinnedPages> {
-        let at = self.owner.attached()?;
-        at.view.space.pins.check(iova, npages)?;
+        let at = self.attached_for(iova, (npages as u64).saturating_mul(page_size()))?;
+        at.check(at.view.space.pins.check(iova, npages))?;
         let len = npages * page_size() as usize;
         let pin = |mappings: &[Arc<Mapping>]| {
             let host = |iova| host_address(mappings, iova);
@@ -107,7 +107,7 @@ impl Pinner {
     /// As [`pin_pages`](Pinner::pin_pages), with the address of the first page that is refused.
     pub fn pin_list(&self, iovas: &[u64], prot: Permissions) -> Result<PinnedPages> {
         let at = self.owner.attached()?;
-        at.view.space.pins.check_list(iovas)?;
+        at.check(at.view.space.pins.check_list(iovas))?;
         let find = |inside: Inside<'_>, mappings: &mut Vec<Arc<Mapping>>| {
             let len = page_size() as usize;
             for iova in iovas {
@@ -150,9 +150,14 @@ impl Pinner {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAttached`] (ENOENT), otherwise as [`IoAddressSpace::dma_rw`].
+    /// [`Error::NotAttached`] (ENOENT), where the range is right in itself; otherwise as
+    /// [`IoAddressSpace::dma_rw`].
     pub fn dma_rw(&self, iova: u64, transfer: Transfer<'_>) -> Result<()> {
-        let at = self.owner.attached()?;
+        let len = match &transfer {
+            Transfer::Read(buf) => buf.len(),
+            Transfer::Write(buf) => buf.len(),
+        };
+        let at = self.attached_for(iova, len as u64)?;
         let space = &at.view.space;
         space.grace.enter_shared(|inside| {
             // Whoever closes it waits for accesses that run, so this is asked inside.
@@ -162,9 +167,29 @@ impl Pinner {
             space.dma_rw(inside, iova, transfer)
         })
     }
+
+    /// Where it is attached. What is wrong with a range is said before that there is no space to look in.
+    fn attached_for(&self, iova: u64, len: u64) -> Result<Arc<Attachment>> {
+        self.owner.attached().or_else(|detached| {
+            IovaRange::new(iova, len)?;
+            Err(detached)
+        })
+    }
 }
 
 impl Attachment {
+    /// What is wrong with pages that should be pinned: how many they are is looked at before the rules of the
+    /// space, as in the kernel, where their addresses are the business of these.
+    fn check(&self, pages: page_pin::Result<()>) -> Result<()> {
+        match pages {
+            Err(error @ (page_pin::Error::Empty { .. } | page_pin::Error::TooMany { .. })) => {
+                Err(error.into())
+            }
+            _ if !self.view.space.rules.pins => Err(Error::NoPins),
+            pages => Ok(pages?),
+        }
+    }
+
     /// The pins are made while the access runs: see the invariant of `Space`.
     fn pin(
         &self,

@@ -24,7 +24,7 @@ use crate::check::Check;
 #[non_exhaustive]
 pub enum Profile {
     /// `VFIO_TYPE1_IOMMU`. An unmap takes away whole every mapping that begins in its range, and stops
-    /// at once at one that begins before it.
+    /// at once at one that begins before it. No dirty pages are kept and none can be pinned.
     Type1v1,
     /// `VFIO_TYPE1v2_IOMMU`: an unmap cuts no mapping.
     #[default]
@@ -99,8 +99,12 @@ pub(crate) struct Rules {
     pub(crate) vaddr: bool,
     /// Whether dirty pages are kept.
     pub(crate) dirty_pages: bool,
+    /// Whether pages can be pinned.
+    pub(crate) pins: bool,
     /// Whether what is pinned is dirty.
     pub(crate) pinned_is_dirty: bool,
+    /// Whether a map for more than its file was opened for is refused for the file, and not for the memory.
+    pub(crate) looks_at_files: bool,
 }
 
 const MAP: &[Check] = &[
@@ -137,12 +141,15 @@ static TYPE1_V2: Rules = Rules {
     permissions: PermissionPolicy::WriteNeedsRead,
     vaddr: true,
     dirty_pages: true,
+    pins: true,
     pinned_is_dirty: true,
+    looks_at_files: false,
 };
 
 static TYPE1_V1: Rules = Rules {
     cut: Cut::Whole,
     dirty_pages: false,
+    pins: false,
     ..TYPE1_V2
 };
 
@@ -170,6 +177,7 @@ static IOMMUFD: Rules = Rules {
     permissions: PermissionPolicy::Strict,
     vaddr: false,
     pinned_is_dirty: false,
+    looks_at_files: true,
     ..TYPE1_V2
 };
 
@@ -185,6 +193,11 @@ static IOTLB: Rules = Rules {
 };
 
 impl Profile {
+    /// Whether pages can be pinned: not by the rules of `VFIO_TYPE1_IOMMU` (EACCES).
+    pub fn pins(self) -> bool {
+        self.rules().pins
+    }
+
     pub(crate) fn rules(self) -> &'static Rules {
         match self {
             Profile::Type1v1 => &TYPE1_V1,

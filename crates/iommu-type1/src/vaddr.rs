@@ -70,6 +70,15 @@ impl IoAddressSpace {
         self.invalidate(IovaRange::ALL)
     }
 
+    /// How many mappings have no memory at the moment.
+    ///
+    /// The kernel attaches nothing to a container that has one (EBUSY): hardware may need all memory at once.
+    pub fn without_memory(&self) -> usize {
+        let writer = lock(&self.view.space.writer);
+        let leaving = writer.leaving_inside(IovaRange::ALL);
+        leaving.filter(|leaving| leaving.state.is_vaddr()).count()
+    }
+
     /// Gives a mapping without memory other memory, as `VFIO_DMA_MAP_FLAG_VADDR` does; it permits what it
     /// did before, and its dirty pages stay dirty.
     ///

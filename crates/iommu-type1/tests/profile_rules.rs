@@ -355,6 +355,48 @@ fn memory_is_not_taken_away_from_pinned_pages() {
     }
 }
 
+#[test]
+fn by_the_rules_of_v1_nothing_is_pinned() {
+    let p = page_size();
+    for (profile, refused) in [
+        (Type1v1, Some(libc::EACCES)),
+        (Type1v2, None),
+        (Iommufd, None),
+        (Iotlb, None),
+    ] {
+        assert_eq!(profile.pins(), refused.is_none());
+        let space = space(profile);
+        space.map(p, pages(2), ReadWrite).unwrap();
+        let pinner = space.pinner("pinner", Interest::Holder, Arc::new(|_, _| ()));
+        let pin = |iova, npages| pinner.pin_pages(iova, npages, Read).map(drop);
+        // How many they are comes first, where they are afterwards.
+        assert_eq!(errno(pin(p, 0)), Err(libc::EINVAL));
+        assert_eq!(errno(pin(p, space.max_pin_pages() + 1)), Err(libc::E2BIG));
+        let overflow = errno(pin(0_u64.wrapping_sub(p), 2));
+        assert_eq!(overflow, Err(refused.unwrap_or(libc::EOVERFLOW)));
+        for result in [pin(p, 2), pinner.pin_list(&[2 * p, p], Read).map(drop)] {
+            assert_eq!(errno(result).err(), refused, "{profile:?}");
+        }
+        space.read(p, &mut [0]).unwrap();
+    }
+}
+
+#[test]
+fn mappings_without_memory_are_counted() {
+    let p = page_size();
+    let space = space(Type1v2);
+    for page in 1..4 {
+        space.map(page * p, pages(1), ReadWrite).unwrap();
+    }
+    assert_eq!(space.without_memory(), 0);
+    space.invalidate_vaddr(p, 2 * p).unwrap();
+    assert_eq!(space.without_memory(), 2);
+    space.resume_vaddr(p, p, pages(1)).unwrap();
+    assert_eq!(space.without_memory(), 1);
+    space.unmap(2 * p, p).unwrap();
+    assert_eq!(space.without_memory(), 0);
+}
+
 /// As an unmap, it stops at what begins before its range, whatever lies behind.
 #[test]
 fn memory_is_taken_away_from_nothing_where_v1_stops() {

@@ -200,6 +200,17 @@ fn a_detached_pinner_can_be_attached_again() {
     ]
     .map(|result| result.unwrap_err().errno());
     assert_eq!(errnos, [libc::ENOENT; 6]);
+    // What is wrong in itself is said first.
+    let top = 0_u64.wrapping_sub(page_size());
+    let errnos = [
+        pinner.pin_pages(0, 0, ReadWrite).map(drop),
+        pinner.dma_rw(0, Transfer::Write(&[])),
+        pinner.pin_pages(top, 2, ReadWrite).map(drop),
+        pinner.dma_rw(u64::MAX, Transfer::Write(&[1, 2])),
+    ]
+    .map(|result| result.unwrap_err().errno());
+    let expected = [libc::EINVAL; 2].into_iter().chain([libc::EOVERFLOW; 2]);
+    assert!(errnos.into_iter().eq(expected), "{errnos:?}");
     pinner.attach(&new).unwrap();
     assert_eq!(who(&pinner).unwrap(), *b"new");
 }

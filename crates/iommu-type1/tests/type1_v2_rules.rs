@@ -5,7 +5,7 @@
 
 use std::fs::File;
 
-use iommu_type1::{page_size, Backing, Error, IoAddressSpace, Transfer, DMA_ENTRY_LIMIT};
+use iommu_type1::{page_size, Backing, Error, IoAddressSpace, Profile, Transfer, DMA_ENTRY_LIMIT};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Permissions};
 
@@ -268,7 +268,20 @@ fn file_memory_is_shared_and_ends_where_the_file_ends() {
     assert_eq!(errno(part(3 * p, 2, ReadWrite)), libc::EFAULT);
     assert_eq!(errno(part(5, 1, ReadWrite)), libc::EINVAL);
     let read_only = part(0, 1, Read).unwrap();
-    assert_eq!(errno(space.map(64 * p, read_only, ReadWrite)), libc::EFAULT);
+    assert_eq!(
+        errno(space.map(64 * p, read_only.clone(), ReadWrite)),
+        libc::EFAULT
+    );
+    let iommufd = IoAddressSpace::builder().profile(Profile::Iommufd).build();
+    let refused = iommufd.map(64 * p, read_only.clone(), ReadWrite);
+    assert!(matches!(refused, Err(Error::FileProtection { .. })));
+    assert_eq!(errno(refused), libc::EPERM);
+    iommufd.map(64 * p, read_only.clone(), Read).unwrap();
+    // That something is there comes first.
+    assert_eq!(
+        errno(iommufd.map(64 * p, read_only, ReadWrite)),
+        libc::EEXIST
+    );
 }
 
 #[test]

@@ -186,7 +186,8 @@ impl State {
 }
 
 impl SharedContainer {
-    /// A group becomes attached, unless it is of the other sort than those there.
+    /// A group becomes attached, unless it is of the other sort than those there, or would find mappings
+    /// without memory.
     pub(crate) fn enter(&self, group: u32, group_type: GroupType) -> Result<()> {
         let mut state = lock(&self.state);
         let mixed = match group_type {
@@ -195,6 +196,12 @@ impl SharedContainer {
         };
         if mixed {
             return Err(Error::MixedGroups { group });
+        }
+        if let Some(Driver::Type1(iommu)) = &state.driver {
+            let mappings = iommu.space.without_memory();
+            if mappings > 0 {
+                return Err(Error::VaddrInvalid { group, mappings });
+            }
         }
         *state.of(group_type) += 1;
         Ok(())

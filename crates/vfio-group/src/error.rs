@@ -104,6 +104,16 @@ pub enum Error {
         /// Id of the group.
         group: u32,
     },
+    /// Mappings of the container have no memory at the moment, and what is behind the group might need it at once.
+    #[error(
+        "group {group} cannot be attached: {mappings} mappings of the container have no memory"
+    )]
+    VaddrInvalid {
+        /// Id of the group.
+        group: u32,
+        /// How many mappings.
+        mappings: usize,
+    },
     /// Nobody but its files uses a group without an IOMMU.
     #[error("group {group} has no IOMMU, and so no external user")]
     NoExternalUser {
@@ -171,6 +181,7 @@ impl Error {
             | Error::StillAttached { .. }
             | Error::ContainerUsers { .. }
             | Error::DeviceOpen { .. }
+            | Error::VaddrInvalid { .. }
             | Error::NotifierRegistered { .. } => libc::EBUSY,
             Error::AlreadyAttached { .. }
             | Error::NotAttached { .. }

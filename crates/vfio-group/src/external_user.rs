@@ -7,8 +7,7 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use iommu_type1::{
-    DmaHandle, Interest, IoAddressSpace, PinPages, PinnedPages, Pinner, Profile, Transfer,
-    UnmapNotice,
+    DmaHandle, Interest, IoAddressSpace, PinPages, PinnedPages, Pinner, Transfer, UnmapNotice,
 };
 use vm_memory::Permissions;
 
@@ -246,7 +245,7 @@ impl ExternalUser {
     }
 
     fn pinner(&self) -> Result<&Pinner> {
-        if self.space.profile() == Profile::Type1v1 {
+        if !self.space.profile().pins() {
             return Err(Error::PinsNeedV2);
         }
         let group = self.iommu_id();

@@ -319,7 +319,8 @@ impl GroupFile {
     /// # Errors
     ///
     /// In this order: [`Error::AlreadyAttached`] (EINVAL); [`Error::NotPermitted`] (EPERM);
-    /// [`Error::MixedGroups`] (EPERM).
+    /// [`Error::MixedGroups`] (EPERM); [`Error::VaddrInvalid`] (EBUSY) while mappings of the container have
+    /// lost their memory ([`invalidate_vaddr`](iommu_type1::IoAddressSpace::invalidate_vaddr)).
     pub fn set_container(&self, container: &Container) -> Result<()> {
         let (group, group_type) = (self.group.id(), self.group.group_type());
         let attached = self

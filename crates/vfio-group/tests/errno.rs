@@ -351,6 +351,36 @@ fn match_is_by_identity() {
 }
 
 #[test]
+fn no_group_comes_to_mappings_without_memory() {
+    let (_group, file, container) = ready();
+    map_page(&container).unwrap();
+    let space = container.address_space().unwrap();
+    space.invalidate_vaddr(IOVA, page_size()).unwrap();
+    for group_type in [GroupType::EmulatedIommu, GroupType::Iommu] {
+        let second = Group::with_type(2, group_type).open().unwrap();
+        let refused = second.set_container(&container);
+        assert!(matches!(
+            refused,
+            Err(Error::VaddrInvalid {
+                group: 2,
+                mappings: 1
+            })
+        ));
+        assert_errno(refused, libc::EBUSY);
+        assert_eq!(second.status() & GroupFile::CONTAINER_SET, 0);
+    }
+    let page = Backing::anonymous(page_size() as usize).unwrap();
+    space.resume_vaddr(IOVA, page_size(), page).unwrap();
+    let second = Group::new(2).open().unwrap();
+    second.set_container(&container).unwrap();
+    second.unset_container().unwrap();
+    // Who has come before stays, and leaves when it likes.
+    space.invalidate_vaddr(IOVA, page_size()).unwrap();
+    file.unset_container().unwrap();
+    second.set_container(&container).unwrap();
+}
+
+#[test]
 fn dma_rw() {
     let (_group, file, container) = ready();
     map_page(&container).unwrap();
