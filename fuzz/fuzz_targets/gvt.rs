@@ -68,7 +68,7 @@ fuzz_target!(|input: (bool, Vec<Action>)| {
     for index in 0..GGTT_ENTRIES {
         guest.vgpu.write_ggtt_entry(index, u64::from(index) << 12 | 1).unwrap();
     }
-    let mut hardware = SimulatedEngine::default();
+    let mut hardware = SimulatedEngine::new().step_limit(4096);
     for action in actions.into_iter().take(64) {
         match action {
             Action::Write { page, offset, bytes } => {

@@ -74,5 +74,7 @@ pub fn bundled(mode: Mode, kind: AccessKind) -> Option<Count> {
             written_bytes: WORKLOADS * (COMPLETION_DWORDS * 4 + CONTEXT_EVENTS * 12),
             ..Count::default()
         },
+        // The recorded commands are not executed.
+        AccessKind::Engine => Count::default(),
     })
 }

@@ -222,7 +222,7 @@ impl<O: Observer> Machine<O> {
         if let Some((engine, _)) = EngineId::from_mmio(port) {
             while let Some(completion) = self
                 .vgpu
-                .run_next(engine, &mut SimulatedEngine)
+                .run_next(engine, &mut SimulatedEngine::without_commands())
                 .map_err(Error::refused(offset))?
             {
                 last = Some(completion);

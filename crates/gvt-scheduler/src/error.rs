@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 
+use crate::command::Gtt;
 use crate::descriptor::AddressingMode;
 use crate::observe::AccessKind;
 use crate::regs::EngineId;
@@ -169,6 +170,14 @@ pub enum Error {
         /// What the memory said.
         source: Cause,
     },
+    /// An address that an engine uses has no translation.
+    #[error("{gtt} address {gma:#x} does not translate")]
+    NotTranslated {
+        /// The table it goes through.
+        gtt: Gtt,
+        /// Graphics address.
+        gma: u64,
+    },
     /// Both execlist slots of an engine are taken.
     #[error("the execlist queue of {engine:?} is full")]
     QueueFull {
@@ -202,6 +211,7 @@ impl Error {
         match self {
             Error::BufferUnmapped { .. }
             | Error::ContextPageUnmapped { .. }
+            | Error::NotTranslated { .. }
             | Error::Read { .. }
             | Error::Write { .. } => libc::EFAULT,
             Error::LeafPin { .. } => libc::ENXIO,
@@ -244,5 +254,15 @@ impl EngineFault {
         Self {
             reason: reason.into(),
         }
+    }
+}
+
+impl From<Error> for EngineFault {
+    /// An access of the engine that failed.
+    fn from(error: Error) -> Self {
+        Self::new(match std::error::Error::source(&error) {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        })
     }
 }

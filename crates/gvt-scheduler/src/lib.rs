@@ -56,7 +56,7 @@
 //! for dword in [0, 0, (context >> 32) as u32, context as u32] {
 //!     vgpu.mmio_write(engine.mmio_base() + 0x230, dword)?; // ELSP
 //! }
-//! let completion = vgpu.run_next(engine, &mut SimulatedEngine)?.expect("one was queued");
+//! let completion = vgpu.run_next(engine, &mut SimulatedEngine::new())?.expect("one was queued");
 //! assert_eq!(completion.interrupts, 2);
 //!
 //! // The second event in the context status buffer of the status page.
@@ -107,6 +107,7 @@
 
 #![forbid(unsafe_code)]
 
+mod command;
 mod context;
 mod descriptor;
 mod engine;
@@ -114,7 +115,6 @@ mod error;
 mod execlist;
 mod ggtt;
 mod guest_dma;
-
 mod observe;
 pub mod policy;
 mod ppgtt;
@@ -123,9 +123,12 @@ mod ring;
 mod vgpu;
 mod workload;
 
+pub use command::Gtt;
 pub use context::{ContextPages, CopyMode, CopyStats, Run, Runs, ShadowImage};
 pub use descriptor::{AddressingMode, ContextDescriptor};
-pub use engine::{Engine, EngineJob, SimulatedEngine};
+pub use engine::{
+    Engine, EngineJob, EngineMemory, Executed, RecordedJob, RecordingEngine, SimulatedEngine,
+};
 pub use error::{Cause, EngineFault, Error, Result};
 pub use execlist::CsbEvent;
 pub use ggtt::{Ggtt, GmWindow, GmWindows, HalfEntry};

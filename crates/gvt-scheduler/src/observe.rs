@@ -22,17 +22,20 @@ pub enum AccessKind {
     PageTable,
     /// What tells the guest that something happened: dwords of the ring context and status events.
     Completion,
+    /// What the engine reads and writes when it executes commands.
+    Engine,
 }
 
 impl AccessKind {
     /// Every kind.
-    pub const ALL: [AccessKind; 6] = [
+    pub const ALL: [AccessKind; 7] = [
         AccessKind::ContextDword,
         AccessKind::Ring,
         AccessKind::Page1,
         AccessKind::ContextPage,
         AccessKind::PageTable,
         AccessKind::Completion,
+        AccessKind::Engine,
     ];
 
     /// The name of the kind, in snake case.
@@ -44,6 +47,7 @@ impl AccessKind {
             AccessKind::ContextPage => "context_page",
             AccessKind::PageTable => "page_table",
             AccessKind::Completion => "completion",
+            AccessKind::Engine => "engine",
         }
     }
 }
@@ -78,6 +82,8 @@ pub enum Step {
     Populate,
     /// The execlist is scheduled in.
     Prepare,
+    /// The engine executes it.
+    Execute,
     /// The shadow image is written back and the execlist scheduled out.
     Complete,
 }
@@ -223,11 +229,11 @@ mod tests {
             assert_eq!(counts.get(kind).read_bytes, i as u64);
             assert_eq!(counts.get(kind).written_bytes, 10 * i as u64);
         }
-        assert_eq!(counts.total().reads, 6);
-        assert_eq!(counts.total().writes, 6);
-        assert_eq!(counts.total().read_bytes, 15);
+        assert_eq!(counts.total().reads, 7);
+        assert_eq!(counts.total().writes, 7);
+        assert_eq!(counts.total().read_bytes, 21);
         let mut twice = counts;
         twice.merge(&counts);
-        assert_eq!(twice.total().written_bytes, 300);
+        assert_eq!(twice.total().written_bytes, 420);
     }
 }

@@ -26,6 +26,6 @@ const _: () = {
 
 #[test]
 fn traits_can_be_objects() {
-    let _engine: Box<dyn Engine> = Box::new(SimulatedEngine);
+    let _engine: Box<dyn Engine> = Box::new(SimulatedEngine::new());
     let _observer: &mut dyn Observer = &mut AccessCounts::default();
 }

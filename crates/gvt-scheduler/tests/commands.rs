@@ -7,7 +7,7 @@ mod common;
 
 use common::{Context, Guest, REQUEST, RING_PAGE, RING_PAGES};
 use gvt_scheduler::{
-    ring_context, ring_register, Engine, EngineFault, EngineId, EngineJob, VgpuConfig,
+    ring_context, ring_register, Engine, EngineFault, EngineId, EngineJob, Executed, VgpuConfig,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -23,10 +23,10 @@ struct Recorder {
 }
 
 impl Engine for Recorder {
-    fn run(&mut self, job: EngineJob<'_>) -> Result<(), EngineFault> {
+    fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault> {
         self.ring = job.ring.to_vec();
         self.indirect_ctx = job.indirect_ctx.to_vec();
-        Ok(())
+        Ok(Executed::default())
     }
 }
 

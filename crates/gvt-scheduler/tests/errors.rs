@@ -31,7 +31,9 @@ fn refused(guest: &mut Guest, elements: &[ContextDescriptor], errno: i32) -> Err
 
 /// Runs the queued workload, which fails; nothing is left of it.
 fn fails(guest: &mut Guest, errno: i32) -> Error {
-    let result = guest.vgpu.run_next(RCS, &mut SimulatedEngine);
+    let result = guest
+        .vgpu
+        .run_next(RCS, &mut SimulatedEngine::without_commands());
     let error = result.unwrap_err();
     assert_eq!(error.errno(), errno, "{error}");
     assert_eq!(guest.vgpu.queued(RCS), 0, "{error}");
@@ -256,7 +258,7 @@ fn engines_do_not_share_their_queues() {
     assert_eq!(guest.run(EngineId::Bcs).sequence, 0);
     assert!(guest
         .vgpu
-        .run_next(EngineId::Bcs, &mut SimulatedEngine)
+        .run_next(EngineId::Bcs, &mut SimulatedEngine::without_commands())
         .unwrap()
         .is_none());
 }

@@ -250,7 +250,7 @@ fn perform(action: Action, vgpu: &mut TestVgpu, memory: &GuestMemoryMmap) -> Res
         Action::TableWritten(gpa, len) => vgpu.page_table_written(GuestAddress(gpa), len),
         Action::ReleasePins(iova, size) => vgpu.release_pins(iova, size),
         Action::Run(engine) => {
-            let completion = vgpu.run_next(engine, &mut SimulatedEngine)?;
+            let completion = vgpu.run_next(engine, &mut SimulatedEngine::without_commands())?;
             return Ok(completion.is_some());
         }
     }

@@ -92,12 +92,12 @@ impl ShadowImage {
         self.set_dword(ring_context::TIMESTAMP, value);
     }
 
-    /// `offset` is one of the crate's own field offsets, all of which are inside the page.
+    /// `offset` is inside the page, by four bytes at least.
     pub(crate) fn set_dword(&mut self, offset: usize, value: u32) {
         self.page1[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
     }
 
-    fn dword(&self, offset: usize) -> u32 {
+    pub(crate) fn dword(&self, offset: usize) -> u32 {
         let mut bytes = [0; 4];
         bytes.copy_from_slice(&self.page1[offset..offset + 4]);
         u32::from_le_bytes(bytes)

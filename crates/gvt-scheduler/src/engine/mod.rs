@@ -3,9 +3,19 @@
 
 //! What executes a workload.
 
+mod execute;
+mod memory;
+mod mix;
+mod record;
+mod registers;
 mod sim;
 
+pub use memory::EngineMemory;
+pub(crate) use memory::JobMemory;
+pub use record::{RecordedJob, RecordingEngine};
 pub use sim::SimulatedEngine;
+
+use std::fmt;
 
 use crate::context::ShadowImage;
 use crate::descriptor::ContextDescriptor;
@@ -13,7 +23,6 @@ use crate::error::EngineFault;
 use crate::regs::EngineId;
 
 /// One workload, ready to be executed.
-#[derive(Debug)]
 pub struct EngineJob<'a> {
     /// The engine it is for.
     pub engine: EngineId,
@@ -23,28 +32,62 @@ pub struct EngineJob<'a> {
     pub sequence: u64,
     /// Copy of the commands between head and tail of the ring.
     pub ring: &'a [u8],
-    /// Copy of the indirect context batch; empty when there is none.
+    /// Copy of the indirect context batch; empty when there is none. It runs before the ring.
     pub indirect_ctx: &'a [u8],
+    /// Address in the GGTT of the per-context batch, if there is one. It runs behind the indirect context
+    /// batch and before the ring.
+    pub per_ctx: Option<u64>,
+    /// Address in the GGTT of the engine's hardware status page.
+    pub status_page: u64,
     /// The context, which the engine changes.
     pub image: &'a mut ShadowImage,
+    /// What the commands reach of guest memory. `&mut ()` reaches nothing.
+    pub memory: &'a mut dyn EngineMemory,
+}
+
+impl fmt::Debug for EngineJob<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EngineJob")
+            .field("engine", &self.engine)
+            .field("descriptor", &self.descriptor)
+            .field("sequence", &self.sequence)
+            .field("ring", &self.ring.len())
+            .field("indirect_ctx", &self.indirect_ctx.len())
+            .field("per_ctx", &self.per_ctx)
+            .field("status_page", &self.status_page)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an engine says of a workload that it has executed to the end.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Executed {
+    /// How often the commands asked for an interrupt (MI_USER_INTERRUPT).
+    pub user_interrupts: u32,
 }
 
 /// An engine: executes a workload on the shadow image, to its end.
 ///
 /// ```
-/// use gvt_scheduler::{Engine, EngineFault, EngineJob};
+/// use gvt_scheduler::{Engine, EngineFault, EngineJob, Executed};
 ///
 /// /// Executes nothing, but says what it was given.
 /// struct Dummy;
 ///
 /// impl Engine for Dummy {
-///     fn run(&mut self, job: EngineJob<'_>) -> Result<(), EngineFault> {
+///     fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault> {
 ///         println!("{:?} has {} bytes of commands", job.engine, job.ring.len());
-///         Ok(())
+///         Ok(Executed::default())
 ///     }
 /// }
 /// ```
 pub trait Engine {
-    /// Executes `job`. After a fault nothing of the image reaches the guest.
-    fn run(&mut self, job: EngineJob<'_>) -> Result<(), EngineFault>;
+    /// Executes `job`. After a fault nothing of the image reaches the guest, and no interrupt.
+    fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault>;
+}
+
+impl<E: Engine + ?Sized> Engine for &mut E {
+    fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault> {
+        (**self).run(job)
+    }
 }

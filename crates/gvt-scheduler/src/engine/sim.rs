@@ -4,51 +4,133 @@
 //! An engine without a GPU.
 
 use crate::context::ShadowImage;
-use crate::engine::{Engine, EngineJob};
+use crate::engine::execute::Execution;
+use crate::engine::mix::mix;
+use crate::engine::{Engine, EngineJob, Executed};
 use crate::error::EngineFault;
-use crate::regs::{ring_context, PAGE_SIZE};
+use crate::regs::ring_context;
 
-/// Stands in for a GPU: executes no command, but changes every byte of the engine context in a way
-/// that shows each page which was mixed up, lost or left stale.
+/// Stands in for a GPU: executes the commands with which contexts are switched, memory is written and
+/// the driver is told, and changes the context in a way that can be worked out elsewhere.
 ///
-/// With submission number `s`, page `p` of the object and byte `i` of the page, a byte becomes
-/// `rotate_left(byte, 1) ^ (0x5a + 31 p + 7 i + 3 (i >> 8) + 113 s)`, in the pages `2..n` and behind the
-/// ring context of page 1. The time stamp advances by `1000 + s`. Under restore inhibit pages `2..n`
-/// count as zero before, and the bit (not its mask) is cleared.
+/// # Commands
+/// The indirect context batch, the per-context batch and the ring are executed in this order:
+///
+/// | command | what it does |
+/// |---|---|
+/// | MI_NOOP, MI_ARB_CHECK, MI_ARB_ON_OFF | nothing |
+/// | MI_BATCH_BUFFER_START | from the ring: calls a batch, in the GGTT or PPGTT; from a batch: jumps to another, or calls one of the second level (bit 22), from which one can only return |
+/// | MI_BATCH_BUFFER_END | returns from a batch |
+/// | MI_STORE_DATA_IMM | writes four bytes, or eight (bit 21) |
+/// | MI_FLUSH_DW, PIPE_CONTROL | write immediate data, or as eight bytes the time stamp the context began with; bit 21 writes to the status page. A MI_FLUSH_DW of four dwords writes four bytes, everything else eight |
+/// | MI_LOAD_REGISTER_IMM | sets registers that live in the image (below); others are ignored |
+/// | MI_USER_INTERRUPT | counts in [`Executed::user_interrupts`] |
+///
+/// Anything else is a fault: other commands, other lengths, an address without translation, a use of
+/// the GGTT by a batch in the PPGTT (such batches come from unprivileged programs), and a command
+/// beyond [`STEP_LIMIT`](Self::STEP_LIMIT).
+///
+/// # Context
+/// - Under restore inhibit pages `2..n` are zero before, and the bit (not its mask) is cleared.
+/// - Registers that live in the image are those of the ring context but for HEAD, TAIL, START and CTL,
+///   and those in lists of MI_LOAD_REGISTER_IMM behind it in page 1. Of the ring context, a vGPU writes back
+///   only context control and time stamp. The context control takes the bits that its upper half selects.
+/// - The time stamp advances by `1000 + s`, with submission number `s`.
+/// - The vGPU sets HEAD to TAIL in memory.
+/// - With [`mix_context`](Self::mix_context), every byte of pages `2..n` and behind the ring context of
+///   page 1 is changed at the end, which shows each page that was mixed up, lost or left stale. Byte `i` of
+///   page `p` of the object becomes `rotate_left(byte, 1) ^ (0x5a + 31 p + 7 i + 3 (i >> 8) + 113 s)`.
 ///
 /// ```
 /// use gvt_scheduler::{ContextDescriptor, Engine, EngineId, EngineJob, ShadowImage, SimulatedEngine};
 ///
 /// let mut image = ShadowImage::new(3);
-/// SimulatedEngine
-///     .run(EngineJob {
+/// let mut run = |engine: &mut SimulatedEngine, ring: &[u32]| {
+///     let ring: Vec<u8> = ring.iter().flat_map(|dword| dword.to_le_bytes()).collect();
+///     engine.run(EngineJob {
 ///         engine: EngineId::Rcs,
 ///         descriptor: ContextDescriptor::default(),
-///         sequence: 0,
-///         ring: &[],
+///         sequence: 5,
+///         ring: &ring,
 ///         indirect_ctx: &[],
+///         per_ctx: None,
+///         status_page: 0,
 ///         image: &mut image,
+///         memory: &mut (),
 ///     })
-///     .unwrap();
-/// assert_eq!(image.pages()[0], 0x5a + 31 * 2);
-/// assert_eq!(image.ctx_timestamp(), 1000);
+/// };
+/// // MI_USER_INTERRUPT, MI_NOOP
+/// let executed = run(&mut SimulatedEngine::new(), &[0x0100_0000, 0]).unwrap();
+/// assert_eq!(executed.user_interrupts, 1);
+/// // MI_SEMAPHORE_WAIT
+/// let fault = run(&mut SimulatedEngine::new(), &[0x0e00_0002, 0, 0, 0]).unwrap_err();
+/// assert_eq!(fault.to_string(), "MI_SEMAPHORE_WAIT (0x0e000002) in the ring is not simulated");
+/// assert_eq!(image.ctx_timestamp(), 1005);
 /// ```
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SimulatedEngine;
+#[derive(Clone, Copy, Debug)]
+pub struct SimulatedEngine {
+    /// No command is executed at all without a limit.
+    step_limit: Option<u32>,
+    mix: bool,
+}
+
+impl SimulatedEngine {
+    /// Commands of a workload that are executed unless another limit is [set](Self::step_limit). A batch
+    /// may jump to itself, so there has to be one; most workloads have less than a hundred, apart from what
+    /// a driver pads its batches with.
+    pub const STEP_LIMIT: u32 = 1 << 18;
+
+    /// An engine that executes commands.
+    pub const fn new() -> Self {
+        Self {
+            step_limit: Some(Self::STEP_LIMIT),
+            mix: false,
+        }
+    }
+
+    /// An engine that executes no command but mixes the context: for recordings whose commands are a
+    /// real GPU's.
+    pub const fn without_commands() -> Self {
+        Self {
+            step_limit: None,
+            mix: true,
+        }
+    }
+
+    /// Executes at most `steps` commands of a workload; one more is a fault.
+    pub const fn step_limit(self, steps: u32) -> Self {
+        Self {
+            step_limit: Some(steps),
+            ..self
+        }
+    }
+
+    /// Whether every byte of the engine context is changed at the end.
+    pub const fn mix_context(self, mix: bool) -> Self {
+        Self { mix, ..self }
+    }
+}
+
+impl Default for SimulatedEngine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl Engine for SimulatedEngine {
-    fn run(&mut self, job: EngineJob<'_>) -> Result<(), EngineFault> {
-        let EngineJob {
-            sequence, image, ..
-        } = job;
-        restore(image);
-        mix(image.page1_rest_mut(), ring_context::SIZE, 1, sequence);
-        for (page, bytes) in image.pages_mut().chunks_exact_mut(PAGE_SIZE).enumerate() {
-            mix(bytes, 0, page + 2, sequence);
-        }
-        let ticks = 1000u32.wrapping_add(sequence as u32);
+    fn run(&mut self, mut job: EngineJob<'_>) -> Result<Executed, EngineFault> {
+        restore(job.image);
+        let executed = match self.step_limit {
+            Some(steps) => Execution::new(&mut job, steps).run()?,
+            None => Executed::default(),
+        };
+        let image = job.image;
+        let ticks = 1000u32.wrapping_add(job.sequence as u32);
         image.set_ctx_timestamp(image.ctx_timestamp().wrapping_add(ticks));
-        Ok(())
+        if self.mix {
+            mix(image, job.sequence);
+        }
+        Ok(executed)
     }
 }
 
@@ -59,20 +141,6 @@ fn restore(image: &mut ShadowImage) {
     }
 }
 
-/// Changes the bytes that begin at byte `first` of page `page`. Only the low eight bits of the sum
-/// count, so it is built of bytes.
-fn mix(bytes: &mut [u8], first: usize, page: usize, sequence: u64) {
-    let base = 0x5au8
-        .wrapping_add((page as u8).wrapping_mul(31))
-        .wrapping_add((sequence as u8).wrapping_mul(113));
-    for (i, byte) in (first..).zip(bytes) {
-        let key = base
-            .wrapping_add((i as u8).wrapping_mul(7))
-            .wrapping_add(((i >> 8) as u8).wrapping_mul(3));
-        *byte = byte.rotate_left(1) ^ key;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,68 +148,49 @@ mod tests {
     use crate::regs::EngineId;
 
     fn run(image: &mut ShadowImage, sequence: u64) {
-        SimulatedEngine
+        SimulatedEngine::without_commands()
             .run(EngineJob {
                 engine: EngineId::Rcs,
                 descriptor: ContextDescriptor::default(),
                 sequence,
-                ring: &[],
+                ring: &[0xff; 7],
                 indirect_ctx: &[],
+                per_ctx: Some(0),
+                status_page: 0,
                 image,
+                memory: &mut (),
             })
             .unwrap();
     }
 
-    fn expected(old: u8, page: u64, i: u64, s: u64) -> u8 {
-        let key = 0x5au64
-            .wrapping_add(31 * page)
-            .wrapping_add(7 * i)
-            .wrapping_add(s.wrapping_mul(113))
-            .wrapping_add((i >> 8) * 3);
-        old.rotate_left(1) ^ key as u8
-    }
-
     #[test]
-    fn every_byte_changes_as_documented() {
-        for sequence in [0, 1, 77, 256, u64::MAX] {
-            let mut image = ShadowImage::new(5);
-            let fill = |bytes: &mut [u8]| {
-                for (i, byte) in bytes.iter_mut().enumerate() {
-                    *byte = (i * 13 + 5) as u8;
-                }
-            };
-            fill(image.pages_mut());
-            fill(image.page1_mut());
-            image.set_ctx_ctrl(0);
+    fn the_time_stamp_advances_and_wraps() {
+        for sequence in [0, 1, 77, u64::MAX] {
+            let mut image = ShadowImage::new(2);
             image.set_ctx_timestamp(u32::MAX);
-            let before = image.clone();
             run(&mut image, sequence);
-            for (i, (new, old)) in image.pages().iter().zip(before.pages()).enumerate() {
-                let (page, i) = (i as u64 / 4096 + 2, i as u64 % 4096);
-                assert_eq!(*new, expected(*old, page, i, sequence));
-            }
-            for i in ring_context::SIZE..PAGE_SIZE {
-                let old = before.page1()[i];
-                assert_eq!(image.page1()[i], expected(old, 1, i as u64, sequence));
-            }
-            assert_eq!(
-                image.ctx_timestamp(),
-                999u32.wrapping_add(sequence as u32),
-                "{sequence}"
-            );
+            let expected = 999u32.wrapping_add(sequence as u32);
+            assert_eq!(image.ctx_timestamp(), expected, "{sequence}");
         }
     }
 
     #[test]
     fn restore_inhibit_starts_from_zero_and_is_cleared() {
-        let mut image = ShadowImage::new(3);
-        image.pages_mut().fill(0xff);
-        image.set_ctx_ctrl(0x0001_0001);
-        run(&mut image, 3);
-        assert_eq!(image.ctx_ctrl(), 0x0001_0000);
-        assert_eq!(image.pages()[9], expected(0, 2, 9, 3));
-        let once = image.pages()[9];
-        run(&mut image, 4);
-        assert_eq!(image.pages()[9], expected(once, 2, 9, 4));
+        let mut dirty = ShadowImage::new(3);
+        dirty.pages_mut().fill(0xff);
+        dirty.set_ctx_ctrl(0x0001_0001);
+        let mut clean = ShadowImage::new(3);
+        clean.set_ctx_ctrl(0x0001_0000);
+        for image in [&mut dirty, &mut clean] {
+            run(image, 3);
+            assert_eq!(image.ctx_ctrl(), 0x0001_0000);
+        }
+        assert!(dirty.pages() == clean.pages());
+        // What was saved is restored.
+        dirty.pages_mut().fill(0xff);
+        for image in [&mut dirty, &mut clean] {
+            run(image, 4);
+        }
+        assert!(dirty.pages() != clean.pages());
     }
 }

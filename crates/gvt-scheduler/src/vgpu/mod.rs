@@ -287,7 +287,8 @@ mod tests {
             vgpu.submit(EngineId::Bcs, elements).unwrap();
         }
         while vgpu.queued(EngineId::Bcs) > 0 {
-            vgpu.run_next(EngineId::Bcs, &mut SimulatedEngine).unwrap();
+            let mut hw = SimulatedEngine::new();
+            vgpu.run_next(EngineId::Bcs, &mut hw).unwrap();
         }
         assert_eq!(vgpu.spare.len(), SPARE_COMMANDS);
     }

@@ -41,4 +41,6 @@ pub struct Completion {
     pub events: usize,
     /// Context-switch interrupts to inject: events of one transition share one.
     pub interrupts: usize,
+    /// User interrupts to inject: one for each MI_USER_INTERRUPT that was executed.
+    pub user_interrupts: u32,
 }

@@ -6,7 +6,7 @@
 use page_pin::PinPages;
 
 use crate::context::{ContextPages, CopyStats, ShadowImage};
-use crate::engine::{Engine, EngineJob};
+use crate::engine::{Engine, EngineJob, Executed, JobMemory};
 use crate::error::{Error, Result};
 use crate::execlist::Events;
 use crate::ggtt::Ggtt;
@@ -26,15 +26,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     ) -> Result<Completion> {
         let (populate, skipped) = self.populate(engine, workload)?;
         let prepared = self.prepare(engine, workload)?;
-        hw.run(EngineJob {
-            engine,
-            descriptor: workload.descriptor,
-            sequence: workload.sequence,
-            ring: &workload.commands.ring,
-            indirect_ctx: &workload.commands.indirect_ctx,
-            image: &mut self.engines[engine as usize].image,
-        })
-        .map_err(|source| Error::Engine { engine, source })?;
+        let executed = self.execute(engine, workload, hw)?;
         let write_back = self.write_back(engine, workload)?;
         let completed = self.complete(engine, workload)?;
         Ok(Completion {
@@ -47,6 +39,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             skipped,
             events: prepared + completed,
             interrupts: prepared.min(1) + completed.min(1),
+            user_interrupts: executed.user_interrupts,
         })
     }
 
@@ -79,6 +72,38 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         let execlist = &mut self.engines[engine as usize].execlist;
         let events = execlist.schedule_in(engine, elements)?;
         self.tell(engine, events)
+    }
+
+    fn execute(
+        &mut self,
+        engine: EngineId,
+        workload: &Workload,
+        hw: &mut dyn Engine,
+    ) -> Result<Executed> {
+        let status_page = self.mmio_read(engine.mmio_base() + ring_register::HWS_PGA);
+        let port = Port {
+            memory: &self.memory,
+            observer: &mut self.observer,
+        };
+        port.observer.step(workload.sequence, Step::Execute);
+        let mut memory = JobMemory {
+            port,
+            ggtt: &self.ggtt,
+            ppgtt: &self.ppgtt,
+            root: workload.root,
+        };
+        hw.run(EngineJob {
+            engine,
+            descriptor: workload.descriptor,
+            sequence: workload.sequence,
+            ring: &workload.commands.ring,
+            indirect_ctx: &workload.commands.indirect_ctx,
+            per_ctx: workload.per_ctx,
+            status_page: u64::from(status_page) & !PAGE_MASK,
+            image: &mut self.engines[engine as usize].image,
+            memory: &mut memory,
+        })
+        .map_err(|source| Error::Engine { engine, source })
     }
 
     /// Writes the context back; `None` when a page of it has no translation.

@@ -86,7 +86,9 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             submission,
             ring_context,
             ring,
+            root,
             indirect_ctx: fields.indirect_ctx(),
+            per_ctx: fields.per_ctx(),
             commands: self.spare.pop().unwrap_or_default(),
             scanned: false,
         };

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::ggtt::Ggtt;
 use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
+use crate::ppgtt::PageTableRoot;
 use crate::ring::{page_pieces, Ring};
 use crate::workload::ring_context::IndirectCtx;
 
@@ -29,7 +30,10 @@ pub(crate) struct Workload {
     /// Where page 1 of the context object is.
     pub(crate) ring_context: GuestAddress,
     pub(crate) ring: Ring,
+    pub(crate) root: PageTableRoot,
     pub(crate) indirect_ctx: IndirectCtx,
+    /// Graphics address of the per-context batch.
+    pub(crate) per_ctx: Option<u64>,
     /// The copied commands, once they are scanned.
     pub(crate) commands: Commands,
     pub(crate) scanned: bool,

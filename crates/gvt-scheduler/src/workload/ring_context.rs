@@ -76,6 +76,12 @@ impl RingContext {
         }
     }
 
+    /// Where the per-context batch begins, if there is one (bit 0).
+    pub(crate) fn per_ctx(&self) -> Option<u64> {
+        let valid = self.bb_per_ctx & 1 != 0;
+        valid.then_some(u64::from(self.bb_per_ctx) & !PAGE_MASK)
+    }
+
     /// The batches of the render engine are in the vGPU's graphics memory.
     pub(crate) fn check_batches(&self, ggtt: &Ggtt) -> Result<()> {
         let IndirectCtx { gma, len } = self.indirect_ctx();
@@ -86,9 +92,7 @@ impl RingContext {
                 return Err(Error::NotPageAligned { name, gma });
             }
         }
-        let per_ctx_valid = self.bb_per_ctx & 1 != 0;
-        if per_ctx_valid {
-            let gma = u64::from(self.bb_per_ctx) & !PAGE_MASK;
+        if let Some(gma) = self.per_ctx() {
             check_owned(ggtt, "per-context batch", gma, CACHE_LINE)?;
         }
         Ok(())

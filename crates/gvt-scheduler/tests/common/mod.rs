@@ -7,8 +7,8 @@
 
 use gvt_scheduler::{
     ring_context, ring_register, Access, AddressingMode, Completion, ContextDescriptor, Engine,
-    EngineFault, EngineId, EngineJob, Error, GuestDma, Observer, SimulatedEngine, Step, Submission,
-    Vgpu, VgpuConfig,
+    EngineFault, EngineId, EngineJob, Error, Executed, GuestDma, Observer, SimulatedEngine, Step,
+    Submission, Vgpu, VgpuConfig,
 };
 use page_pin::PinPages;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -39,7 +39,7 @@ impl Observer for Trace {
 pub struct FaultyEngine;
 
 impl Engine for FaultyEngine {
-    fn run(&mut self, job: EngineJob<'_>) -> Result<(), EngineFault> {
+    fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault> {
         job.image.pages_mut().fill(0xee);
         Err(EngineFault::new("hang"))
     }
@@ -134,7 +134,7 @@ impl<P: PinPages, O: Observer> Guest<P, O> {
 
     pub fn run(&mut self, engine: EngineId) -> Completion {
         self.vgpu
-            .run_next(engine, &mut SimulatedEngine)
+            .run_next(engine, &mut SimulatedEngine::without_commands())
             .unwrap()
             .expect("a workload is queued")
     }

@@ -1,0 +1,102 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! An engine that keeps what it was given.
+
+use crate::descriptor::ContextDescriptor;
+use crate::engine::{Engine, EngineJob, Executed};
+use crate::error::EngineFault;
+use crate::regs::EngineId;
+
+/// A job that was executed, and how that ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct RecordedJob {
+    /// The engine it was for.
+    pub engine: EngineId,
+    /// The context it ran in.
+    pub descriptor: ContextDescriptor,
+    /// The number of its submission.
+    pub sequence: u64,
+    /// The commands of the ring.
+    pub ring: Vec<u8>,
+    /// The commands of the indirect context batch.
+    pub indirect_ctx: Vec<u8>,
+    /// Address of the per-context batch.
+    pub per_ctx: Option<u64>,
+    /// What the engine said.
+    pub result: Result<Executed, EngineFault>,
+}
+
+/// Hands jobs to another engine, and keeps them: for tests, and to see what a guest runs.
+///
+/// What is kept grows with each job until it is [taken](Self::take).
+///
+/// ```
+/// use gvt_scheduler::{ContextDescriptor, Engine, EngineId, EngineJob, RecordingEngine, ShadowImage};
+/// use gvt_scheduler::SimulatedEngine;
+///
+/// let mut engine = RecordingEngine::new(SimulatedEngine::new());
+/// engine.run(EngineJob {
+///     engine: EngineId::Bcs,
+///     descriptor: ContextDescriptor::default(),
+///     sequence: 0,
+///     ring: &[0; 8],
+///     indirect_ctx: &[],
+///     per_ctx: None,
+///     status_page: 0,
+///     image: &mut ShadowImage::new(2),
+///     memory: &mut (),
+/// })?;
+/// let jobs = engine.take();
+/// assert_eq!((jobs.len(), &jobs[0].ring[..]), (1, &[0; 8][..]));
+/// assert!(jobs[0].result.is_ok());
+/// # Ok::<(), gvt_scheduler::EngineFault>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct RecordingEngine<E> {
+    inner: E,
+    jobs: Vec<RecordedJob>,
+}
+
+impl<E> RecordingEngine<E> {
+    /// Keeps what `inner` is given.
+    pub const fn new(inner: E) -> Self {
+        Self {
+            inner,
+            jobs: Vec::new(),
+        }
+    }
+
+    /// The jobs since the last [`take`](Self::take), in order.
+    pub fn jobs(&self) -> &[RecordedJob] {
+        &self.jobs
+    }
+
+    /// Gives the jobs away.
+    pub fn take(&mut self) -> Vec<RecordedJob> {
+        std::mem::take(&mut self.jobs)
+    }
+
+    /// The engine that executes.
+    pub fn inner_mut(&mut self) -> &mut E {
+        &mut self.inner
+    }
+}
+
+impl<E: Engine> Engine for RecordingEngine<E> {
+    fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault> {
+        let mut recorded = RecordedJob {
+            engine: job.engine,
+            descriptor: job.descriptor,
+            sequence: job.sequence,
+            ring: job.ring.to_vec(),
+            indirect_ctx: job.indirect_ctx.to_vec(),
+            per_ctx: job.per_ctx,
+            result: Ok(Executed::default()),
+        };
+        let result = self.inner.run(job);
+        recorded.result.clone_from(&result);
+        self.jobs.push(recorded);
+        result
+    }
+}
