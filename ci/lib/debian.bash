@@ -28,7 +28,11 @@ Suites: $suites
 Components: main
 Signed-By: $keys
 END
+    # What the machine does after an update is for its own files.
     cat >"$debian_state/apt.conf" <<END
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear DPkg::Post-Invoke;
 APT::Architecture "amd64";
 APT::Architectures { "amd64"; };
 APT::Install-Recommends "false";
@@ -43,7 +47,7 @@ Dir::Cache::archives "$debian_state/archives";
 Dir::Etc::sourcelist "$debian_state/debian.sources";
 Dir::Etc::sourceparts "/dev/null";
 END
-    debian_apt apt-get update
+    debian_apt apt-get update --error-on=any
 }
 
 # debian_apt TOOL ARGUMENTS...: an apt tool on that state.

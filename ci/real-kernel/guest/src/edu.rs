@@ -18,12 +18,15 @@ use vfio_bindings::bindings::vfio::{
 use vfio_group::hardware::{HardwareContainer, HardwareGroup};
 use vfio_group::IommuType;
 
-use crate::init::Given;
 use crate::memory::{self, PAGE, PRIVATE};
 use crate::op::{Machine, Map, Op, Outcome, Unmap};
 use crate::ours::Ours;
 use crate::setup::Setup;
 use crate::vfio::Device;
+use guest_init::Given;
+
+/// The edu device of QEMU, as the kernel writes its ids.
+pub const IDS: &str = "1234 11e8";
 
 /// Registers of the device, in its BAR 0.
 const DMA_SOURCE: u64 = 0x80;

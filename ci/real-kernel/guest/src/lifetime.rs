@@ -12,10 +12,10 @@ use rand::{Rng, SeedableRng};
 use vfio_bindings::bindings::vfio::{VFIO_TYPE1v2_IOMMU, VFIO_NOIOMMU_IOMMU, VFIO_TYPE1_IOMMU};
 
 use crate::compare::shrink;
-use crate::init::Given;
 use crate::memory::{PAGE, PRIVATE};
 use crate::op::Map;
 use crate::vfio::{self, Answer};
+use guest_init::Given;
 
 /// Containers there may be at a time.
 const CONTAINERS: usize = 2;

@@ -8,7 +8,6 @@ mod compare;
 mod edu;
 mod explained;
 mod generate;
-mod init;
 mod iommufd;
 mod lifetime;
 mod live;
@@ -32,7 +31,7 @@ fn main() -> ExitCode {
         Err(error) => println!("finished: {error}"),
     }
     if first {
-        init::end();
+        guest_init::end();
     }
     if done.is_ok() {
         ExitCode::SUCCESS
@@ -43,12 +42,13 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), String> {
     let said = |error: std::io::Error| error.to_string();
-    let given = init::prepare().map_err(said)?;
+    guest_init::prepare().map_err(said)?;
+    let given = guest_init::give_to_vfio(edu::IDS).map_err(said)?;
     memory::make().map_err(said)?;
-    let operations = init::parameter("operations")
+    let operations = guest_init::parameter("operations")
         .map_err(said)?
         .unwrap_or(20_000);
-    let seed = init::parameter("seed").map_err(said)?.unwrap_or(1);
+    let seed = guest_init::parameter("seed").map_err(said)?.unwrap_or(1);
     println!(
         "device {} of group {}, seed {seed}",
         given.name, given.group

@@ -8,10 +8,10 @@ use std::io;
 
 use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 
-use crate::init::Given;
 use crate::memory::{PAGE, PRIVATE};
 use crate::op::{Map, Unmap};
 use crate::vfio::{Answer, Kernel};
+use guest_init::Given;
 
 /// Pages that the child may lock.
 const LIMIT: u64 = 8;

@@ -10,13 +10,13 @@ use vfio_bindings::bindings::vfio::{VFIO_TYPE1v2_IOMMU, VFIO_TYPE1_IOMMU};
 use crate::compare::{compare, shrink, Difference};
 use crate::explained::Explained;
 use crate::generate::Generator;
-use crate::init::Given;
 use crate::op::{Machine, Op, INFO_BYTES};
 use crate::ours::Ours;
 use crate::rates::Rates;
 use crate::rules::Rules;
 use crate::setup::Setup;
 use crate::vfio::Kernel;
+use guest_init::Given;
 
 /// Operations on a container before a fresh one is taken.
 const SEQUENCE: u64 = 200;

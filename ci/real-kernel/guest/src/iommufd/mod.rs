@@ -18,8 +18,8 @@ use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use crate::compare::shrink;
-use crate::init::Given;
 use crate::memory::PAGE;
+use guest_init::Given;
 
 use explained::Explained;
 use generate::Generator;

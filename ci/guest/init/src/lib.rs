@@ -1,17 +1,16 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the first process of a system has to do before anything else works: file systems, modules, and
-//! the device given to VFIO.
+//! What the first process of a guest has to do before anything else works: file systems, modules, and
+//! the device given to VFIO. Modules are in the folder that guest-initramfs packs.
 
+use std::error::Error;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
-
-/// The edu device of QEMU, as the kernel writes its ids.
-const EDU: &str = "1234 11e8";
 
 /// The device that was given to VFIO.
 #[derive(Debug)]
@@ -22,17 +21,27 @@ pub struct Given {
     pub group: u32,
 }
 
-/// Mounts, loads, gives.
-pub fn prepare() -> io::Result<Given> {
+/// Mounts what the kernel offers, and loads the modules.
+///
+/// # Errors
+///
+/// What the kernel answered.
+pub fn prepare() -> io::Result<()> {
     mount("proc", "/proc")?;
     mount("sysfs", "/sys")?;
     mount("devtmpfs", "/dev")?;
-    load_modules("/modules")?;
-    give()
+    load_modules("/modules")
 }
 
-/// A parameter of the kernel's command line.
-pub fn parameter(name: &str) -> io::Result<Option<u64>> {
+/// A parameter of the kernel's command line, where that has it.
+///
+/// # Errors
+///
+/// The command line cannot be read, or the parameter is not what is asked for.
+pub fn parameter<T>(name: &str) -> io::Result<Option<T>>
+where
+    T: FromStr<Err: Error + Send + Sync + 'static>,
+{
     let line = fs::read_to_string("/proc/cmdline")?;
     let mut words = line
         .split_whitespace()
@@ -97,8 +106,13 @@ fn load_modules(folder: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn give() -> io::Result<Given> {
-    fs::write("/sys/bus/pci/drivers/vfio-pci/new_id", EDU)?;
+/// Gives the device with these ids (vendor and device as the kernel takes them: `1234 11e8`) to vfio-pci.
+///
+/// # Errors
+///
+/// What the kernel answered; that it has no such device behind an IOMMU.
+pub fn give_to_vfio(ids: &str) -> io::Result<Given> {
+    fs::write("/sys/bus/pci/drivers/vfio-pci/new_id", ids)?;
     for entry in fs::read_dir("/sys/bus/pci/drivers/vfio-pci")? {
         let entry = entry?;
         let Ok(group) = fs::read_link(entry.path().join("iommu_group")) else {
@@ -117,7 +131,12 @@ fn give() -> io::Result<Given> {
     ))
 }
 
-fn wait_for(path: &str) -> io::Result<()> {
+/// Waits for a file that the kernel makes.
+///
+/// # Errors
+///
+/// It does not come within 10 s.
+pub fn wait_for(path: &str) -> io::Result<()> {
     let begun = Instant::now();
     while !fs::exists(path)? {
         if begun.elapsed() > Duration::from_secs(10) {

@@ -3,7 +3,7 @@
 
 //! Packs `/init` and kernel modules into an archive that a kernel unpacks at boot.
 //!
-//! `real-kernel-initramfs OUT INIT [MODULE.ko[.xz]]...`: the modules get names by which they sort in the
+//! `guest-initramfs OUT INIT [MODULE.ko[.xz]]...`: the modules get names by which they sort in the
 //! order given, and are unpacked here, so that the guest needs no decompressor.
 
 mod newc;
@@ -19,7 +19,7 @@ use newc::Archive;
 fn main() -> ExitCode {
     let mut args = env::args().skip(1);
     let (Some(out), Some(init)) = (args.next(), args.next()) else {
-        eprintln!("usage: real-kernel-initramfs OUT INIT [MODULE]...");
+        eprintln!("usage: guest-initramfs OUT INIT [MODULE]...");
         return ExitCode::FAILURE;
     };
     match pack(&init, args).and_then(|archive| fs::write(&out, archive)) {
