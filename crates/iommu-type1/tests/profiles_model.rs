@@ -875,7 +875,10 @@ fn step(real: &mut Real, model: &mut Model, op: Op) -> Result<(), TestCaseError>
                 std::sync::Arc::new(|_, _| ()),
             );
             let result = errno(pinner.pin_pages(at, 1, prot)).map(drop);
-            let refusal = model.refusal(at, |mapped| mapped.prot.allow(prot));
+            let refusal = match model.profile {
+                Profile::Type1v1 => Some(libc::EACCES),
+                _ => model.refusal(at, |mapped| mapped.prot.allow(prot)),
+            };
             // Whoever has pinned a page may have written it.
             if refusal.is_none() && model.tracking && model.profile == Profile::Type1v2 {
                 model.dirty.insert(at);
