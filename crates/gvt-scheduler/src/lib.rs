@@ -135,6 +135,6 @@ pub use ggtt::{Ggtt, GmWindow, GmWindows, HalfEntry};
 pub use guest_dma::GuestDma;
 pub use observe::{Access, AccessCounts, AccessKind, Counts, Observer, Step};
 pub use ppgtt::PageTableRoot;
-pub use regs::{ring_context, ring_register, EngineId, Generation, PAGE_SIZE};
+pub use regs::{interrupt_register, ring_context, ring_register, EngineId, Generation, PAGE_SIZE};
 pub use ring::Ring;
 pub use vgpu::{Completion, Submission, Vgpu, VgpuConfig};

@@ -87,6 +87,29 @@ impl EngineId {
             .map(|engine| (engine, offset & 0xfff))
     }
 
+    /// Which of the GT interrupt registers ([`interrupt_register`]) has the bits of this engine, and by how many
+    /// bits they are shifted there.
+    pub const fn gt_interrupt(self) -> (u32, u32) {
+        match self {
+            EngineId::Rcs => (0, 0),
+            EngineId::Bcs => (0, 16),
+            EngineId::Vcs => (1, 0),
+            EngineId::Vcs2 => (1, 16),
+            EngineId::Vecs => (3, 0),
+        }
+    }
+
+    /// The bit of this engine in [`MASTER_IRQ`](interrupt_register::MASTER_IRQ).
+    pub const fn master_interrupt(self) -> u32 {
+        match self {
+            EngineId::Rcs => 1 << 0,
+            EngineId::Bcs => 1 << 1,
+            EngineId::Vcs => 1 << 2,
+            EngineId::Vcs2 => 1 << 3,
+            EngineId::Vecs => 1 << 6,
+        }
+    }
+
     pub(crate) const fn has_workaround_batches(self) -> bool {
         matches!(self, EngineId::Rcs)
     }
@@ -100,6 +123,8 @@ pub mod ring_register {
     pub const HEAD: u32 = 0x34;
     /// RING_START.
     pub const START: u32 = 0x38;
+    /// RING_CTL.
+    pub const CTL: u32 = 0x3c;
     /// HWS_PGA: graphics address of the hardware status page.
     pub const HWS_PGA: u32 = 0x80;
     /// The execlist submission port; takes four dwords.
@@ -110,6 +135,24 @@ pub mod ring_register {
     pub const CONTEXT_STATUS_BUFFER: u32 = 0x370;
     /// Read and write pointer of the context status buffer.
     pub const CONTEXT_STATUS_POINTER: u32 = 0x3a0;
+}
+
+/// Interrupt registers of the device, as offsets in the MMIO BAR, and their bits.
+pub mod interrupt_register {
+    /// Which of the others have something; bit 31 lets interrupts through.
+    pub const MASTER_IRQ: u32 = 0x4_4200;
+    /// Bit of [`MASTER_IRQ`].
+    pub const MASTER_CONTROL: u32 = 1 << 31;
+    /// ISR of GT interrupt register 0; its IMR, IIR and IER follow, then those of the next.
+    pub const GT_ISR: u32 = 0x4_4300;
+    /// Distance of two GT interrupt registers.
+    pub const GT_STRIDE: u32 = 0x10;
+    /// How many there are.
+    pub const GT_COUNT: u32 = 4;
+    /// MI_USER_INTERRUPT, to be shifted by [`EngineId::gt_interrupt`](super::EngineId::gt_interrupt).
+    pub const USER: u32 = 1 << 0;
+    /// An event is in the context status buffer, to be shifted likewise.
+    pub const CONTEXT_SWITCH: u32 = 1 << 8;
 }
 
 /// Fields of the ring context, as byte offsets of their values in page 1 of a context object.

@@ -58,11 +58,18 @@ impl ServerBackend for VfioUserAdapter<'_> {
         fd: Option<File>,
     ) -> io::Result<()> {
         let fd = fd.map(Into::into);
-        logged(self.0.dma().map(flags.bits(), offset, address, size, fd))
+        logged(self.0.dma().map(flags.bits(), offset, address, size, fd))?;
+        self.0.dma_mapped(address, size);
+        Ok(())
     }
 
     fn dma_unmap(&mut self, flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
-        logged(self.0.dma().unmap(flags.bits(), address, size).map(drop))
+        logged(self.0.dma().unmap(flags.bits(), address, size).map(drop))?;
+        match flags.bits() {
+            0 => self.0.dma_unmapped(address, size),
+            _ => self.0.dma_unmapped(0, u64::MAX),
+        }
+        Ok(())
     }
 
     fn reset(&mut self) -> io::Result<()> {

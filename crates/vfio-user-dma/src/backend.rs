@@ -140,6 +140,17 @@ pub trait Backend {
     /// What the client is told.
     fn reset(&mut self) -> io::Result<()>;
 
+    /// The client has mapped a range.
+    fn dma_mapped(&mut self, address: u64, size: u64) {
+        let _ = (address, size);
+    }
+
+    /// The client has unmapped what was in a range: everything in it where that is 0 and `u64::MAX`. Who must be
+    /// told before takes [pins](DmaTable::pins).
+    fn dma_unmapped(&mut self, address: u64, size: u64) {
+        let _ = (address, size);
+    }
+
     /// The client has gone. Its mappings go when this returns, so what holds memory of them should let go, and
     /// eventfds have nobody at the other end any more.
     fn disconnected(&mut self) {}

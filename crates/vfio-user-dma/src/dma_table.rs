@@ -425,6 +425,31 @@ impl DmaTable {
         Ok(())
     }
 
+    /// Ends every access that waits for the client (ECANCELED), as for a reset that cannot wait: the thread that
+    /// serves the socket is the one that brings the answers. Accesses that begin later are not concerned.
+    pub fn cancel_messages(&self) {
+        self.0.messages.unmapped(0, u64::MAX);
+    }
+
+    /// Whether all of a range is memory without a file that permits `need`.
+    pub(crate) fn client_has(&self, iova: u64, size: u64, need: Permissions) -> bool {
+        let Some(last) = size.checked_sub(1).and_then(|rest| iova.checked_add(rest)) else {
+            return false;
+        };
+        let entries = self.entries();
+        let mut at = iova;
+        while let Some((end, prot)) = entries.client_range(at) {
+            if prot & need != need {
+                return false;
+            }
+            if end >= last {
+                return true;
+            }
+            at = end + 1;
+        }
+        false
+    }
+
     pub(crate) fn messages(&self) -> &MessageDma {
         &self.0.messages
     }

@@ -23,6 +23,14 @@ pub enum Error {
         /// Why.
         cause: AccessError,
     },
+    /// The other end of a stream failed, not the memory.
+    #[error("a stream stopped after {completed} bytes: {source}")]
+    Stream {
+        /// Bytes done before, at least.
+        completed: usize,
+        /// What its reader or writer says.
+        source: io::Error,
+    },
     /// A system call failed.
     #[error("{what}: {source}")]
     Io {
@@ -151,7 +159,7 @@ impl Error {
         match self {
             Error::Space(error) => error.errno(),
             Error::Access { cause, .. } => cause.errno(),
-            Error::Io { source, .. } | Error::Device(source) => {
+            Error::Io { source, .. } | Error::Stream { source, .. } | Error::Device(source) => {
                 source.raw_os_error().unwrap_or(libc::EIO)
             }
             Error::Malformed(_)
@@ -173,7 +181,7 @@ impl Error {
     pub fn completed(&self) -> usize {
         match self {
             Error::Space(error) => error.completed(),
-            Error::Access { completed, .. } => *completed,
+            Error::Access { completed, .. } | Error::Stream { completed, .. } => *completed,
             _ => 0,
         }
     }

@@ -69,7 +69,9 @@ mod dma_table;
 mod error;
 mod event;
 mod file_memory;
+mod guest_memory;
 mod message_dma;
+mod pins;
 mod server;
 mod session;
 mod sharing;
@@ -82,4 +84,5 @@ pub use backend::{Backend, IrqAction, IrqData, Irqs, Region, RegionFile, SetIrqs
 pub use capabilities::{Capabilities, MAX_DATA_XFER_SIZE};
 pub use dma_table::{DmaTable, DmaTableBuilder, TableHandle, MESSAGE_DEADLINE, UNMAP_DEADLINE};
 pub use error::{AccessError, Error, Result};
+pub use pins::{TablePin, TablePins};
 pub use server::{End, Server, Stopper, IO_DEADLINE};

@@ -186,6 +186,7 @@ impl<'a> Session<'a> {
         }
         let table = self.backend.dma();
         table.map(map.flags, map.offset, map.address, map.size, fd)?;
+        self.backend.dma_mapped(map.address, map.size);
         Ok(Reply::empty())
     }
 
@@ -200,6 +201,10 @@ impl<'a> Session<'a> {
             .backend
             .dma()
             .unmap(unmap.flags, unmap.address, unmap.size)?;
+        match unmap.flags {
+            0 => self.backend.dma_unmapped(unmap.address, unmap.size),
+            _ => self.backend.dma_unmapped(0, u64::MAX),
+        }
         Ok(Reply::of(|bytes| {
             wire::DmaUnmap { size, ..unmap }.encode(bytes)
         }))

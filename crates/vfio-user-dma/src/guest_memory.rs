@@ -1,0 +1,165 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! vm-memory's trait for memory of both kinds: whatever takes guest memory takes a handle of the table.
+//!
+//! Memory with a file is accessed as by a handle of the address space, atomics included. Memory without one
+//! is copied by messages, so an atomic there is as good as a copy of its size, and a stream goes through a
+//! buffer.
+
+use std::sync::atomic::Ordering;
+
+use vm_memory::{AtomicAccess, Bytes, GuestAddress, ReadVolatile, VolatileSlice, WriteVolatile};
+
+use crate::{AccessError, Error, Result, TableHandle};
+
+/// Bytes of a stream that are moved at a time.
+const BUFFER: usize = 1 << 16;
+
+/// What was done before an error counts as success with fewer bytes, as in vm-memory.
+fn partial(result: Result<()>, len: usize) -> Result<usize> {
+    match result {
+        Ok(()) => Ok(len),
+        Err(error) if error.completed() > 0 => Ok(error.completed()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Only where nothing is in the space may the client have it.
+fn is_not_mapped(error: &iommu_type1::Error) -> bool {
+    matches!(error, iommu_type1::Error::NotMapped { .. })
+}
+
+fn stream(completed: usize) -> impl FnOnce(vm_memory::VolatileMemoryError) -> Error {
+    move |error| Error::Stream {
+        completed,
+        source: match error {
+            vm_memory::VolatileMemoryError::IOError(error) => error,
+            other => std::io::Error::other(other),
+        },
+    }
+}
+
+impl TableHandle {
+    /// Moves `count` bytes in pieces until `step` moves fewer than it was asked for; says how many.
+    fn pieces(
+        &self,
+        addr: GuestAddress,
+        count: usize,
+        mut step: impl FnMut(u64, &mut [u8], usize) -> Result<usize>,
+    ) -> Result<usize> {
+        let mut buffer = vec![0; count.min(BUFFER)];
+        let mut done = 0;
+        while done < count {
+            let len = buffer.len().min(count - done);
+            let iova = addr.0.wrapping_add(done as u64);
+            let moved = step(iova, &mut buffer[..len], done)?;
+            done += moved;
+            if moved < len {
+                break;
+            }
+        }
+        Ok(done)
+    }
+}
+
+impl Bytes<GuestAddress> for TableHandle {
+    type E = Error;
+
+    fn write(&self, buf: &[u8], addr: GuestAddress) -> Result<usize> {
+        partial(self.write(addr.0, buf), buf.len())
+    }
+
+    fn read(&self, buf: &mut [u8], addr: GuestAddress) -> Result<usize> {
+        let len = buf.len();
+        partial(self.read(addr.0, buf), len)
+    }
+
+    fn write_slice(&self, buf: &[u8], addr: GuestAddress) -> Result<()> {
+        self.write(addr.0, buf)
+    }
+
+    fn read_slice(&self, buf: &mut [u8], addr: GuestAddress) -> Result<()> {
+        self.read(addr.0, buf)
+    }
+
+    fn read_volatile_from<F>(&self, addr: GuestAddress, src: &mut F, count: usize) -> Result<usize>
+    where
+        F: ReadVolatile,
+    {
+        self.pieces(addr, count, |iova, buffer, done| {
+            let mut slice = VolatileSlice::from(&mut *buffer);
+            let len = src.read_volatile(&mut slice).map_err(stream(done))?;
+            self.write(iova, &buffer[..len])?;
+            Ok(len)
+        })
+    }
+
+    fn read_exact_volatile_from<F>(
+        &self,
+        addr: GuestAddress,
+        src: &mut F,
+        count: usize,
+    ) -> Result<()>
+    where
+        F: ReadVolatile,
+    {
+        let moved = self.pieces(addr, count, |iova, buffer, done| {
+            let mut slice = VolatileSlice::from(&mut *buffer);
+            src.read_exact_volatile(&mut slice).map_err(stream(done))?;
+            self.write(iova, buffer)?;
+            Ok(buffer.len())
+        });
+        moved.map(drop)
+    }
+
+    fn write_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<usize>
+    where
+        F: WriteVolatile,
+    {
+        self.pieces(addr, count, |iova, buffer, done| {
+            self.read(iova, buffer)?;
+            let slice = VolatileSlice::from(&mut *buffer);
+            dst.write_volatile(&slice).map_err(stream(done))
+        })
+    }
+
+    fn write_all_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<()>
+    where
+        F: WriteVolatile,
+    {
+        let moved = self.pieces(addr, count, |iova, buffer, done| {
+            self.read(iova, buffer)?;
+            let slice = VolatileSlice::from(&mut *buffer);
+            dst.write_all_volatile(&slice).map_err(stream(done))?;
+            Ok(buffer.len())
+        });
+        moved.map(drop)
+    }
+
+    fn store<T: AtomicAccess>(&self, val: T, addr: GuestAddress, order: Ordering) -> Result<()> {
+        match self.space().store(val, addr, order) {
+            Err(error) if is_not_mapped(&error) => self.write(addr.0, val.as_slice()),
+            result => result.map_err(|cause| at(addr, cause)),
+        }
+    }
+
+    fn load<T: AtomicAccess>(&self, addr: GuestAddress, order: Ordering) -> Result<T> {
+        match self.space().load(addr, order) {
+            Err(error) if is_not_mapped(&error) => {
+                let mut value = T::zeroed();
+                self.read(addr.0, value.as_mut_slice())?;
+                Ok(value)
+            }
+            result => result.map_err(|cause| at(addr, cause)),
+        }
+    }
+}
+
+fn at(addr: GuestAddress, cause: iommu_type1::Error) -> Error {
+    Error::Access {
+        iova: addr.0,
+        completed: 0,
+        cause: AccessError::Space(cause),
+    }
+}

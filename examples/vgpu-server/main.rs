@@ -1,0 +1,69 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A PCI device with a vGPU inside, served over vfio-user.
+//!
+//! `cargo run --release --example vgpu-server -- --socket PATH` waits for a client such as QEMU's
+//! `vfio-user-pci`. docs/vgpu-server.md has the registers.
+
+mod config_space;
+mod counters;
+mod device;
+mod engine;
+mod interrupts;
+mod pins;
+mod registers;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use log::LevelFilter;
+use vfio_user_dma::Server;
+
+use counters::Counters;
+use device::VgpuDevice;
+
+/// Serve a vGPU as a PCI device over vfio-user, to one client after the other.
+#[derive(Parser)]
+#[command(name = "vgpu-server", version)]
+struct Args {
+    /// Where to make the Unix socket; that of a server that was killed is replaced
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// End when the first client has gone
+    #[arg(long)]
+    once: bool,
+    /// Log what the device does to stderr; twice for every register access
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let level = match args.verbose {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Debug,
+        _ => LevelFilter::Trace,
+    };
+    env_logger::Builder::new().filter_level(level).init();
+    let counters = Arc::new(Counters::default());
+    let result = serve(&args, &counters);
+    println!("vgpu-server: {counters}");
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}: {error}", args.socket.display());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: &Args, counters: &Arc<Counters>) -> Result<(), Box<dyn std::error::Error>> {
+    let server = Server::bind(&args.socket)?;
+    let once = args.once.then(|| server.stopper());
+    let mut device = VgpuDevice::new(counters.clone(), once)?;
+    println!("vgpu-server: listening on {}", args.socket.display());
+    Ok(server.run(&mut device)?)
+}
