@@ -281,9 +281,13 @@ impl Guest {
             sequence,
             ring: &[],
             indirect_ctx: &[],
+            per_ctx: None,
+            status_page: 0,
             image: &mut image,
+            memory: &mut (),
         };
-        SimulatedEngine.run(job).unwrap();
+        let mut engine = SimulatedEngine::new().mix_context(true);
+        engine.run(job).unwrap();
         image
     }
 

@@ -361,17 +361,23 @@ impl Worker {
             return false;
         }
         self.shared.running.store(true, Ordering::Relaxed);
-        let result = self.vgpu.run_next(self.id, &mut SimulatedEngine);
+        // Commands are executed, and every byte of the context shows whether it was copied as it should be.
+        let mut engine = SimulatedEngine::new().mix_context(true);
+        let result = self.vgpu.run_next(self.id, &mut engine);
         self.shared.running.store(false, Ordering::Relaxed);
         self.publish();
         match result {
             Ok(Some(completion)) => {
                 log::debug!("{completion:?}");
                 self.counters.completions.add(1);
-                if completion.interrupts > 0 {
-                    let event = interrupt_register::CONTEXT_SWITCH;
-                    self.interrupts.raise(self.id, event);
+                let mut events = 0;
+                if completion.user_interrupts > 0 {
+                    events |= interrupt_register::USER;
                 }
+                if completion.interrupts > 0 {
+                    events |= interrupt_register::CONTEXT_SWITCH;
+                }
+                self.interrupts.raise(self.id, events);
             }
             Ok(None) => {}
             // The vGPU has logged it. To the guest this is a hang.
