@@ -12,6 +12,7 @@ use crate::copy;
 use crate::grace::Inside;
 use crate::mapping::{InlineSlice, Mapping, Need};
 use crate::range::IovaRange;
+use crate::sigbus;
 use crate::space::Space;
 use crate::sync::lock;
 use crate::table::Found;
@@ -73,28 +74,44 @@ impl IoAddressSpace {
             .grace
             .enter_shared(|inside| space.dma_rw(inside, iova, transfer))
     }
+
+    /// Whether a range is mapped and its memory is not known to be gone (see
+    /// [`Backing::guarded`](crate::Backing::guarded)): for those who have copied from or to slices or
+    /// pinned pages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Fault`] (EFAULT) with the first address whose memory is gone; [`Error::Overflow`]
+    /// (EOVERFLOW), [`Error::NotMapped`] (EINVAL) or [`Error::Revoked`] (EBUSY).
+    #[cfg(feature = "sigbus")]
+    pub fn check_memory(&self, iova: u64, len: usize) -> Result<()> {
+        let space = &self.view.space;
+        space
+            .grace
+            .enter_shared(|inside| space.look_for_faults(inside, iova, len, Need::NOTHING))
+    }
 }
 
 impl Space {
     #[inline]
     pub(crate) fn read(&self, inside: Inside<'_>, iova: u64, buf: &mut [u8]) -> Result<()> {
         match self.lookup(inside, iova, buf.len(), Need::READ) {
-            Some(slice) => {
+            Some(slice) if !sigbus::seen() => {
                 copy::read(&slice, buf);
-                Ok(())
+                self.was_there(inside, iova, buf.len(), Need::READ)
             }
-            None => self.read_chunks(inside, iova, buf),
+            _ => self.read_chunks(inside, iova, buf),
         }
     }
 
     #[inline]
     pub(crate) fn write(&self, inside: Inside<'_>, iova: u64, buf: &[u8]) -> Result<()> {
         match self.lookup(inside, iova, buf.len(), Need::WRITE) {
-            Some(slice) => {
+            Some(slice) if !sigbus::seen() => {
                 copy::write(&slice, buf);
-                Ok(())
+                self.was_there(inside, iova, buf.len(), Need::WRITE)
             }
-            None => self.write_chunks(inside, iova, buf),
+            _ => self.write_chunks(inside, iova, buf),
         }
     }
 
@@ -128,7 +145,7 @@ impl Space {
         let need = Need::READ;
         self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
             let slice = mapping.inline_slice(at, n);
-            copy::read(&slice, &mut buf[done..]);
+            copy::read(&slice, &mut buf[done..][..n]);
         })
     }
 
@@ -137,7 +154,7 @@ impl Space {
         let need = Need::WRITE;
         self.for_each_chunk(inside, iova, buf.len(), need, |mapping, at, n, done| {
             let slice = mapping.inline_slice(at, n);
-            copy::write(&slice, &buf[done..]);
+            copy::write(&slice, &buf[done..][..n]);
         })
     }
 
@@ -215,14 +232,34 @@ impl Space {
                 mapping.inline_slice(iova, size)
             }
         };
-        op(&slice).map_err(|_| misaligned())
+        let result = op(&slice).map_err(|_| misaligned())?;
+        self.was_there(inside, iova, size, need)?;
+        Ok(result)
+    }
+
+    /// Whether the memory of an access that has come to its end was there.
+    #[inline(always)]
+    fn was_there(&self, inside: Inside<'_>, iova: u64, len: usize, need: Need) -> Result<()> {
+        if sigbus::seen() {
+            return self.look_for_faults(inside, iova, len, need);
+        }
+        Ok(())
+    }
+
+    /// Whether the memory of a range is there, as far as is known. If somebody has replaced a mapping since,
+    /// the new one is looked at: nobody could say whether the access came before the old one was gone.
+    #[cold]
+    #[inline(never)]
+    fn look_for_faults(&self, inside: Inside<'_>, iova: u64, len: usize, need: Need) -> Result<()> {
+        self.for_each_chunk(inside, iova, len, need, |_, _, _, _| ())
     }
 
     /// Visits the mappings that `len` bytes from `iova` touch, in order, as
     /// `(mapping, address, bytes of it, bytes before it)`.
     ///
     /// A chunk is the rest of a mapping, never a page. The first address whose mapping does not allow
-    /// the `need` ends the walk with an error that says how many bytes came before.
+    /// the `need`, or whose memory is known to be gone before or after the visit, ends the walk with an error
+    /// that says how many bytes came before.
     #[inline]
     pub(crate) fn for_each_chunk(
         &self,
@@ -248,7 +285,17 @@ impl Space {
             let mapping = self.usable(inside, at, need, done)?;
             let end = mapping.range.last.min(last);
             let n = (end - at) as usize + 1;
-            op(mapping, at, n, done);
+            let there = mapping.bytes_there(at, n);
+            if there > 0 {
+                op(mapping, at, there, done);
+            }
+            let there = mapping.bytes_there(at, n);
+            if there < n {
+                return Err(Error::Fault {
+                    iova: at + there as u64,
+                    completed: done + there,
+                });
+            }
             if end == last {
                 return Ok(());
             }

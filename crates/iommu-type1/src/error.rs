@@ -49,6 +49,15 @@ pub enum Error {
         /// Its size in bytes.
         size: u64,
     },
+    /// The memory behind a mapping is gone: its file has become shorter. Only of memory that is
+    /// [guarded](crate::Backing).
+    #[error("the memory behind {iova:#x} is gone, {completed} bytes were done before")]
+    Fault {
+        /// The first address without memory.
+        iova: u64,
+        /// Bytes of the access that were done before.
+        completed: usize,
+    },
     /// A mapping that nobody could use.
     #[error("the mapping at {iova:#x} would allow neither reads nor writes")]
     NoPermissions {
@@ -512,7 +521,7 @@ impl Error {
             | Error::Moving { .. } => libc::EBUSY,
             Error::NotAttached { .. } => libc::ENOENT,
             Error::NoDirtyPages | Error::NoPins => libc::EACCES,
-            Error::ArgumentMemory { .. } => libc::EFAULT,
+            Error::ArgumentMemory { .. } | Error::Fault { .. } => libc::EFAULT,
             Error::RangeInUse { .. } => libc::EADDRINUSE,
             Error::Permission { .. } | Error::FileProtection { .. } | Error::NotOwned { .. } => {
                 libc::EPERM
@@ -534,6 +543,7 @@ impl Error {
             | Error::NotMapped { completed, .. }
             | Error::VaddrInvalid { completed, .. }
             | Error::Permission { completed, .. }
+            | Error::Fault { completed, .. }
             | Error::Stream { completed, .. } => *completed,
             _ => 0,
         }
@@ -545,6 +555,7 @@ impl Error {
         | Error::NotMapped { completed, .. }
         | Error::VaddrInvalid { completed, .. }
         | Error::Permission { completed, .. }
+        | Error::Fault { completed, .. }
         | Error::Stream { completed, .. } = &mut self
         {
             *completed += before;

@@ -159,12 +159,27 @@ impl<'a> DmaSlices<'a> {
             Some(mapping) => mapping,
             None => self.look_up()?,
         };
-        let slice = mapping.slice(self.iova, self.left);
+        let there = mapping.bytes_there(self.iova, self.left);
+        if there == 0 {
+            return self.gone();
+        }
+        let slice = mapping.slice(self.iova, there);
         self.left -= slice.len();
         self.completed += slice.len();
         // Only behind the last slice may the next address be 2^64, and it is not used then.
         self.iova = self.iova.wrapping_add(slice.len() as u64);
         Ok(slice)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn gone(&mut self) -> GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>> {
+        self.left = 0;
+        Err(Error::Fault {
+            iova: self.iova,
+            completed: self.completed,
+        }
+        .into())
     }
 
     /// As `next`, for those who see few ranges across mappings.

@@ -71,6 +71,9 @@
 //! - Never unmap from inside a [`ReadVolatile`](vm_memory::ReadVolatile) or
 //!   [`WriteVolatile`](vm_memory::WriteVolatile) that an access of the same space has called: it
 //!   fails at once with [`Error::InsideAccess`].
+//! - Whoever has the file behind a mapping can make it shorter, and then an access ends this process with SIGBUS;
+//!   files that are sealed (`F_SEAL_SHRINK`) cannot. With the feature `sigbus`, `Backing::guarded` makes that an
+//!   error of the access.
 //! - Guest memory is shared with the guest: bytes may change between two reads of them.
 //!
 //! # Implementation notes
@@ -114,6 +117,7 @@ mod range;
 mod replace;
 mod sg;
 mod share;
+mod sigbus;
 mod snapshot;
 mod space;
 mod stats;

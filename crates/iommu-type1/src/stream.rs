@@ -110,14 +110,30 @@ fn run(
                 break;
             }
         };
-        let mut slice = mapping.slice(at, count - completed);
+        let there = mapping.bytes_there(at, count - completed);
+        if there == 0 {
+            stopped = Some(Error::Fault {
+                iova: at,
+                completed: 0,
+            });
+            break;
+        }
+        let mut slice = mapping.slice(at, there);
         let len = slice.len();
         let n = op(&mut slice).map_err(|error| Error::Stream {
             iova: at,
             completed,
             source: into_io(error),
         })?;
-        completed += n;
+        let there = mapping.bytes_there(at, n);
+        completed += there;
+        if there < n {
+            stopped = Some(Error::Fault {
+                iova: at + there as u64,
+                completed: 0,
+            });
+            break;
+        }
         if n < len {
             break;
         }

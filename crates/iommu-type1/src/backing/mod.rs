@@ -15,6 +15,8 @@ use vm_memory::{
     GuestRegionMmap, Permissions,
 };
 
+#[cfg(feature = "sigbus")]
+pub(crate) use region::to_prot;
 pub(crate) use region::Region;
 
 use crate::{Error, Result};
@@ -215,8 +217,28 @@ impl Backing {
         }
     }
 
+    /// The same part of a region that has the same memory.
+    #[cfg(feature = "sigbus")]
+    pub(crate) fn in_region<R: Region + 'static>(
+        self,
+        wrap: impl FnOnce(Arc<dyn Region>) -> R,
+    ) -> Self {
+        let start = self.start();
+        Backing::part(Arc::new(wrap(self.region)), start, self.len)
+    }
+
+    #[cfg(feature = "sigbus")]
+    pub(crate) fn region_fault(&self) -> Option<usize> {
+        self.region.fault_offset()
+    }
+
+    #[cfg(feature = "sigbus")]
+    pub(crate) fn is_guarded(&self) -> bool {
+        self.region.is_guarded()
+    }
+
     /// Where in the region it begins.
-    fn start(&self) -> usize {
+    pub(crate) fn start(&self) -> usize {
         self.address.addr() - self.region.host_address().addr()
     }
 

@@ -26,6 +26,15 @@ pub(crate) unsafe trait Region: Send + Sync {
     fn file_offset(&self) -> Option<&FileOffset> {
         None
     }
+    /// Offset of the first byte that is known to be gone.
+    fn fault_offset(&self) -> Option<usize> {
+        None
+    }
+    /// Whether somebody looks out for bytes that are gone.
+    #[cfg(feature = "sigbus")]
+    fn is_guarded(&self) -> bool {
+        false
+    }
 }
 
 // SAFETY: an `MmapRegion` maps `size` bytes at its address until it is dropped; its constructors
@@ -86,7 +95,7 @@ unsafe impl Region for () {
     }
 }
 
-pub(super) fn to_prot(access: Permissions) -> i32 {
+pub(crate) fn to_prot(access: Permissions) -> i32 {
     let read = if access.allow(Permissions::Read) {
         libc::PROT_READ
     } else {

@@ -18,6 +18,7 @@ use crate::backing::Region;
 use crate::dirty::{DirtyLog, DirtySlice, InlineMarks};
 use crate::mapping_set::SetId;
 use crate::range::{page_shift, IovaRange};
+use crate::sigbus;
 use crate::{Backing, PermissionPolicy};
 
 pub(crate) use need::Need;
@@ -169,6 +170,26 @@ impl Mapping {
         // Compared without the one byte more that might not fit.
         let len = if len > behind { behind + 1 } else { len };
         (self.host.wrapping_add(offset), len)
+    }
+
+    /// How many of `len` bytes from `iova`, which lies in it, are not known to be gone.
+    #[inline]
+    pub(crate) fn bytes_there(&self, iova: u64, len: usize) -> usize {
+        if sigbus::seen() {
+            self.bytes_before_fault(iova, len)
+        } else {
+            len
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn bytes_before_fault(&self, iova: u64, len: usize) -> usize {
+        let offset = self.region_offset() + (iova - self.range.first) as usize;
+        match self.region.fault_offset() {
+            Some(gone) => gone.saturating_sub(offset).min(len),
+            None => len,
+        }
     }
 
     /// What it was made for.

@@ -26,6 +26,10 @@ impl Need {
     pub(crate) const WRITE: Need = Need(WRITE);
     pub(crate) const READ_WRITE: Need = Need(READ | WRITE);
 
+    /// Nothing: every mapping permits it.
+    #[cfg(feature = "sigbus")]
+    pub(crate) const NOTHING: Need = Need(0);
+
     /// What no mapping permits: of an access that is wrong in itself.
     pub(crate) const IMPOSSIBLE: Need = Need(usize::MAX);
 

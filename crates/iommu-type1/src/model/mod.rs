@@ -26,6 +26,8 @@ mod page_word;
 mod pinner;
 mod reader;
 mod replace;
+#[cfg(feature = "sigbus")]
+mod sigbus;
 mod unmap;
 
 use std::sync::Arc;

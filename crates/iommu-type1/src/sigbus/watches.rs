@@ -1,0 +1,226 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The regions that are watched, as a signal handler may look at them: without a lock, and without memory that
+//! could be freed below it.
+//!
+//! A list of entries that only grows; one that is not needed any more is used again. An entry's version is odd
+//! while it changes hands, and different after: a reader that sees that passes on, because memory of a region
+//! that is being entered, or left, is not accessed yet, or not any more. So whoever looks for an address that is
+//! accessed finds the entry of its region, which does not change meanwhile.
+
+use std::ptr;
+
+use crate::sync::{fence, lock, AtomicPtr, AtomicUsize, Mutex, Ordering};
+
+/// No fault.
+const NONE: usize = usize::MAX;
+
+pub(crate) struct Watches {
+    newest: AtomicPtr<Entry>,
+    /// Those that are not in use; held by whoever changes anything here.
+    free: Mutex<Vec<&'static Entry>>,
+}
+
+struct Entry {
+    version: AtomicUsize,
+    /// Address of the first byte of the region, and of the last; the last is below the first while it
+    /// is not in use.
+    first: AtomicUsize,
+    last: AtomicUsize,
+    /// Bytes that memory can be replaced by.
+    unit: AtomicUsize,
+    prot: AtomicUsize,
+    /// Offset of the first byte that is gone.
+    fault: AtomicUsize,
+    next: AtomicPtr<Entry>,
+}
+
+/// A region that is watched until this is dropped.
+pub(crate) struct Watch {
+    watches: &'static Watches,
+    entry: &'static Entry,
+}
+
+/// What has to be replaced: the memory of a region from the page of a fault to its end.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Rest {
+    pub(crate) first: usize,
+    pub(crate) len: usize,
+    pub(crate) prot: i32,
+}
+
+impl Watches {
+    pub(crate) fn new() -> Self {
+        Watches {
+            newest: AtomicPtr::new(ptr::null_mut()),
+            free: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// Watches `len` bytes of memory, at least one, that nobody accesses yet.
+    pub(crate) fn watch(&'static self, first: usize, len: usize, unit: usize, prot: i32) -> Watch {
+        let mut free = lock(&self.free);
+        let entry = free.pop().unwrap_or_else(|| self.grow());
+        entry.change(|entry| {
+            entry.first.store(first, Ordering::Relaxed);
+            entry.last.store(first + (len - 1), Ordering::Relaxed);
+            entry.unit.store(unit, Ordering::Relaxed);
+            entry.prot.store(prot as usize, Ordering::Relaxed);
+            entry.fault.store(NONE, Ordering::Relaxed);
+        });
+        Watch {
+            watches: self,
+            entry,
+        }
+    }
+
+    /// One entry more.
+    fn grow(&self) -> &'static Entry {
+        let entry = Box::leak(Box::new(Entry {
+            version: AtomicUsize::new(0),
+            first: AtomicUsize::new(1),
+            last: AtomicUsize::new(0),
+            unit: AtomicUsize::new(1),
+            prot: AtomicUsize::new(0),
+            fault: AtomicUsize::new(NONE),
+            next: AtomicPtr::new(self.newest.load(Ordering::Relaxed)),
+        }));
+        self.newest.store(entry, Ordering::Release);
+        entry
+    }
+
+    /// Marks the memory at an address that was accessed, and says what has to be replaced; `None` for memory that
+    /// is not watched. Async-signal-safe.
+    pub(crate) fn fault(&self, address: usize) -> Option<Rest> {
+        let mut rest = None;
+        let mut next = self.newest.load(Ordering::Acquire);
+        while !next.is_null() {
+            // SAFETY: entries are never freed.
+            let entry = unsafe { &*next };
+            // The same region may be watched more than once: all of them hear of it.
+            rest = entry.fault(address).or(rest);
+            next = entry.next.load(Ordering::Acquire);
+        }
+        rest
+    }
+}
+
+impl Entry {
+    /// Gives it to another region, or to none. Only under the lock.
+    fn change(&self, change: impl FnOnce(&Entry)) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        change(self);
+        self.version.store(version + 2, Ordering::Release);
+    }
+
+    fn fault(&self, address: usize) -> Option<Rest> {
+        let version = self.version.load(Ordering::Acquire);
+        let first = self.first.load(Ordering::Relaxed);
+        let last = self.last.load(Ordering::Relaxed);
+        let unit = self.unit.load(Ordering::Relaxed);
+        let prot = self.prot.load(Ordering::Relaxed) as i32;
+        fence(Ordering::Acquire);
+        let same = version % 2 == 0 && self.version.load(Ordering::Relaxed) == version;
+        if !same || address < first || address > last {
+            return None;
+        }
+        let offset = (address - first) / unit * unit;
+        self.fault.fetch_min(offset, Ordering::Release);
+        Some(Rest {
+            first: first + offset,
+            len: last - (first + offset) + 1,
+            prot,
+        })
+    }
+}
+
+impl Watch {
+    /// Offset of the first byte that is gone.
+    pub(crate) fn fault_offset(&self) -> Option<usize> {
+        let offset = self.entry.fault.load(Ordering::Acquire);
+        (offset != NONE).then_some(offset)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let mut free = lock(&self.watches.free);
+        self.entry.change(|entry| {
+            entry.first.store(1, Ordering::Relaxed);
+            entry.last.store(0, Ordering::Relaxed);
+        });
+        free.push(self.entry);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn watches() -> &'static Watches {
+        Box::leak(Box::new(Watches::new()))
+    }
+
+    #[test]
+    fn the_rest_of_the_region_from_the_page_of_the_fault() {
+        let watches = watches();
+        let watch = watches.watch(0x1_0000, 0x8000, 0x1000, 3);
+        assert_eq!(watches.fault(0xffff), None);
+        assert_eq!(watches.fault(0x1_8000), None);
+        assert_eq!(watch.fault_offset(), None);
+        let rest = Rest {
+            first: 0x1_7000,
+            len: 0x1000,
+            prot: 3,
+        };
+        assert_eq!(watches.fault(0x1_7fff), Some(rest));
+        assert_eq!(watch.fault_offset(), Some(0x7000));
+        assert_eq!(watches.fault(0x1_2001).map(|rest| rest.len), Some(0x6000));
+        assert_eq!(watch.fault_offset(), Some(0x2000));
+        // A later one behind it changes nothing.
+        assert!(watches.fault(0x1_5000).is_some());
+        assert_eq!(watch.fault_offset(), Some(0x2000));
+    }
+
+    #[test]
+    fn large_pages_go_as_a_whole_and_the_last_of_the_address_space_is_one() {
+        let watches = watches();
+        let watch = watches.watch(usize::MAX - 0x3f_ffff, 0x40_0000, 0x20_0000, 1);
+        let rest = watches.fault(usize::MAX).unwrap();
+        assert_eq!(rest.first, usize::MAX - 0x1f_ffff);
+        assert_eq!(rest.len, 0x20_0000);
+        assert_eq!(watch.fault_offset(), Some(0x20_0000));
+    }
+
+    #[test]
+    fn what_is_not_watched_any_more_is_not_found_and_its_entry_is_used_again() {
+        let watches = watches();
+        let first = watches.watch(0x1000, 0x1000, 0x1000, 3);
+        let kept = watches.watch(0x8000, 0x1000, 0x1000, 3);
+        assert!(watches.fault(0x1800).is_some());
+        let entry: *const Entry = first.entry;
+        drop(first);
+        assert_eq!(watches.fault(0x1800), None);
+        let next = watches.watch(0x4000, 0x1000, 0x1000, 3);
+        assert!(ptr::eq(entry, next.entry));
+        assert_eq!(next.fault_offset(), None);
+        assert_eq!(watches.fault(0x1800), None);
+        assert!(watches.fault(0x8000).is_some());
+        assert_eq!(kept.fault_offset(), Some(0));
+    }
+
+    #[test]
+    fn all_who_watch_the_same_memory_hear_of_it() {
+        let watches = watches();
+        let one = watches.watch(0x1000, 0x2000, 0x1000, 3);
+        let other = watches.watch(0x1000, 0x2000, 0x1000, 3);
+        assert!(watches.fault(0x2000).is_some());
+        assert_eq!(
+            (one.fault_offset(), other.fault_offset()),
+            (Some(0x1000), Some(0x1000))
+        );
+    }
+}
