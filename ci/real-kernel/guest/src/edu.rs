@@ -210,10 +210,33 @@ pub fn run(given: &Given, setup: &Setup, seed: u64) -> Result<(), String> {
         }
     }
     refused(&edu, &both, ONLY_READ, 2, libc::EPERM)?;
+    both.unmap(SOURCE)?;
+    unread(&edu, &both, SOURCE, 0)?;
     both.unmap(DESTINATION)?;
     refused(&edu, &both, DESTINATION, 1, libc::EINVAL)?;
-    println!("device: {ROUNDS} transfers there and back, 2 refused");
+    println!("device: {ROUNDS} transfers there and back, 3 refused");
     Ok(())
+}
+
+/// Neither the device nor our path can read the page that was at an address: what the device has then, it
+/// writes where it may.
+fn unread(edu: &Edu, both: &Both, iova: u64, page: u64) -> Result<(), String> {
+    let secret = [0xb7; 64];
+    memory::write(PRIVATE.first + page * PAGE, &secret);
+    edu.read(iova, secret.len())?;
+    edu.write(DESTINATION, secret.len())?;
+    let mut has = [0; 64];
+    both.ours
+        .space()
+        .read(DESTINATION, &mut has)
+        .map_err(said)?;
+    if has.contains(&secret[0]) {
+        return Err(format!("{iova:#x} was read though it is not mapped"));
+    }
+    match both.ours.space().read(iova, &mut has) {
+        Err(error) if error.errno() == libc::EINVAL => Ok(()),
+        other => Err(format!("our read of {iova:#x}: {other:?}")),
+    }
 }
 
 /// Neither the device nor our path can write the page that is, or was, at an address.

@@ -11,8 +11,10 @@ use crate::op::{Op, Outcome};
 /// A kind of difference.
 #[derive(Debug)]
 pub struct Reason {
-    /// What it is, and which part of the contract it belongs to.
+    /// What it is.
     pub name: &'static str,
+    /// The part of the contract that it belongs to: a row of docs/kernel.md.
+    pub section: &'static str,
     holds: fn(&Op, &Outcome, &Outcome, &Live) -> bool,
 }
 
@@ -21,7 +23,8 @@ pub const REASONS: [Reason; 1] = [Reason {
     // The kernel copies whole words: it clears or keeps what was in the buffer for pages behind the end of
     // a mapping, and what an earlier call has shifted past that end shows there as dirty. Ours writes the
     // bits of pages that are mapped, and no others.
-    name: "bits of pages that are not mapped (dirty pages, bitmaps)",
+    name: "bits of pages that are not mapped",
+    section: "`VFIO_IOMMU_DIRTY_PAGES`: `GET_BITMAP`",
     holds: only_unmapped_pages,
 }];
 
@@ -56,13 +59,10 @@ impl Explained {
     /// Prints how often each was met, and returns those met never or too often.
     pub fn check(&self, operations: u64) -> Vec<String> {
         let mut wrong = Vec::new();
-        for (reason, met) in REASONS.iter().zip(self.0) {
-            println!("explained: {met} times {}", reason.name);
+        for (Reason { name, section, .. }, met) in REASONS.iter().zip(self.0) {
+            println!("explained: {met} times {name} ({section})");
             if met == 0 || met > operations / RARE {
-                wrong.push(format!(
-                    "{met} of {operations} explained by: {}",
-                    reason.name
-                ));
+                wrong.push(format!("{met} of {operations} explained by: {name}"));
             }
         }
         wrong
@@ -101,6 +101,23 @@ mod tests {
     use super::*;
     use crate::memory::PRIVATE;
     use crate::op::{Bitmap, Dirty, Map};
+
+    #[test]
+    fn each_has_a_section_of_the_contract() {
+        let contract = include_str!("../../../../docs/kernel.md");
+        for Reason { section, .. } in REASONS {
+            let row = format!("\n| {section} |");
+            assert!(contract.contains(&row), "{section}");
+        }
+    }
+
+    #[test]
+    fn what_is_never_met_or_often_is_wrong() {
+        for (met, operations, wrong) in [(0, 1000, 1), (1, 1000, 0), (10, 1000, 0), (11, 1000, 1)] {
+            let found = Explained([met]).check(operations);
+            assert_eq!(found.len(), wrong, "{met}: {found:?}");
+        }
+    }
 
     #[test]
     fn only_bits_of_unmapped_pages_of_the_range_are_explained() {

@@ -112,3 +112,48 @@ impl Rates {
         missing
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::Map;
+
+    const MAP: Op = Op::Map(Map {
+        argsz: 32,
+        flags: 3,
+        vaddr: 0,
+        iova: 0,
+        size: 0,
+    });
+
+    /// Maps of which so many in a hundred succeed while so much is mapped, and every errno once.
+    fn rates(percent: u64, live: usize) -> Rates {
+        let mut rates = Rates::default();
+        for number in 0..2 * FEW {
+            let fails = number % 100 >= percent;
+            let result = if fails { Err(libc::EINVAL) } else { Ok(0) };
+            rates.count(&MAP, &Outcome::plain(result), live);
+        }
+        rates.unmaps = Share {
+            done: 100,
+            succeeded: 25,
+        };
+        rates.errnos = ERRNOS.iter().map(|(errno, _)| (*errno, 1)).collect();
+        rates
+    }
+
+    #[test]
+    fn a_run_that_reaches_too_little_fails() {
+        assert_eq!(rates(40, 16).check(), [""; 0]);
+        assert_eq!(rates(39, 16).check().len(), 1);
+        assert_eq!(rates(40, 15).check().len(), 1);
+        let mut few_unmaps = rates(40, 16);
+        few_unmaps.unmaps.succeeded = 24;
+        assert_eq!(few_unmaps.check().len(), 1);
+        for (errno, _) in ERRNOS {
+            let mut without = rates(40, 16);
+            without.errnos.remove(&errno);
+            assert_eq!(without.check().len(), 1, "errno {errno}");
+        }
+    }
+}

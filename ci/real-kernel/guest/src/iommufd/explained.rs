@@ -9,11 +9,20 @@ use super::rules::Area;
 use super::FILE_PAGES;
 use crate::memory::PAGE;
 
-/// What they are, and which part of the contract each belongs to.
-pub const REASONS: [&str; 3] = [
-    "an unmap that fails at a cut: the kernel has removed what comes before, we remove nothing (iommufd, UNMAP)",
-    "a file that ends before what is mapped: EINVAL, EFAULT as of all memory of ours (iommufd, MAP_FILE)",
-    "a copy that may do more than what it is copied from: only the first map of the memory counts (iommufd, COPY)",
+/// What they are, and the part of the contract that each belongs to: a row of docs/kernel.md.
+pub const REASONS: [(&str, &str); 3] = [
+    (
+        "an unmap that fails at a cut: the kernel has removed what comes before, we remove nothing",
+        "`IOMMU_IOAS_UNMAP`",
+    ),
+    (
+        "a file that ends before what is mapped: EINVAL, EFAULT as of all memory of ours",
+        "`IOMMU_IOAS_MAP_FILE`",
+    ),
+    (
+        "a copy that may do more than what it is copied from: only the first map of the memory counts",
+        "`IOMMU_IOAS_COPY`",
+    ),
 ];
 
 const REMOVED: usize = 0;
@@ -66,8 +75,8 @@ impl Explained {
     /// Prints how often each was met, and returns those met never or too often.
     pub fn check(&self, operations: u64) -> Vec<String> {
         let mut wrong = Vec::new();
-        for (reason, met) in REASONS.iter().zip(self.0) {
-            println!("iommufd: explained: {met} times {reason}");
+        for ((reason, section), met) in REASONS.iter().zip(self.0) {
+            println!("iommufd: explained: {met} times {reason} ({section})");
             if met == 0 || met > operations / RARE {
                 wrong.push(format!("{met} of {operations} explained by: {reason}"));
             }
@@ -80,4 +89,24 @@ impl Explained {
 fn is_more(copy: &Copied, sources: &[Area]) -> bool {
     let wanted = copy.flags & (READ | WRITE);
     sources.iter().any(|area| wanted & !area.flags != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_has_a_section_of_the_contract() {
+        let contract = include_str!("../../../../../docs/kernel.md");
+        for (_, section) in REASONS {
+            let row = format!("\n| {section} |");
+            assert!(contract.contains(&row), "{section}");
+        }
+    }
+
+    #[test]
+    fn what_is_never_met_or_often_is_wrong() {
+        let found = Explained([0, 10, 11]).check(1000);
+        assert_eq!(found.len(), 2, "{found:?}");
+    }
 }
