@@ -529,9 +529,8 @@ impl Error {
             Error::Deadline { .. } | Error::InsideAccess { .. } | Error::InsideListener { .. } => {
                 libc::EDEADLK
             }
-            Error::Stream { source, .. } | Error::Refused { source, .. } => {
-                source.raw_os_error().unwrap_or(libc::EIO)
-            }
+            Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::Refused { source, .. } => refused_errno(source),
             Error::Pin(error) => error.errno(),
         }
     }
@@ -571,4 +570,19 @@ impl From<Error> for GuestMemoryError {
         let kind = io::Error::from_raw_os_error(error.errno()).kind();
         GuestMemoryError::IOError(io::Error::new(kind, error))
     }
+}
+
+/// The errno of a listener's error, also where that says it in words.
+fn refused_errno(error: &io::Error) -> i32 {
+    let of_kind = match error.kind() {
+        io::ErrorKind::PermissionDenied => libc::EPERM,
+        io::ErrorKind::AlreadyExists => libc::EEXIST,
+        io::ErrorKind::InvalidInput => libc::EINVAL,
+        io::ErrorKind::ResourceBusy => libc::EBUSY,
+        io::ErrorKind::StorageFull => libc::ENOSPC,
+        io::ErrorKind::OutOfMemory => libc::ENOMEM,
+        io::ErrorKind::Unsupported => libc::EOPNOTSUPP,
+        _ => libc::EIO,
+    };
+    error.raw_os_error().unwrap_or(of_kind)
 }

@@ -14,7 +14,8 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP, VFIO_IOMMU_DIRTY_PAGES_FLAG_START,
     VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP, VFIO_TYPE1_IOMMU, VFIO_UNMAP_ALL, VFIO_UPDATE_VADDR,
 };
-use vm_memory::Permissions;
+use vm_memory::bitmap::Bitmap as RegionBitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, Permissions};
 
 use crate::check::whole_pages;
 use crate::dirty::check_page_size;
@@ -42,6 +43,30 @@ pub trait UserMemory {
     /// One whose errno is EFAULT where there is nothing ([`Error::BackingRange`]) or not for such accesses
     /// ([`Error::BackingProtection`]).
     fn backing(&self, vaddr: u64, size: u64, prot: Permissions) -> Result<Backing>;
+}
+
+/// Guest memory by its host addresses, each range inside of one region: what a VMM says that has mapped it.
+///
+/// ```
+/// use iommu_type1::uapi::UserMemory;
+/// use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Permissions::ReadWrite};
+///
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0x10_0000), 0x4000)]).unwrap();
+/// let vaddr = memory.get_host_address(GuestAddress(0x10_1000)).unwrap() as u64;
+/// assert_eq!(memory.backing(vaddr, 0x3000, ReadWrite)?.host_address() as u64, vaddr);
+/// assert_eq!(memory.backing(vaddr, 0x4000, ReadWrite).unwrap_err().errno(), libc::EFAULT);
+/// # Ok::<(), iommu_type1::Error>(())
+/// ```
+impl<B: RegionBitmap + Send + Sync + 'static> UserMemory for GuestMemoryMmap<B> {
+    fn backing(&self, vaddr: u64, size: u64, _prot: Permissions) -> Result<Backing> {
+        let of_host = self.iter().find_map(|region| {
+            let offset = vaddr.checked_sub(region.get_mmap().as_ptr() as u64)?;
+            (offset < region.len()).then_some((region, offset))
+        });
+        let (region, offset) = of_host.ok_or(Error::NoRegion(vaddr))?;
+        let len = usize::try_from(size).unwrap_or(usize::MAX);
+        Backing::from_region(region, offset, len)
+    }
 }
 
 /// The bitmap of dirty pages that is a part of an argument (`struct vfio_bitmap`).

@@ -498,6 +498,36 @@ fn nothing_is_missed_and_nothing_told_twice() {
     assert!(!always.wrong.load(Ordering::Relaxed));
 }
 
+/// Refuses with whatever error it makes.
+struct Refuses(fn() -> io::Error);
+
+impl Listener for Refuses {
+    fn map(&self, _mapping: &MappingInfo) -> io::Result<()> {
+        Err((self.0)())
+    }
+
+    fn unmap(&self, _iova: u64, _size: u64) {}
+}
+
+#[test]
+fn what_is_refused_in_words_has_an_errno() {
+    let refusals: [(fn() -> io::Error, i32); 4] = [
+        (|| io::ErrorKind::StorageFull.into(), libc::ENOSPC),
+        (
+            || io::Error::new(io::ErrorKind::PermissionDenied, "no"),
+            libc::EPERM,
+        ),
+        (|| io::Error::from_raw_os_error(libc::EACCES), libc::EACCES),
+        (|| io::Error::other("no"), libc::EIO),
+    ];
+    for (refusal, errno) in refusals {
+        let space = IoAddressSpace::new();
+        let _listening = space.listen(Arc::new(Refuses(refusal))).unwrap();
+        let error = space.map(p(1), memory(1), Read).unwrap_err();
+        assert_eq!(error.errno(), errno, "{error}");
+    }
+}
+
 fn assert_permissions(mirror: &Mirror, iova: u64, prot: Permissions) {
     let write = mirror.space.write(iova, &[1]).is_ok();
     assert_eq!(write, prot.allow(Permissions::Write));
