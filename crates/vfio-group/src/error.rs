@@ -157,10 +157,10 @@ pub enum Error {
         group: u32,
     },
     /// The kernel refused.
-    #[cfg(feature = "hardware")]
+    #[cfg(any(feature = "hardware", feature = "kvm"))]
     #[error("{operation}: {source}")]
     Hardware {
-        /// What was asked for: an ioctl's name, or `open`.
+        /// What was asked for: an ioctl's name, or `open`, or `dup`.
         operation: &'static str,
         /// What the kernel answered.
         source: std::io::Error,
@@ -199,7 +199,7 @@ impl Error {
             | Error::NoExternalUser { .. } => libc::EPERM,
             Error::NothingToMap => libc::ENOTTY,
             Error::PinsNeedV2 => libc::EACCES,
-            #[cfg(feature = "hardware")]
+            #[cfg(any(feature = "hardware", feature = "kvm"))]
             Error::Hardware { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Error::Iommu(error) => error.errno(),
         }

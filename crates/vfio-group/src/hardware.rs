@@ -36,6 +36,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::raw::{c_int, c_ulong};
 
+use iommu_type1::Info;
 use vfio_bindings::bindings::vfio::{
     __IncompleteArrayField, vfio_group_status, vfio_iommu_type1_dma_map,
     vfio_iommu_type1_dma_unmap, vfio_iommu_type1_info, VFIO_DMA_MAP_FLAG_READ,
@@ -253,6 +254,19 @@ impl HardwareContainer {
                 bytes: bytes.collect(),
             });
         }
+    }
+}
+
+impl HardwareContainer {
+    /// What can be mapped: [`info`](HardwareContainer::info), understood. An address space takes it over with
+    /// [`page_sizes`](iommu_type1::IoAddressSpaceBuilder::page_sizes) and
+    /// [`set_iova_ranges`](iommu_type1::IoAddressSpace::set_iova_ranges).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Hardware`]; [`Error::Iommu`] if the kernel's answer makes no sense.
+    pub fn limits(&self) -> Result<Info> {
+        Ok(Info::decode(&self.info()?.bytes)?)
     }
 }
 

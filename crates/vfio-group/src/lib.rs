@@ -78,10 +78,14 @@
 //!
 //! # Features
 //!
-//! - `hardware` (off by default): `vfio_group::hardware`, the ioctls of the kernel's own containers,
-//!   groups and devices.
+//! All off by default.
+//!
+//! - `hardware`: `vfio_group::hardware`, the ioctls of the kernel's own containers, groups and devices; and
+//!   `Mirror`: what an address space has, mapped for them too.
+//! - `vfio-ioctls`: mirrors into `VfioOps` of that crate, and `SpaceOps`: an address space as `VfioOps`.
+//! - `kvm`: `MemorySlots`, which are an address space's mappings, and `KvmVfio`, which tells KVM of groups.
 
-// Only `hardware` has any: the ioctls.
+// Only what is behind features has any: ioctls, and memory that others are given.
 #![deny(unsafe_code)]
 
 #[cfg(not(target_os = "linux"))]
@@ -93,10 +97,14 @@ mod device;
 mod error;
 mod extension;
 mod external_user;
+#[cfg(any(feature = "hardware", feature = "kvm"))]
+mod follower;
 mod group;
 #[cfg(feature = "hardware")]
 pub mod hardware;
 mod kvm;
+#[cfg(feature = "hardware")]
+mod mirror;
 mod sync;
 mod users;
 
@@ -106,4 +114,14 @@ pub use error::{Error, Result};
 pub use extension::IommuType;
 pub use external_user::ExternalUser;
 pub use group::{Group, GroupFile, GroupType};
+#[cfg(all(feature = "kvm", feature = "hardware"))]
+pub use kvm::KvmUser;
 pub use kvm::{Kvm, KvmListener};
+#[cfg(feature = "kvm")]
+pub use kvm::{
+    KvmFile, KvmGroup, KvmVfio, MemorySlot, MemorySlots, SetDeviceAttr, SetMemoryRegion,
+};
+#[cfg(feature = "hardware")]
+pub use mirror::Mirror;
+#[cfg(feature = "vfio-ioctls")]
+pub use mirror::SpaceOps;

@@ -2,21 +2,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What the wrapper asks of the kernel, byte by byte, and what it makes of the answers. No machine need have
-//! VFIO for that: the C library's `ioctl` is defined here, and what has VFIO's numbers goes to the kernel that a
-//! test stands in for. Numbers and layouts are those of `linux/vfio.h`, written down once more.
+//! VFIO for that: a test stands in for the kernel. Numbers and layouts are those of `linux/vfio.h`, written down once more.
 
 #![cfg(all(feature = "hardware", not(loom)))]
 
+#[path = "common/kernel.rs"]
+mod kernel;
+
 use std::cell::RefCell;
-use std::ffi::{c_char, c_int, c_void, CStr};
+use std::ffi::{c_char, c_int, CStr};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::rc::Rc;
 use std::time::Duration;
 
+use kernel::answer_with;
 use vfio_group::hardware::{HardwareContainer, HardwareGroup, READ, WRITE};
 use vfio_group::{Error, IommuType};
 
@@ -30,74 +32,6 @@ const GROUP_GET_DEVICE_FD: u32 = 0x3b6a;
 const IOMMU_GET_INFO: u32 = 0x3b70;
 const IOMMU_MAP_DMA: u32 = 0x3b71;
 const IOMMU_UNMAP_DMA: u32 = 0x3b72;
-
-/// One call of `ioctl`.
-struct Call {
-    fd: c_int,
-    number: u32,
-    argument: *mut c_void,
-}
-
-impl Call {
-    fn value(&self) -> usize {
-        self.argument as usize
-    }
-
-    /// The number at `offset` of what the argument points to.
-    fn get<T: Copy>(&self, offset: usize) -> T {
-        // SAFETY: the argument points to a structure of the wrapper that has a `T` at `offset`.
-        unsafe { self.argument.byte_add(offset).cast::<T>().read_unaligned() }
-    }
-
-    fn put<T>(&self, offset: usize, value: T) {
-        // SAFETY: as above, of structures that the kernel writes to.
-        unsafe {
-            self.argument
-                .byte_add(offset)
-                .cast::<T>()
-                .write_unaligned(value);
-        }
-    }
-}
-
-type Kernel = Box<dyn FnMut(&Call) -> Result<c_int, c_int>>;
-
-thread_local! {
-    static KERNEL: RefCell<Option<Kernel>> = const { RefCell::new(None) };
-}
-
-/// In place of the C library's: its callers pass the argument as one that varies, which is the same register.
-#[no_mangle]
-extern "C" fn ioctl(fd: c_int, request: libc::Ioctl, argument: *mut c_void) -> c_int {
-    let number = request as u32;
-    let call = Call {
-        fd,
-        number,
-        argument,
-    };
-    let answer = KERNEL.with_borrow_mut(|kernel| match kernel {
-        // What a test finds wrong in here cannot unwind any further; an error it does not expect is its end.
-        Some(kernel) if number >> 8 == 0x3b => {
-            Some(catch_unwind(AssertUnwindSafe(|| kernel(&call))).unwrap_or(Err(libc::EFAULT)))
-        }
-        _ => None,
-    });
-    match answer {
-        Some(Ok(value)) => value,
-        Some(Err(errno)) => {
-            // SAFETY: errno is this thread's.
-            unsafe { *libc::__errno_location() = errno };
-            -1
-        }
-        // SAFETY: the caller's call, as it is.
-        None => unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) as c_int },
-    }
-}
-
-/// From now on VFIO's calls of this thread are answered by `kernel`.
-fn answer_with(kernel: impl FnMut(&Call) -> Result<c_int, c_int> + 'static) {
-    KERNEL.set(Some(Box::new(kernel)));
-}
 
 fn null() -> File {
     File::open("/dev/null").unwrap()

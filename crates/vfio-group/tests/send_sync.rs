@@ -20,3 +20,22 @@ assert_impl_all!(IommuType: Send, Sync, Copy);
 assert_impl_all!(BoundElsewhere: Send, Sync);
 assert_impl_all!(GroupType: Send, Sync, Copy);
 assert_impl_all!(KvmListener: Send, Sync);
+
+#[cfg(feature = "hardware")]
+assert_impl_all!(vfio_group::Mirror: Send, Sync);
+#[cfg(feature = "vfio-ioctls")]
+assert_impl_all!(vfio_group::SpaceOps<vm_memory::GuestMemoryMmap>: Send, Sync);
+
+#[cfg(feature = "kvm")]
+mod kvm {
+    use super::assert_impl_all;
+    use vfio_group::{KvmFile, KvmGroup, KvmVfio, MemorySlot, MemorySlots};
+
+    assert_impl_all!(MemorySlots: Send, Sync);
+    assert_impl_all!(MemorySlot: Send, Sync, Copy);
+    assert_impl_all!(KvmVfio: Send, Sync, Clone);
+    assert_impl_all!(KvmFile<std::fs::File>: Send, Sync);
+    assert_impl_all!(KvmGroup: Send, Sync);
+    #[cfg(feature = "hardware")]
+    assert_impl_all!(vfio_group::KvmUser: Send, Sync);
+}

@@ -1,0 +1,171 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A real virtual machine, whose processor writes what DMA reads, and the other way round.
+
+#![cfg(all(feature = "kvm", target_arch = "x86_64", not(loom)))]
+
+use std::fs::File;
+use std::sync::Arc;
+
+use iommu_type1::{page_size, Backing, IoAddressSpace};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vfio_group::{KvmVfio, MemorySlots};
+use vm_memory::Permissions::{Read, ReadWrite};
+
+/// KVM, or the reason why there is none; other errors are errors.
+fn kvm() -> Option<Kvm> {
+    match Kvm::new() {
+        Ok(kvm) => Some(kvm),
+        Err(error) if [libc::ENOENT, libc::EACCES].contains(&error.errno()) => {
+            eprintln!("skipped: /dev/kvm: {error}");
+            None
+        }
+        Err(error) => panic!("/dev/kvm: {error}"),
+    }
+}
+
+fn machine() -> Option<Arc<VmFd>> {
+    Some(Arc::new(kvm()?.create_vm().unwrap()))
+}
+
+/// Real mode, with all segments at 0.
+fn processor(vm: &VmFd, at: u64) -> VcpuFd {
+    let vcpu = vm.create_vcpu(0).unwrap();
+    let mut segments = vcpu.get_sregs().unwrap();
+    for segment in [&mut segments.cs, &mut segments.ds] {
+        (segment.base, segment.selector) = (0, 0);
+    }
+    vcpu.set_sregs(&segments).unwrap();
+    jump(&vcpu, at);
+    vcpu
+}
+
+fn jump(vcpu: &VcpuFd, at: u64) {
+    let mut registers = vcpu.get_regs().unwrap();
+    (registers.rip, registers.rflags) = (at, 2);
+    vcpu.set_regs(&registers).unwrap();
+}
+
+const CODE: u64 = 0x1000;
+const DATA: u64 = 0x2000;
+const ROM: u64 = 0x3000;
+
+/// Adds one to the byte at `DATA`, then halts.
+const INCREMENT: [u8; 5] = [0xfe, 0x06, 0x00, 0x20, 0xf4];
+/// Writes 0x5a to `ROM`, then halts.
+const WRITE_ROM: [u8; 6] = [0xc6, 0x06, 0x00, 0x30, 0x5a, 0xf4];
+
+fn page() -> Backing {
+    Backing::anonymous(page_size() as usize).unwrap()
+}
+
+#[track_caller]
+fn assert_halts(vcpu: &mut VcpuFd) {
+    let exit = vcpu.run().unwrap();
+    assert!(matches!(exit, VcpuExit::Hlt), "{exit:?}");
+}
+
+#[track_caller]
+fn assert_writes_to(vcpu: &mut VcpuFd, due: u64) {
+    let exit = vcpu.run().unwrap();
+    assert!(
+        matches!(exit, VcpuExit::MmioWrite(at, _) if at == due),
+        "{exit:?}"
+    );
+}
+
+#[test]
+fn a_processor_writes_what_dma_reads() {
+    let Some(vm) = machine() else { return };
+    let space = IoAddressSpace::new();
+    space.map(CODE, page(), ReadWrite).unwrap();
+    // One more comes before the slots, and the others after.
+    let slots = MemorySlots::new(&space, vm.clone(), 0..8).unwrap();
+    space.map(DATA, page(), ReadWrite).unwrap();
+    space.map(ROM, page(), Read).unwrap();
+    let dma = space.handle();
+
+    let mut vcpu = processor(&vm, CODE);
+    dma.write(CODE, &INCREMENT).unwrap();
+    for due in [8, 9] {
+        dma.write(DATA, &[due - 1]).unwrap();
+        jump(&vcpu, CODE);
+        assert_halts(&mut vcpu);
+        let mut byte = [0];
+        dma.read(DATA, &mut byte).unwrap();
+        assert_eq!(byte, [due]);
+    }
+
+    // Another page at the same address: the processor sees that, and no longer the first.
+    space.replace(DATA, page(), ReadWrite).unwrap();
+    jump(&vcpu, CODE);
+    assert_halts(&mut vcpu);
+    let mut byte = [0];
+    dma.read(DATA, &mut byte).unwrap();
+    assert_eq!(byte, [1]);
+
+    // What can only be read is not written, and says where.
+    dma.write(CODE, &WRITE_ROM).unwrap();
+    jump(&vcpu, CODE);
+    assert_writes_to(&mut vcpu, ROM);
+    assert_halts(&mut vcpu);
+    dma.read(ROM, &mut byte).unwrap();
+    assert_eq!(byte, [0]);
+
+    // What is not mapped is no memory of the guest's.
+    space.unmap(ROM, page_size()).unwrap();
+    jump(&vcpu, CODE);
+    assert_writes_to(&mut vcpu, ROM);
+    assert_eq!(slots.slots().len(), 2);
+}
+
+#[test]
+fn kvm_logs_the_pages_that_a_processor_writes() {
+    let Some(vm) = machine() else { return };
+    let space = IoAddressSpace::new();
+    let slots = MemorySlots::new(&space, vm.clone(), 0..8).unwrap();
+    space.map(CODE, page(), ReadWrite).unwrap();
+    space.map(DATA, page(), ReadWrite).unwrap();
+    space.write(CODE, &INCREMENT).unwrap();
+    let mut vcpu = processor(&vm, CODE);
+    slots.set_dirty_log(true).unwrap();
+    assert_halts(&mut vcpu);
+    let logged = slots.slots().into_iter().map(|slot| {
+        let log = vm.get_dirty_log(slot.slot, slot.memory_size as usize);
+        (slot.guest_phys_addr, log.unwrap()[0])
+    });
+    assert_eq!(logged.collect::<Vec<_>>(), [(CODE, 0), (DATA, 1)]);
+    slots.set_dirty_log(false).unwrap();
+}
+
+/// The kernel's own rules of slots are those that ours keep to.
+#[test]
+fn a_real_vm_refuses_what_it_has_no_slot_for() {
+    let Some(kvm) = kvm() else { return };
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    let most = kvm.get_nr_memslots() as u32;
+    let space = IoAddressSpace::new();
+    let _slots = MemorySlots::new(&space, vm, most - 1..most + 1).unwrap();
+    space.map(DATA, page(), ReadWrite).unwrap();
+    let refused = space.map(ROM, page(), ReadWrite).unwrap_err();
+    assert_eq!(refused.errno(), libc::EINVAL, "{refused}");
+    space.unmap(DATA, page_size()).unwrap();
+    space.map(ROM, page(), ReadWrite).unwrap();
+}
+
+#[test]
+fn kvm_has_one_vfio_device_which_takes_files_of_vfio() {
+    let Some(vm) = machine() else { return };
+    let vfio = match KvmVfio::new(&vm) {
+        Ok(vfio) => vfio,
+        Err(error) if error.errno() == libc::ENODEV => {
+            eprintln!("skipped: KVM has no VFIO here");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    assert_eq!(KvmVfio::new(&vm).unwrap_err().errno(), libc::EBUSY);
+    let file = File::open("/dev/null").unwrap();
+    assert_eq!(vfio.add(file).unwrap_err().errno(), libc::EINVAL);
+}
