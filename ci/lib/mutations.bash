@@ -14,6 +14,9 @@
 #   work       a folder of one's own under target
 #   cargo      words between `cargo` and the arguments of the test, as an array
 #   limit      seconds that a test may take
+#
+# Compiling may take longer: the first time also what all have in common is compiled, on a machine that may be busy.
+compiling=900
 
 die() {
     echo "$1" >&2
@@ -65,7 +68,10 @@ mutate() {
                     old) old+=$line$'\n' ;;
                     new) new+=$line$'\n' ;;
                     *)
-                        [[ $line != "file: "* ]] || file=${line#file: }
+                        if [[ $line == "file: "* ]]; then
+                            file=${line#file: }
+                            cp "$work/tree/$file" "$work/original"
+                        fi
                         [[ $line != "test: "* ]] || test=${line#test: }
                         ;;
                 esac
@@ -76,9 +82,9 @@ mutate() {
     replace_once "$1" "$work/tree/$file" "$old" "$new"
 }
 
-# Puts back what `mutate` has changed.
+# Puts back what `mutate` has changed: the copy's own, as somebody may work on the tree meanwhile.
 restore() {
-    cp "$file" "$work/tree/$file"
+    cp "$work/original" "$work/tree/$file"
 }
 
 # Whether every mutation fits the code: known at once, as that takes no time.
@@ -90,22 +96,31 @@ check_all() {
     done
 }
 
-# Runs `cargo test $1`; its words are arguments.
+# cargo_test SECONDS ARGUMENTS: runs `cargo test` with these arguments, which are the words of one.
 cargo_test() {
     local args
-    read -ra args <<<"$1"
-    (cd "$work/tree" && timeout "$limit" cargo "${cargo[@]}" "${args[@]}") >"$work/log" 2>&1
+    read -ra args <<<"$2"
+    (cd "$work/tree" && timeout "$1" cargo "${cargo[@]}" "${args[@]}") >"$work/log" 2>&1
+}
+
+# compile NAME ARGUMENTS: whether it compiles is a question of its own, or what does not would seem to be noticed.
+compile() {
+    local status=0
+    cargo_test "$compiling" "${2%% -- *} --no-run" || status=$?
+    [[ $status != 0 ]] || return 0
+    cat "$work/log" >&2
+    [[ $status != 124 ]] || die "$1: not compiled in $compiling s"
+    die "$1: does not compile"
 }
 
 # check_unbroken ARGUMENTS...: the tests pass before anything is broken, or it would say nothing that they
-# fail. Also compiles what they have in common, so it may take longer.
+# fail.
 check_unbroken() {
-    local arguments usual=$limit
-    limit=900
+    local arguments
     for arguments in "$@"; do
-        cargo_test "$arguments" || { cat "$work/log" >&2; die "a test fails before anything is broken"; }
+        compile "before anything is broken" "$arguments"
+        cargo_test "$compiling" "$arguments" || { cat "$work/log" >&2; die "a test fails before anything is broken"; }
     done
-    limit=$usual
 }
 
 # break_each NAMES...: breaks each and says which tests fail; status 1 where one is not noticed.
@@ -113,11 +128,11 @@ break_each() {
     local name caught status missed=0
     for name in "$@"; do
         mutate "$name"
-        cargo_test "${test%% -- *} --no-run" || { cat "$work/log" >&2; die "$name: does not compile"; }
+        compile "$name" "$test"
         caught="" status=0
         # One at a time: where the process is aborted (a panic while another unwinds), the test that was
         # running has no result.
-        cargo_test "$test --test-threads 1" || status=$?
+        cargo_test "$limit" "$test --test-threads 1" || status=$?
         # timeout's own status is 124: nothing has failed then.
         if [[ $status -ne 0 && $status -ne 124 ]]; then
             caught=$(awk '/^test [^ ]+ .*\.\.\. / && !/ \.\.\. (ok|ignored)$/ { print $2 }' "$work/log" | paste -sd ' ')
