@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use vfio_user_dma::Capabilities;
 #[path = "../crates/vfio-user-dma/tests/common/mod.rs"]
 mod common;
 
-use common::{memfd, Client, PAGE};
+use common::{eventfd, map_body, memfd, Client, Reply, PAGE, READ_WRITE};
 
 const BAR0: u32 = 0;
 const CONFIG: u32 = 7;
@@ -76,6 +76,8 @@ impl Server {
             .arg(&socket)
             .args(args)
             .stdout(Stdio::piped())
+            // What is refused is logged there.
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let mut output = BufReader::new(process.stdout.take().unwrap());
@@ -112,38 +114,127 @@ impl Drop for Server {
     }
 }
 
-/// A guest with its memory in a file, mapped at [`BASE`].
+/// A guest with its memory in a file, which the device has at [`BASE`].
 struct Guest {
     client: Client,
     memory: File,
     eventfd: File,
+    /// DMA_READ and DMA_WRITE that were answered.
+    answered: usize,
 }
 
 impl Guest {
     fn new(server: &Server) -> Self {
-        let mut client = server.connect();
-        let memory = memfd(PAGES);
-        assert_eq!(client.map(BASE, PAGES * PAGE, 0, Some(&memory)), 0);
+        let mut guest = Guest::without_memory(server);
+        guest.map(0, PAGES, true);
+        guest
+    }
+
+    fn without_memory(server: &Server) -> Self {
         Guest {
-            client,
-            memory,
+            client: server.connect(),
+            memory: memfd(PAGES),
             eventfd: eventfd(),
+            answered: 0,
         }
+    }
+
+    /// Makes some of its memory known to the device, with the file or without.
+    fn map(&mut self, page: u64, pages: u64, file: bool) {
+        let memory = self.memory.try_clone().unwrap();
+        let fds = [memory.as_fd()];
+        let at = page * PAGE;
+        let body = map_body(READ_WRITE, BASE + at, pages * PAGE, at);
+        let fds = if file { &fds[..] } else { &[] };
+        assert_eq!(self.call(command::DMA_MAP, &body, fds).errno(), 0);
+    }
+
+    fn unmap(&mut self, page: u64, pages: u64) -> i32 {
+        let mut body = Vec::new();
+        wire::DmaUnmap {
+            argsz: wire::DmaUnmap::SIZE as u32,
+            flags: 0,
+            address: BASE + page * PAGE,
+            size: pages * PAGE,
+        }
+        .encode(&mut body);
+        self.call(command::DMA_UNMAP, &body, &[]).errno()
+    }
+
+    /// Sends a command and receives its reply. What the device wants meanwhile is answered.
+    fn call(&mut self, command: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Reply {
+        let id = self.client.send_all(command, 0, body, fds);
+        loop {
+            let message = self.client.receive();
+            if message.header.is_reply() {
+                assert_eq!(message.header.message_id, id);
+                return message;
+            }
+            self.answer(&message);
+        }
+    }
+
+    /// Answers a DMA_READ or DMA_WRITE, as a client does that looks at the whole count.
+    fn answer(&mut self, message: &Reply) {
+        let (access, data) = wire::DmaAccess::decode(&message.body).unwrap();
+        let Ok(at) = usize::try_from(access.count)
+            .map_err(drop)
+            .and_then(|len| (len <= 1 << 20).then_some(access.address - BASE).ok_or(()))
+        else {
+            return self
+                .client
+                .reply(message, wire::flags::ERROR, libc::EINVAL as u32, &[]);
+        };
+        let mut body = Vec::new();
+        access.encode(&mut body);
+        if message.header.command == command::DMA_READ {
+            let header = body.len();
+            body.resize(header + access.count as usize, 0);
+            self.memory.read_exact_at(&mut body[header..], at).unwrap();
+        } else {
+            self.memory.write_all_at(data, at).unwrap();
+        }
+        self.client.reply(message, 0, 0, &body);
+        self.answered += 1;
+    }
+
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> i32 {
+        let mut body = Vec::new();
+        let count = data.len() as u32;
+        wire::RegionAccess {
+            offset,
+            region,
+            count,
+        }
+        .encode(&mut body);
+        body.extend_from_slice(data);
+        self.call(command::REGION_WRITE, &body, &[]).errno()
+    }
+
+    fn region_read<const N: usize>(&mut self, region: u32, offset: u64) -> [u8; N] {
+        let mut body = Vec::new();
+        wire::RegionAccess {
+            offset,
+            region,
+            count: N as u32,
+        }
+        .encode(&mut body);
+        let reply = self.call(command::REGION_READ, &body, &[]);
+        assert_eq!(reply.errno(), 0);
+        reply.body[wire::RegionAccess::SIZE..].try_into().unwrap()
     }
 
     fn write(&mut self, offset: u32, value: u32) {
         let bytes = value.to_le_bytes();
-        assert_eq!(self.client.region_write(BAR0, offset.into(), &bytes), 0);
+        assert_eq!(self.region_write(BAR0, offset.into(), &bytes), 0);
     }
 
     fn read(&mut self, offset: u32) -> u32 {
-        let bytes = self.client.region_read(BAR0, offset.into(), 4).unwrap();
-        u32::from_le_bytes(bytes.try_into().unwrap())
+        u32::from_le_bytes(self.region_read(BAR0, offset.into()))
     }
 
     fn config(&mut self, offset: u64) -> u16 {
-        let bytes = self.client.region_read(CONFIG, offset, 2).unwrap();
-        u16::from_le_bytes(bytes.try_into().unwrap())
+        u16::from_le_bytes(self.region_read(CONFIG, offset))
     }
 
     fn poke(&self, page: u64, offset: usize, bytes: &[u8]) {
@@ -162,7 +253,7 @@ impl Guest {
     fn map_graphics(&mut self, page: u64) {
         let entry = (BASE + page * PAGE) | 1;
         let at = GGTT + 8 * page;
-        assert_eq!(self.client.region_write(BAR0, at, &entry.to_le_bytes()), 0);
+        assert_eq!(self.region_write(BAR0, at, &entry.to_le_bytes()), 0);
     }
 
     fn set_irq(&mut self, index: u32, flags: u32, count: u32, with_fd: bool) -> i32 {
@@ -175,11 +266,10 @@ impl Guest {
             count,
         }
         .encode(&mut body);
-        let fds = [self.eventfd.as_fd()];
+        let eventfd = self.eventfd.try_clone().unwrap();
+        let fds = [eventfd.as_fd()];
         let fds = if with_fd { &fds[..] } else { &[] };
-        self.client
-            .call_with(command::DEVICE_SET_IRQS, &body, fds)
-            .errno()
+        self.call(command::DEVICE_SET_IRQS, &body, fds).errno()
     }
 
     /// VFIO_IRQ_SET_DATA_EVENTFD and _ACTION_TRIGGER.
@@ -191,28 +281,42 @@ impl Guest {
         assert_eq!(self.set_irq(INTX, 0x11, 1, false), 0);
     }
 
-    /// Waits for an interrupt, and says how many there were.
+    /// Waits for an interrupt, and says how many there were. What the device wants meanwhile is answered.
     fn interrupts(&mut self) -> u64 {
+        loop {
+            match self.poll(20_000) {
+                [_, true] => break,
+                [true, false] => {
+                    let message = self.client.receive();
+                    self.answer(&message);
+                }
+                [false, false] => panic!("no interrupt"),
+            }
+        }
         let mut count = [0; 8];
         self.eventfd.read_exact(&mut count).unwrap();
         u64::from_ne_bytes(count)
     }
 
-    /// How many there have been by now. A message before this has been served.
+    /// How many there have been by now.
     fn pending(&mut self) -> u64 {
-        // SAFETY: one structure, which outlives the call.
-        let ready = unsafe {
-            let mut poll = libc::pollfd {
-                fd: self.eventfd.as_raw_fd(),
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            libc::poll(&mut poll, 1, 0)
-        };
-        match ready {
-            0 => 0,
-            _ => self.interrupts(),
+        match self.poll(0) {
+            [_, true] => self.interrupts(),
+            _ => 0,
         }
+    }
+
+    /// Whether there is something of the socket and of the eventfd, by this many milliseconds.
+    fn poll(&self, timeout: i32) -> [bool; 2] {
+        let fds = [self.client.stream.as_raw_fd(), self.eventfd.as_raw_fd()];
+        let mut fds = fds.map(|fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        });
+        // SAFETY: two structures, which outlive the call.
+        assert!(unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) } >= 0);
+        fds.map(|fd| fd.revents != 0)
     }
 
     fn enable_interrupts(&mut self, engine: EngineId) {
@@ -328,14 +432,6 @@ impl Guest {
     }
 }
 
-fn eventfd() -> File {
-    // SAFETY: takes no pointers.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-    assert!(fd >= 0);
-    // SAFETY: the descriptor is new.
-    File::from(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 const ENGINES: [(EngineId, u64); 5] = [
     (EngineId::Rcs, 22),
     (EngineId::Bcs, 2),
@@ -393,12 +489,12 @@ fn intx_is_a_level_that_stays_until_the_guest_has_handled_it() {
     // Disabled it does not come, though it is there.
     let command = guest.config(COMMAND);
     let disabled = (command | DISABLE).to_le_bytes();
-    assert_eq!(guest.client.region_write(CONFIG, COMMAND, &disabled), 0);
+    assert_eq!(guest.region_write(CONFIG, COMMAND, &disabled), 0);
     guest.unmask();
     assert_eq!(guest.config(STATUS) & ASSERTED, ASSERTED);
     assert_eq!(guest.pending(), 0);
     let enabled = command.to_le_bytes();
-    assert_eq!(guest.client.region_write(CONFIG, COMMAND, &enabled), 0);
+    assert_eq!(guest.region_write(CONFIG, COMMAND, &enabled), 0);
     assert_eq!(guest.interrupts(), 1);
 
     // Handled it is gone, and the next one comes.
@@ -409,4 +505,309 @@ fn intx_is_a_level_that_stays_until_the_guest_has_handled_it() {
     guest.poke(lrca + 1, ring_context::HEAD, &[0; 4]);
     guest.submit(engine, context);
     assert_eq!(guest.interrupts(), 1);
+}
+
+/// Guest pages of page tables: each the only child of the one before. The last maps page `n` to page [`DATA`] + `n`.
+const TABLES: u64 = 100;
+const DATA: u64 = 110;
+
+const STORE_DWORD: u32 = 0x1000_0002;
+const BATCH_END: u32 = 0x0500_0000;
+const BATCH_START: u32 = 0x1880_0101;
+const USER_INTERRUPT: u32 = 0x0100_0000;
+
+impl Guest {
+    fn dwords(&self, page: u64, dwords: &[u32]) {
+        let bytes: Vec<_> = dwords
+            .iter()
+            .flat_map(|dword| dword.to_le_bytes())
+            .collect();
+        self.poke(page, 0, &bytes);
+    }
+
+    fn table_entry(&self, table: u64, index: usize, page: u64) {
+        let entry = (BASE + page * PAGE) | 3;
+        self.poke(table, 8 * index, &entry.to_le_bytes());
+    }
+
+    /// A context whose ring starts a batch in its own address space, which stores a number in page 1 of that.
+    fn make_batch(&mut self, engine: EngineId, lrca: u64, value: u32) -> ContextDescriptor {
+        let pages = match engine {
+            EngineId::Rcs => 22,
+            _ => 2,
+        };
+        let context = self.make_context(engine, lrca, pages);
+        for table in TABLES..TABLES + 3 {
+            self.table_entry(table, 0, table + 1);
+        }
+        for page in 0..4 {
+            self.table_entry(TABLES + 3, page as usize, DATA + page);
+        }
+        let root = BASE + TABLES * PAGE;
+        let pdp0 = ring_context::PDP3_UDW + 6 * ring_context::PDP_STRIDE;
+        self.poke(lrca + 1, pdp0, &((root >> 32) as u32).to_le_bytes());
+        self.poke(lrca + 1, pdp0 + 8, &(root as u32).to_le_bytes());
+        self.dwords(lrca - 1, &[BATCH_START, 0, 0, USER_INTERRUPT]);
+        self.dwords(DATA, &[STORE_DWORD, PAGE as u32, 0, value, BATCH_END]);
+        context
+    }
+
+    fn rewind(&self, lrca: u64) {
+        self.poke(lrca + 1, ring_context::HEAD, &[0; 4]);
+    }
+
+    fn stored(&self) -> u32 {
+        u32::from_le_bytes(self.peek(DATA + 1, 0))
+    }
+
+    /// Both interrupts of a workload, as one.
+    fn enable_user_interrupts(&mut self, engine: EngineId) {
+        let (bank, shift) = engine.gt_interrupt();
+        let register = irq::GT_ISR + bank * irq::GT_STRIDE;
+        self.write(register + 4, !(irq::USER << shift));
+        self.write(register + 12, irq::USER << shift);
+        self.write(irq::MASTER_IRQ, irq::MASTER_CONTROL);
+    }
+
+    fn acknowledge_user_interrupt(&mut self, engine: EngineId) {
+        let (bank, shift) = engine.gt_interrupt();
+        let register = irq::GT_ISR + bank * irq::GT_STRIDE + 8;
+        assert_eq!(self.read(register), irq::USER << shift);
+        self.write(irq::MASTER_IRQ, 0);
+        self.write(register, irq::USER << shift);
+        self.write(irq::MASTER_IRQ, irq::MASTER_CONTROL);
+    }
+
+    /// Waits until an engine has done everything it was given: it resets, and lets nothing by.
+    fn reset_engines(&mut self) {
+        self.write(GDRST, 1);
+        assert_eq!(self.read(GDRST), 0);
+    }
+}
+
+const GDRST: u32 = 0x941c;
+const ENTRY_WRITTEN: u32 = 0x7_8908;
+const DOORBELL: u32 = 0x7_8920;
+
+#[test]
+fn a_batch_runs_in_page_tables_that_the_guest_changes() {
+    let server = Server::start(&["--once"]);
+    let mut guest = Guest::new(&server);
+    let (engine, lrca) = (EngineId::Rcs, 10);
+    guest.use_eventfd(MSI);
+    let context = guest.make_batch(engine, lrca, 0x1111);
+    guest.enable_user_interrupts(engine);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    guest.acknowledge_user_interrupt(engine);
+    assert_eq!(guest.stored(), 0x1111);
+
+    // Page 1 is another one now. Who does not say so is not seen.
+    guest.table_entry(TABLES + 3, 1, DATA + 9);
+    guest.dwords(DATA, &[STORE_DWORD, PAGE as u32, 0, 0x2222, BATCH_END]);
+    let entry = BASE + (TABLES + 3) * PAGE + 8;
+    guest.write(ENTRY_WRITTEN, entry as u32);
+    guest.write(ENTRY_WRITTEN + 4, (entry >> 32) as u32);
+    guest.rewind(lrca);
+    guest.write(DOORBELL + 4 * engine as u32, 0);
+    assert_eq!(guest.interrupts(), 1);
+    guest.acknowledge_user_interrupt(engine);
+    assert_eq!(guest.stored(), 0x1111);
+    assert_eq!(guest.peek(DATA + 9, 0), 0x2222_u32.to_le_bytes());
+    drop(guest);
+    let words = server.last_words();
+    assert!(
+        words.contains("2 submissions, 2 completions, 0 errors"),
+        "{words}"
+    );
+}
+
+#[test]
+fn pages_that_a_page_table_maps_are_let_go_when_they_are_unmapped() {
+    let server = Server::start(&[]);
+    let mut guest = Guest::without_memory(&server);
+    for page in 0..PAGES {
+        guest.map(page, 1, true);
+    }
+    let (engine, lrca) = (EngineId::Rcs, 10);
+    guest.use_eventfd(MSI);
+    let context = guest.make_batch(engine, lrca, 0x1111);
+    guest.enable_user_interrupts(engine);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    guest.acknowledge_user_interrupt(engine);
+
+    // It is pinned, and goes at once.
+    assert_eq!(guest.unmap(DATA + 1, 1), 0);
+    guest.rewind(lrca);
+    guest.submit(engine, context);
+    guest.reset_engines();
+    assert_eq!(guest.pending(), 0);
+    // With the page there again the same page tables will do.
+    guest.map(DATA + 1, 1, true);
+    guest.dwords(DATA, &[STORE_DWORD, PAGE as u32, 0, 0x3333, BATCH_END]);
+    guest.rewind(lrca);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    assert_eq!(guest.stored(), 0x3333);
+}
+
+#[test]
+fn memory_without_a_file_is_accessed_by_messages() {
+    let server = Server::start(&["--once"]);
+    let mut guest = Guest::without_memory(&server);
+    guest.map(0, PAGES, false);
+    guest.use_eventfd(MSI);
+    let (engine, lrca, pages) = (EngineId::Rcs, 10, 22);
+    let context = guest.make_context(engine, lrca, pages);
+    guest.enable_interrupts(engine);
+    let expected = guest.expect(engine, lrca, pages, 0);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    guest.acknowledge(engine);
+    guest.assert_told(engine, lrca);
+    guest.assert_written_back(lrca, &expected);
+    assert!(guest.answered > 20, "{}", guest.answered);
+
+    let (engine, lrca) = (EngineId::Bcs, 60);
+    let context = guest.make_batch(engine, lrca, 0x4444);
+    guest.enable_user_interrupts(engine);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    assert_eq!(guest.stored(), 0x4444);
+    drop(guest);
+    let words = server.last_words();
+    assert!(
+        words.contains("2 submissions, 2 completions, 0 errors"),
+        "{words}"
+    );
+}
+
+/// Nothing changes in memory that was unmapped while an engine was at it.
+#[test]
+fn an_unmap_is_answered_when_no_engine_touches_the_range() {
+    let server = Server::start(&["--once"]);
+    let mut guest = Guest::without_memory(&server);
+    for page in 0..PAGES {
+        guest.map(page, 1, true);
+    }
+    let (engine, lrca, pages) = (EngineId::Rcs, 10, 22);
+    let context = guest.make_context(engine, lrca, pages);
+    for round in 0..300 {
+        let page = lrca + 2 + round % (pages - 2);
+        for _ in 0..4 {
+            guest.rewind(lrca);
+            guest.submit(engine, context);
+        }
+        assert_eq!(guest.unmap(page, 1), 0);
+        let unmapped: [u8; PAGE as usize] = guest.peek(page, 0);
+        guest.reset_engines();
+        assert!(
+            guest.peek::<{ PAGE as usize }>(page, 0) == unmapped,
+            "{round}"
+        );
+        guest.map(page, 1, true);
+    }
+    // It works as before.
+    guest.use_eventfd(MSI);
+    guest.enable_interrupts(engine);
+    guest.rewind(lrca);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    drop(guest);
+    let words = server.last_words();
+    assert!(words.contains(" 300 unmaps ("), "{words}");
+    assert!(!words.contains(" 0 completions"), "{words}");
+}
+
+#[test]
+fn a_reset_ends_what_runs_and_forgets_everything() {
+    let server = Server::start(&[]);
+    let mut guest = Guest::without_memory(&server);
+    // The engine waits for an answer that does not come.
+    guest.map(0, PAGES, false);
+    guest.use_eventfd(MSI);
+    let (engine, lrca, pages) = (EngineId::Rcs, 10, 22);
+    let context = guest.make_context(engine, lrca, pages);
+    guest.enable_interrupts(engine);
+    guest.submit(engine, context);
+    while !guest.poll(20_000)[0] {}
+    assert_eq!(guest.call(command::DEVICE_RESET, &[], &[]).errno(), 0);
+    let base = engine.mmio_base();
+    for (register, value) in [
+        (base + ring_register::CONTEXT_STATUS_POINTER, 7),
+        (base + ring_register::HWS_PGA, 0),
+        (irq::MASTER_IRQ, 0),
+        (irq::GT_ISR + 4, u32::MAX),
+        (irq::GT_ISR + 12, 0),
+        (GGTT as u32 + 8 * lrca as u32, 0),
+    ] {
+        assert_eq!(guest.read(register), value, "{register:#x}");
+    }
+    // The mappings are the client's, and are still there.
+    let context = guest.make_context(engine, lrca, pages);
+    guest.enable_interrupts(engine);
+    let expected = guest.expect(engine, lrca, pages, 0);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    guest.acknowledge(engine);
+    guest.assert_told(engine, lrca);
+    guest.assert_written_back(lrca, &expected);
+}
+
+#[test]
+fn a_killed_server_is_followed_by_another_and_a_client_by_the_next() {
+    let mut server = Server::start(&[]);
+    let run = |server: &Server| {
+        let mut guest = Guest::new(server);
+        let (engine, lrca) = (EngineId::Bcs, 10);
+        guest.use_eventfd(MSI);
+        let context = guest.make_context(engine, lrca, 2);
+        guest.enable_interrupts(engine);
+        let expected = guest.expect(engine, lrca, 2, 0);
+        guest.submit(engine, context);
+        assert_eq!(guest.interrupts(), 1);
+        guest.assert_written_back(lrca, &expected);
+        guest
+    };
+    drop(run(&server));
+    // It goes in the middle of what it wanted done.
+    let mut guest = run(&server);
+    guest.write(EngineId::Bcs.mmio_base() + ring_register::ELSP, 0);
+    guest.client.send(command::DMA_READ, &[0; 3]);
+    drop(guest);
+    let mut guest = run(&server);
+    server.process.kill().unwrap();
+    server.process.wait().unwrap();
+    assert!(guest.client.try_receive().is_err());
+    let again = Server::start_at(server.socket.clone(), &[]);
+    drop(run(&again));
+}
+
+#[test]
+fn what_is_no_register_is_refused_or_empty() {
+    let server = Server::start(&[]);
+    let mut guest = Guest::new(&server);
+    for (offset, bytes) in [(0x2234, 2), (0x2235, 4), (GGTT, 1), (GGTT + 2, 4)] {
+        let errno = guest.region_write(BAR0, offset, &vec![0xff; bytes]);
+        assert_eq!(errno, libc::EINVAL, "{bytes} bytes at {offset:#x}");
+    }
+    guest.write(0x7f_fffc, 5);
+    assert_eq!(guest.read(0x7f_fffc), 0);
+    guest.write(0x1f_fffc, 5);
+    assert_eq!(guest.read(0x1f_fffc), 5);
+    // Half an entry is none.
+    guest.write(GGTT as u32 + 8, 0x5001);
+    assert_eq!(guest.read(GGTT as u32 + 8), 0);
+    guest.write(GGTT as u32 + 12, 1);
+    assert_eq!(
+        guest.region_read(BAR0, GGTT + 8),
+        0x1_0000_5001_u64.to_le_bytes()
+    );
+    // What identifies it cannot be written, and the BAR tells its size.
+    assert_eq!(guest.region_write(CONFIG, 0, &[0; 4]), 0);
+    assert_eq!((guest.config(0), guest.config(2)), (0x8086, 0x9ff9));
+    assert_eq!(guest.region_write(CONFIG, 0x10, &[0xff; 8]), 0);
+    let bar = guest.region_read(CONFIG, 0x10);
+    assert_eq!(u64::from_le_bytes(bar), 0xffff_ffff_ff00_0004);
 }

@@ -8,13 +8,11 @@
 //! gets a message each time it is raised. With INTx it is a level: it is signalled, masked by that, and
 //! signalled again at the unmask if it is still there.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gvt_scheduler::{interrupt_register as register, EngineId};
-use vfio_user_dma::{IrqAction, IrqData, SetIrqs};
+use vfio_user_dma::{IrqAction, IrqData, IrqEventfd, SetIrqs};
 
 use crate::counters::Counters;
 
@@ -36,8 +34,8 @@ struct State {
     master_control: bool,
     /// Whether the device raised its interrupt when that was looked at last.
     raised: bool,
-    msi: Option<File>,
-    intx: Option<File>,
+    msi: Option<IrqEventfd>,
+    intx: Option<IrqEventfd>,
     /// By the client, or by having been signalled.
     intx_masked: bool,
     /// By the guest, in the command register.
@@ -156,9 +154,9 @@ impl Interrupts {
 
     /// VFIO_DEVICE_SET_IRQS.
     pub fn set(&self, set: SetIrqs) -> io::Result<()> {
-        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+        let refused = Err(io::Error::from_raw_os_error(libc::ENOTTY));
         if !matches!(set.index, INTX | MSI) {
-            return Err(invalid());
+            return refused;
         }
         let mut state = self.lock();
         let concerned = match &set.data {
@@ -167,7 +165,7 @@ impl Interrupts {
         };
         match (set.action, set.data) {
             (IrqAction::Trigger, IrqData::Eventfd(fds)) => {
-                let fd = fds.into_iter().next().map(eventfd).transpose()?;
+                let fd = fds.into_iter().next();
                 match set.index {
                     MSI => state.msi = fd,
                     _ => (state.intx, state.intx_masked) = (fd, false),
@@ -183,8 +181,9 @@ impl Interrupts {
                 _ => self.signal(&state.intx),
             },
             (IrqAction::Trigger, _) => {}
-            (_, IrqData::Eventfd(_)) => return Err(invalid()),
-            (_, _) if set.index != INTX => return Err(invalid()),
+            // No eventfd of the client's unmasks: it unmasks by messages. MSI is not masked at all.
+            (_, IrqData::Eventfd(_)) => return refused,
+            (_, _) if set.index != INTX => return refused,
             (IrqAction::Mask, _) => state.intx_masked |= concerned,
             (IrqAction::Unmask, _) => state.intx_masked &= !concerned,
         }
@@ -210,13 +209,11 @@ impl Interrupts {
         }
     }
 
-    fn signal(&self, eventfd: &Option<File>) {
-        let Some(mut eventfd) = eventfd.as_ref() else {
-            return;
-        };
-        match eventfd.write_all(&1_u64.to_ne_bytes()) {
-            Ok(()) => self.counters.interrupts.add(1),
-            Err(error) => log::warn!("an interrupt is lost: {error}"),
+    fn signal(&self, eventfd: &Option<IrqEventfd>) {
+        match eventfd.as_ref().map(IrqEventfd::signal) {
+            None => {}
+            Some(Ok(())) => self.counters.interrupts.add(1),
+            Some(Err(error)) => log::warn!("an interrupt is lost: {error}"),
         }
     }
 
@@ -249,13 +246,4 @@ fn bank_of(offset: u32) -> Option<(usize, u32)> {
     let at = offset.checked_sub(register::GT_ISR)?;
     let bank = (at / register::GT_STRIDE) as usize;
     (bank < BANKS && at % 4 == 0).then_some((bank, at % register::GT_STRIDE / 4))
-}
-
-/// Any other file might keep the thread that writes to it.
-fn eventfd(fd: OwnedFd) -> io::Result<File> {
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-    if link.as_os_str() != "anon_inode:[eventfd]" {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
-    }
-    Ok(File::from(fd))
 }

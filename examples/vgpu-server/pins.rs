@@ -16,6 +16,9 @@ use iommu_type1::{page_size, Interest, PinPages};
 use vfio_user_dma::{DmaTable, TablePin, TablePins};
 use vm_memory::Permissions;
 
+/// Most pages that the vGPU pins at once: those of a page of 2 MiB.
+const MAX_PAGES: u64 = 512;
+
 /// The guards by first address and a number; with their last address.
 type Held = BTreeMap<(u64, u64), (u64, TablePin)>;
 
@@ -88,9 +91,11 @@ impl Guards {
     fn release(&self, iova: u64, size: u64) {
         let last = iova.saturating_add(size.saturating_sub(1));
         let mut state = self.lock();
+        // A pin that begins before the range may reach into it.
+        let longest = MAX_PAGES.saturating_mul(page_size());
         let touched: Vec<_> = state
             .held
-            .range(..=(last, u64::MAX))
+            .range((iova.saturating_sub(longest), 0)..=(last, u64::MAX))
             .filter(|(_, (end, _))| *end >= iova)
             .map(|(key, _)| *key)
             .collect();

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK,
@@ -13,7 +14,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend};
 
-use crate::{Backend, IrqAction, IrqData, SetIrqs};
+use crate::{Backend, IrqAction, IrqData, IrqEventfd, SetIrqs};
 
 /// Lets `vfio_user::Server` (0.1.7) serve a [`Backend`].
 ///
@@ -99,7 +100,10 @@ impl ServerBackend for VfioUserAdapter<'_> {
         let data = match flags & VFIO_IRQ_SET_DATA_TYPE_MASK {
             VFIO_IRQ_SET_DATA_NONE => IrqData::None,
             VFIO_IRQ_SET_DATA_EVENTFD if fds.is_empty() || fds.len() == count as usize => {
-                IrqData::Eventfd(fds.into_iter().map(Into::into).collect())
+                let fds = fds
+                    .into_iter()
+                    .map(|fd| IrqEventfd::try_from(OwnedFd::from(fd)));
+                IrqData::Eventfd(fds.collect::<io::Result<_>>()?)
             }
             _ => return Err(refused()),
         };

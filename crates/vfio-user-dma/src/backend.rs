@@ -12,7 +12,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_WRITE,
 };
 
-use crate::DmaTable;
+use crate::{DmaTable, IrqEventfd};
 
 /// A region of a device: a BAR, its configuration space.
 #[derive(Clone, Debug, Default)]
@@ -89,9 +89,8 @@ pub enum IrqData {
     None,
     /// Those that are `true`.
     Bool(Vec<bool>),
-    /// Each by its eventfd; none at all takes them away. What was sent may be any file: a write to it may
-    /// block or fail.
-    Eventfd(Vec<OwnedFd>),
+    /// Each by its eventfd; none at all takes them away.
+    Eventfd(Vec<IrqEventfd>),
 }
 
 /// A device that a [`Server`](crate::Server) serves. All calls come from the thread that serves it.

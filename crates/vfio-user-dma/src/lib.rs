@@ -70,6 +70,7 @@ mod error;
 mod event;
 mod file_memory;
 mod guest_memory;
+mod irq_eventfd;
 mod message_dma;
 mod pins;
 mod server;
@@ -84,5 +85,6 @@ pub use backend::{Backend, IrqAction, IrqData, Irqs, Region, RegionFile, SetIrqs
 pub use capabilities::{Capabilities, MAX_DATA_XFER_SIZE};
 pub use dma_table::{DmaTable, DmaTableBuilder, TableHandle, MESSAGE_DEADLINE, UNMAP_DEADLINE};
 pub use error::{AccessError, Error, Result};
+pub use irq_eventfd::IrqEventfd;
 pub use pins::{TablePin, TablePins};
 pub use server::{End, Server, Stopper, IO_DEADLINE};

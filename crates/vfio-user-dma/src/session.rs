@@ -18,7 +18,9 @@ use crate::capabilities::TEXT_LIMIT;
 use crate::connection::{Connection, Message, OVERHEAD};
 use crate::socket::MAX_FDS;
 use crate::wire::{self, command, flags, Header};
-use crate::{Backend, Capabilities, Error, IrqAction, IrqData, Region, Result, SetIrqs};
+use crate::{
+    Backend, Capabilities, Error, IrqAction, IrqData, IrqEventfd, Region, Result, SetIrqs,
+};
 
 /// The newest minor version that is spoken.
 const MINOR: u16 = 1;
@@ -331,7 +333,11 @@ impl<'a> Session<'a> {
             return Err(WRONG_SIZE);
         }
         let data = match data {
-            IrqData::Eventfd(_) => IrqData::Eventfd(fds),
+            IrqData::Eventfd(_) => {
+                let fds = fds.into_iter().map(IrqEventfd::try_from);
+                let fds = fds.collect::<std::io::Result<_>>();
+                IrqData::Eventfd(fds.map_err(Error::io("the eventfd of an interrupt"))?)
+            }
             data => data,
         };
         let set = SetIrqs {

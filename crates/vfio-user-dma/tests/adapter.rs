@@ -51,14 +51,14 @@ fn a_device_behind_the_other_server() {
     client.dma_unmap(0x8000, PAGE).unwrap();
     assert_eq!(table.mappings(), 0);
     client
-        .set_irqs(0, 4 | 32, 0, 1, &[memory.as_raw_fd()])
+        .set_irqs(0, 4 | 32, 0, 1, &[common::eventfd().as_raw_fd()])
         .unwrap();
     client.reset().unwrap();
     client.shutdown().unwrap();
     thread.join().unwrap().unwrap();
     let seen = seen.lock().unwrap();
     assert!(
-        seen[0].starts_with("Trigger 0 0+1 Eventfd([OwnedFd"),
+        seen[0].starts_with("Trigger 0 0+1 Eventfd([IrqEventfd"),
         "{}",
         seen[0]
     );

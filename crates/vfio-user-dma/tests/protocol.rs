@@ -69,7 +69,7 @@ fn a_normal_life() {
     client.assert_in_step();
     assert_eq!(client.region_read(1, 0, 4), Err(libc::ENXIO));
     assert_eq!(client.call(command::DEVICE_RESET, &[]).errno(), 0);
-    let event = memfd(1);
+    let event = common::eventfd();
     let set = wire::IrqSet {
         argsz: 20,
         flags: 4 | 32,
@@ -89,7 +89,7 @@ fn a_normal_life() {
     let seen = seen.lock().unwrap();
     assert_eq!(seen[0], "reset");
     assert!(
-        seen[1].starts_with("Trigger 1 3+1 Eventfd([OwnedFd"),
+        seen[1].starts_with("Trigger 1 3+1 Eventfd([IrqEventfd"),
         "{}",
         seen[1]
     );
@@ -299,7 +299,7 @@ fn accesses_stay_inside_of_regions() {
 fn interrupts_are_checked_as_the_kernel_checks_them() {
     let mut served = Served::new();
     let client = &mut served.client;
-    let event = memfd(1);
+    let event = common::eventfd();
     let mut set = |flags, index, start, count, data: &[u8], fds: usize| {
         let set = wire::IrqSet {
             argsz: 20,
@@ -338,6 +338,18 @@ fn interrupts_are_checked_as_the_kernel_checks_them() {
     ] {
         assert_eq!(refused, libc::EINVAL);
     }
+    // Any other file might keep the device when it writes there.
+    let set = wire::IrqSet {
+        argsz: 20,
+        flags: eventfd | trigger,
+        index: 1,
+        start: 0,
+        count: 1,
+    };
+    let body = encoded(|bytes| set.encode(bytes));
+    let file = memfd(1);
+    let reply = client.call_with(command::DEVICE_SET_IRQS, &body, &[file.as_fd()]);
+    assert_eq!(reply.errno(), libc::EINVAL);
     assert_eq!(served.seen.lock().unwrap().len(), 4);
     served.client.assert_in_step();
     served.end().unwrap();

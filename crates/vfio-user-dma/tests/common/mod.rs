@@ -45,6 +45,14 @@ pub fn memfd(pages: u64) -> File {
     file
 }
 
+pub fn eventfd() -> File {
+    // SAFETY: takes no pointers.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor is new.
+    unsafe { File::from_raw_fd(fd) }
+}
+
 pub fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     let mut control = [0_u64; 64];
     let mut iov = libc::iovec {
