@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 
+use crate::audit::CommandError;
 use crate::command::Gtt;
 use crate::descriptor::AddressingMode;
 use crate::observe::AccessKind;
@@ -170,6 +171,9 @@ pub enum Error {
         /// What the memory said.
         source: Cause,
     },
+    /// A command is not for guests, or is wrong.
+    #[error(transparent)]
+    Command(#[from] CommandError),
     /// An address that an engine uses has no translation.
     #[error("{gtt} address {gma:#x} does not translate")]
     NotTranslated {
@@ -214,6 +218,7 @@ impl Error {
             | Error::NotTranslated { .. }
             | Error::Read { .. }
             | Error::Write { .. } => libc::EFAULT,
+            Error::Command(error) => error.errno(),
             Error::LeafPin { .. } => libc::ENXIO,
             Error::TooManyWorkloads { .. } => libc::EBUSY,
             Error::TooManyTables { .. } => libc::ENOMEM,

@@ -136,6 +136,12 @@ impl Ggtt {
         self.write_entry(index, u64::from(high) << 32 | u64::from(low))
     }
 
+    /// No entry is present any more.
+    pub(crate) fn clear(&mut self) {
+        self.entries.fill(0);
+        self.parked.clear();
+    }
+
     /// The guest physical address behind a graphics address, if it is the vGPU's and present.
     pub fn translate(&self, gma: u64) -> Option<GuestAddress> {
         if !self.owns(gma, 1) {

@@ -107,6 +107,7 @@
 
 #![forbid(unsafe_code)]
 
+mod audit;
 mod command;
 mod context;
 mod descriptor;
@@ -123,6 +124,9 @@ mod ring;
 mod vgpu;
 mod workload;
 
+pub use audit::{
+    CommandAuditor, CommandError, CommandPlace, CommandProblem, CopiedBatch, MiAuditor, Scan,
+};
 pub use command::Gtt;
 pub use context::{ContextPages, CopyMode, CopyStats, Run, Runs, ShadowImage};
 pub use descriptor::{AddressingMode, ContextDescriptor};
@@ -137,4 +141,4 @@ pub use observe::{Access, AccessCounts, AccessKind, Counts, Observer, Step};
 pub use ppgtt::PageTableRoot;
 pub use regs::{interrupt_register, ring_context, ring_register, EngineId, Generation, PAGE_SIZE};
 pub use ring::Ring;
-pub use vgpu::{Completion, Submission, Vgpu, VgpuConfig};
+pub use vgpu::{Completion, FailsafeReason, Submission, Vgpu, VgpuConfig};

@@ -5,6 +5,8 @@
 
 /// Size of a page of graphics memory, in bytes.
 pub const PAGE_SIZE: usize = 4096;
+/// Size of the register space at the beginning of the MMIO BAR.
+pub(crate) const REGISTER_SPACE: u32 = 0x20_0000;
 pub(crate) const PAGE_SHIFT: u32 = 12;
 pub(crate) const PAGE_MASK: u64 = PAGE_SIZE as u64 - 1;
 

@@ -41,6 +41,8 @@ fn noise(len: usize, seed: u32) -> Vec<u8> {
 
 fn guest() -> (Guest, Context) {
     let mut guest = Guest::new(VgpuConfig::default());
+    // Noise is no commands.
+    guest.vgpu.set_auditor(());
     let context = guest.context(RCS, LRCA, 1);
     (guest, context)
 }

@@ -36,6 +36,8 @@ struct Test {
 impl Test {
     fn new(engine: EngineId) -> Self {
         let mut guest = Guest::with(VgpuConfig::default(), (), AccessCounts::default());
+        // What an engine does with commands that nobody has looked at.
+        guest.vgpu.set_auditor(());
         let context = guest.context(engine, 0x40, 1);
         for (table, child) in [(0, 1), (1, 2), (2, 3)] {
             guest.write_u64(PML4 + table, 0, entry(PML4 + child));

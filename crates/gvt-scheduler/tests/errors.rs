@@ -177,10 +177,7 @@ fn guest_memory_that_is_gone() {
             ..
         }
     ));
-    guest
-        .vgpu
-        .write_ggtt_entry(LRCA + 1, entry(u64::from(LRCA) + 1))
-        .unwrap();
+    let (mut guest, context) = self::guest();
     guest.submit(&[context]).unwrap();
     guest
         .vgpu

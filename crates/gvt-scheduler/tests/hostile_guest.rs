@@ -217,7 +217,20 @@ struct Reached {
 
 type TestVgpu = Vgpu<GuestMemoryMmap, (), AccessCounts>;
 
-fn perform(action: Action, vgpu: &mut TestVgpu, memory: &GuestMemoryMmap) -> Result<bool, Error> {
+/// Graphics page by guest page, and some pages twice.
+fn map(vgpu: &mut TestVgpu) {
+    for page in 0..72 {
+        let entry = ((u64::from(page) % PAGES) << 12) | 1;
+        vgpu.write_ggtt_entry(page, entry).unwrap();
+    }
+}
+
+fn perform(
+    action: Action,
+    vgpu: &mut TestVgpu,
+    memory: &GuestMemoryMmap,
+    hw: &mut SimulatedEngine,
+) -> Result<bool, Error> {
     let mut submit = |engine: EngineId, [first, second]: [u64; 2]| {
         [second >> 32, second, first >> 32, first]
             .into_iter()
@@ -250,7 +263,7 @@ fn perform(action: Action, vgpu: &mut TestVgpu, memory: &GuestMemoryMmap) -> Res
         Action::TableWritten(gpa, len) => vgpu.page_table_written(GuestAddress(gpa), len),
         Action::ReleasePins(iova, size) => vgpu.release_pins(iova, size),
         Action::Run(engine) => {
-            let completion = vgpu.run_next(engine, &mut SimulatedEngine::without_commands())?;
+            let completion = vgpu.run_next(engine, hw)?;
             return Ok(completion.is_some());
         }
     }
@@ -267,7 +280,7 @@ fn no_panic() {
     let input = (
         1..u64::MAX,
         prop::sample::select(modes),
-        any::<bool>(),
+        any::<[bool; 2]>(),
         prop::collection::vec(action(), 0..40),
     );
     let reached = Cell::new(Reached::default());
@@ -275,7 +288,7 @@ fn no_panic() {
         failure_persistence: None,
         ..ProptestConfig::with_cases(CASES)
     });
-    let result = runner.run(&input, |(seed, copy_mode, gen8, actions)| {
+    let result = runner.run(&input, |(seed, copy_mode, [gen8, audited], actions)| {
         let memory = memory((PAGES << 12) as usize);
         fill(&memory, seed);
         let generation = if gen8 {
@@ -290,18 +303,32 @@ fn no_panic() {
             ..VgpuConfig::default()
         };
         let mut vgpu = Vgpu::new(memory.clone(), (), AccessCounts::default(), config);
-        for page in 0..72 {
-            let entry = ((u64::from(page) % PAGES) << 12) | 1;
-            vgpu.write_ggtt_entry(page, entry).unwrap();
+        map(&mut vgpu);
+        if !audited {
+            vgpu.set_auditor(());
         }
+        // Noise is rarely commands that are all executed.
+        let mut hw = if audited {
+            SimulatedEngine::new().step_limit(1000)
+        } else {
+            SimulatedEngine::without_commands()
+        };
         let mut now = reached.get();
         for action in actions {
-            match perform(action, &mut vgpu, &memory) {
+            match perform(action, &mut vgpu, &memory, &mut hw) {
                 Ok(completed) => now.completions += u64::from(completed),
                 Err(error) => {
                     prop_assert_ne!(error.errno(), 0);
                     prop_assert!(!error.to_string().is_empty());
+                    let unhealthy = [libc::EBADRQC, libc::EFAULT].contains(&error.errno());
+                    prop_assert_eq!(vgpu.failsafe().is_some(), unhealthy);
                 }
+            }
+            if vgpu.failsafe().is_some() {
+                prop_assert_eq!((vgpu.shadowed_tables(), vgpu.pinned_leaves()), (0, 0));
+                prop_assert!(EngineId::ALL.iter().all(|engine| vgpu.queued(*engine) == 0));
+                vgpu.reset();
+                map(&mut vgpu);
             }
             now.tables = now.tables.max(vgpu.shadowed_tables());
             now.leaves = now.leaves.max(vgpu.pinned_leaves());

@@ -57,6 +57,16 @@ pub(crate) enum Value {
     Timestamp,
 }
 
+impl Store {
+    /// Bytes that are written.
+    pub(crate) const fn len(&self) -> u64 {
+        match self.value {
+            Value::Dword(_) => 4,
+            Value::Qword(_) | Value::Timestamp => 8,
+        }
+    }
+}
+
 impl<'a> Operation<'a> {
     /// Decodes the dwords of a command. One that has not the dwords its fields need is something else.
     pub(crate) fn decode(dwords: &'a [u32]) -> Self {

@@ -42,3 +42,8 @@ pub(crate) fn dwords(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
         .chunks_exact(4)
         .map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
 }
+
+/// The dword at byte `at` of commands.
+pub(crate) fn dword_at(bytes: &[u8], at: usize) -> Option<u32> {
+    dwords(bytes.get(at..)?).next()
+}

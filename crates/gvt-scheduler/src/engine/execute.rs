@@ -3,7 +3,9 @@
 
 //! The execution of a job's commands.
 
-use crate::command::{dwords, length, name, BatchStart, Gtt, Operation, Store, Target, Value};
+use crate::command::{
+    dword_at, dwords, length, name, BatchStart, Gtt, Operation, Store, Target, Value,
+};
 use crate::engine::{registers, EngineJob, Executed};
 use crate::error::EngineFault;
 use crate::regs::PAGE_MASK;
@@ -18,6 +20,8 @@ const REGISTER: u32 = 0x007f_fffc;
 struct Batch {
     gtt: Gtt,
     gma: u64,
+    /// Which of the job's copies it is executed from.
+    copy: Option<usize>,
 }
 
 /// Where a command was found.
@@ -61,8 +65,8 @@ impl<'a, 'b> Execution<'a, 'b> {
     pub(super) fn run(mut self) -> Result<Executed, EngineFault> {
         self.run_copied("the indirect context batch", self.job.indirect_ctx)?;
         if let Some(gma) = self.job.per_ctx {
-            let gtt = Gtt::Global;
-            self.batches.push(Batch { gtt, gma });
+            let batch = self.batch(Gtt::Global, gma);
+            self.batches.push(batch);
             self.run_copied("the per-context batch", &[])?;
         }
         self.run_copied("the ring", self.job.ring)?;
@@ -127,6 +131,12 @@ impl<'a, 'b> Execution<'a, 'b> {
     }
 
     fn dword(&mut self, at: Batch) -> Result<u32, EngineFault> {
+        if let Some(copy) = at.copy.and_then(|copy| self.job.batches.get(copy)) {
+            // A batch is executed from its beginning on.
+            let offset = (at.gma - copy.gma) as usize;
+            return dword_at(&copy.bytes, offset)
+                .ok_or_else(|| self.fault("is followed by nothing that was audited"));
+        }
         let offset = at.gma % LINE as u64;
         let wanted = Batch {
             gma: at.gma - offset,
@@ -142,8 +152,7 @@ impl<'a, 'b> Execution<'a, 'b> {
             }
         };
         // Commands are aligned to dwords, so one is in the line.
-        let dword = dwords(&bytes).nth(offset as usize / 4);
-        Ok(dword.unwrap_or(0))
+        Ok(dword_at(&bytes, offset as usize).unwrap_or(0))
     }
 
     fn execute(&mut self) -> Result<(), EngineFault> {
@@ -179,8 +188,20 @@ impl<'a, 'b> Execution<'a, 'b> {
             (0, true) => return Err(self.fault("starts the second level without a first")),
             _ => return Err(self.fault("starts a batch from the second level")),
         }
-        self.batches.push(Batch { gtt, gma });
+        let batch = self.batch(gtt, gma);
+        self.batches.push(batch);
         Ok(())
+    }
+
+    /// The batch that begins at `gma`.
+    fn batch(&self, gtt: Gtt, gma: u64) -> Batch {
+        let copies = self.job.batches;
+        let copy = copies.iter().position(|copy| copy.gma == gma);
+        Batch {
+            gtt,
+            gma,
+            copy: copy.filter(|_| gtt == Gtt::Global),
+        }
     }
 
     fn store(&mut self, store: Store) -> Result<(), EngineFault> {

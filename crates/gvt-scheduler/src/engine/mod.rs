@@ -17,6 +17,7 @@ pub use sim::SimulatedEngine;
 
 use std::fmt;
 
+use crate::audit::CopiedBatch;
 use crate::context::ShadowImage;
 use crate::descriptor::ContextDescriptor;
 use crate::error::EngineFault;
@@ -37,6 +38,9 @@ pub struct EngineJob<'a> {
     /// Address in the GGTT of the per-context batch, if there is one. It runs behind the indirect context
     /// batch and before the ring.
     pub per_ctx: Option<u64>,
+    /// Copies of the batches in the GGTT that were audited: executed in the place of what stands there by
+    /// now.
+    pub batches: &'a [CopiedBatch],
     /// Address in the GGTT of the engine's hardware status page.
     pub status_page: u64,
     /// The context, which the engine changes.
@@ -54,6 +58,7 @@ impl fmt::Debug for EngineJob<'_> {
             .field("ring", &self.ring.len())
             .field("indirect_ctx", &self.indirect_ctx.len())
             .field("per_ctx", &self.per_ctx)
+            .field("batches", &self.batches.len())
             .field("status_page", &self.status_page)
             .finish_non_exhaustive()
     }

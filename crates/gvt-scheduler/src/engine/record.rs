@@ -3,6 +3,7 @@
 
 //! An engine that keeps what it was given.
 
+use crate::audit::CopiedBatch;
 use crate::descriptor::ContextDescriptor;
 use crate::engine::{Engine, EngineJob, Executed};
 use crate::error::EngineFault;
@@ -23,6 +24,8 @@ pub struct RecordedJob {
     pub indirect_ctx: Vec<u8>,
     /// Address of the per-context batch.
     pub per_ctx: Option<u64>,
+    /// Copies of batches in the GGTT.
+    pub batches: Vec<CopiedBatch>,
     /// What the engine said.
     pub result: Result<Executed, EngineFault>,
 }
@@ -43,6 +46,7 @@ pub struct RecordedJob {
 ///     ring: &[0; 8],
 ///     indirect_ctx: &[],
 ///     per_ctx: None,
+///     batches: &[],
 ///     status_page: 0,
 ///     image: &mut ShadowImage::new(2),
 ///     memory: &mut (),
@@ -92,6 +96,7 @@ impl<E: Engine> Engine for RecordingEngine<E> {
             ring: job.ring.to_vec(),
             indirect_ctx: job.indirect_ctx.to_vec(),
             per_ctx: job.per_ctx,
+            batches: job.batches.to_vec(),
             result: Ok(Executed::default()),
         };
         let result = self.inner.run(job);

@@ -5,11 +5,13 @@
 
 mod config;
 mod engine_state;
+mod failsafe;
 mod outcome;
 mod run;
 mod submit;
 
 pub use config::VgpuConfig;
+pub use failsafe::FailsafeReason;
 pub use outcome::{Completion, Submission};
 
 use std::collections::HashMap;
@@ -18,18 +20,16 @@ use std::fmt;
 use page_pin::PinPages;
 use vm_memory::GuestAddress;
 
+use crate::audit::{CommandAuditor, MiAuditor};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::ggtt::{Ggtt, HalfEntry};
 use crate::guest_dma::GuestDma;
 use crate::observe::Observer;
 use crate::ppgtt::{PageTableRoot, Ppgtt};
-use crate::regs::{ring_register, EngineId};
+use crate::regs::{ring_register, EngineId, REGISTER_SPACE};
 use crate::vgpu::engine_state::EngineState;
 use crate::workload::Commands;
-
-/// Size of the register space at the beginning of the MMIO BAR.
-const REGISTER_SPACE: u32 = 0x20_0000;
 
 /// Command buffers that are kept for later workloads. A ring may be 2 MiB long, and a workload needs
 /// one only from its scan to its end: the engines rarely have more than some of these at a time.
@@ -52,6 +52,8 @@ pub struct Vgpu<M, P: PinPages = (), O = ()> {
     next_sequence: u64,
     skips: u64,
     spare: Vec<Commands>,
+    auditor: Box<dyn CommandAuditor + Send + Sync>,
+    failsafe: Option<FailsafeReason>,
 }
 
 impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
@@ -76,7 +78,14 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             next_sequence: 0,
             skips: 0,
             spare: Vec::new(),
+            auditor: Box::new(MiAuditor::new()),
+            failsafe: None,
         }
+    }
+
+    /// Puts another auditor in the place of the [`MiAuditor`]; `()` lets all commands pass.
+    pub fn set_auditor(&mut self, auditor: impl CommandAuditor + Send + Sync + 'static) {
+        self.auditor = Box::new(auditor);
     }
 
     /// The GGTT, as the guest has written it.
@@ -102,18 +111,24 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     ///
     /// The fourth dword to a submission port creates and queues the workloads of the submission, all
     /// of them or none. Writes to the read-only status registers are ignored, the pointers of the
-    /// context status buffer are written under their mask, every other register is stored.
+    /// context status buffer are written under their mask, every other register is stored, and so is every
+    /// one in [failsafe mode](Self::failsafe).
     pub fn mmio_write(&mut self, offset: u32, value: u32) -> Result<Option<Submission>> {
         if offset % 4 != 0 || offset >= REGISTER_SPACE {
             return Err(Error::Register { offset });
         }
-        if let Some((engine, register)) = EngineId::from_mmio(offset) {
+        let engine = EngineId::from_mmio(offset).filter(|_| self.failsafe.is_none());
+        if let Some((engine, register)) = engine {
             let state = &mut self.engines[engine as usize];
             if register == ring_register::ELSP {
-                return match state.elsp.write(value) {
-                    Some(elements) => self.submit(engine, elements).map(Some),
-                    None => Ok(None),
+                let Some(elements) = state.elsp.write(value) else {
+                    return Ok(None);
                 };
+                let submitted = self.submit(engine, elements);
+                if let Err(error) = &submitted {
+                    self.check_health(error);
+                }
+                return submitted.map(Some);
             }
             if register == ring_register::CONTEXT_STATUS_POINTER {
                 state.csb.write_pointers(value);
@@ -130,10 +145,13 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// The guest reads a register: EXECLIST_STATUS, the context status buffer and its pointers, or
     /// what was last written; 0 for a register that never was.
     pub fn mmio_read(&self, offset: u32) -> u32 {
-        EngineId::from_mmio(offset)
-            .and_then(|(engine, register)| self.engines[engine as usize].status_register(register))
-            .or_else(|| self.registers.get(&offset).copied())
-            .unwrap_or(0)
+        let status = || {
+            let (engine, register) = EngineId::from_mmio(offset)?;
+            self.engines[engine as usize].status_register(register)
+        };
+        // Those of the device are stored in failsafe mode only.
+        let stored = self.registers.get(&offset).copied();
+        stored.or_else(status).unwrap_or(0)
     }
 
     /// The guest has written `len` bytes at `gpa`, where page tables may be.
@@ -147,7 +165,8 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// Runs the workload at the head of an engine's queue to its end; `None` when there is none.
     ///
     /// After an error nothing tells the guest that the workload ended, and the queue of the engine is
-    /// empty, as behind a hang: the guest resets the engine ([`Vgpu::reset_engine`]).
+    /// empty, as behind a hang: the guest resets the engine ([`Vgpu::reset_engine`]), or the device if the
+    /// vGPU is in [failsafe mode](Self::failsafe).
     pub fn run_next(
         &mut self,
         engine: EngineId,
@@ -170,6 +189,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             );
             state.skip.forget();
             state.queue.clear();
+            self.check_health(error);
         }
         completion.map(Some)
     }

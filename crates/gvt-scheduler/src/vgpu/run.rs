@@ -52,7 +52,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         };
         if !workload.scanned {
             port.observer.step(workload.sequence, Step::Scan);
-            workload.scan(&mut port, &self.ggtt)?;
+            workload.scan(&mut port, engine, &self.ggtt, &*self.auditor)?;
         }
         port.observer.step(workload.sequence, Step::Populate);
         let EngineState { image, skip, .. } = &mut self.engines[engine as usize];
@@ -99,6 +99,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             ring: &workload.commands.ring,
             indirect_ctx: &workload.commands.indirect_ctx,
             per_ctx: workload.per_ctx,
+            batches: &workload.commands.batches,
             status_page: u64::from(status_page) & !PAGE_MASK,
             image: &mut self.engines[engine as usize].image,
             memory: &mut memory,

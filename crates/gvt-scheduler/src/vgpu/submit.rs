@@ -94,7 +94,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         };
         if state.queue.is_empty() {
             port.observer.step(sequence, Step::Scan);
-            workload.scan(&mut port, &self.ggtt)?;
+            workload.scan(&mut port, engine, &self.ggtt, &*self.auditor)?;
         }
         state.queue.push_back(workload);
         self.next_sequence = sequence.wrapping_add(1);

@@ -11,12 +11,14 @@ pub(crate) use ring_context::RingContext;
 
 use vm_memory::GuestAddress;
 
+use crate::audit::{CommandAuditor, CopiedBatch, ReadGgtt, Scan};
 use crate::descriptor::ContextDescriptor;
 use crate::error::{Error, Result};
 use crate::ggtt::Ggtt;
 use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
 use crate::ppgtt::PageTableRoot;
+use crate::regs::EngineId;
 use crate::ring::{page_pieces, Ring};
 use crate::workload::ring_context::IndirectCtx;
 
@@ -44,19 +46,59 @@ pub(crate) struct Workload {
 pub(crate) struct Commands {
     pub(crate) ring: Vec<u8>,
     pub(crate) indirect_ctx: Vec<u8>,
+    /// Batches in the GGTT that the auditor has kept.
+    pub(crate) batches: Vec<CopiedBatch>,
 }
 
 impl Workload {
-    /// Copies the commands, by reads that do not cross a page.
+    /// Copies the commands, by reads that do not cross a page, and has them judged.
     pub(crate) fn scan<M: GuestDma, O: Observer>(
         &mut self,
         port: &mut Port<'_, M, O>,
+        engine: EngineId,
         ggtt: &Ggtt,
+        auditor: &dyn CommandAuditor,
     ) -> Result<()> {
-        copy_pieces(port, ggtt, self.ring.pieces(), &mut self.commands.ring)?;
+        let Commands {
+            ring,
+            indirect_ctx,
+            batches,
+        } = &mut self.commands;
+        copy_pieces(port, ggtt, self.ring.pieces(), ring)?;
         let batch = page_pieces(self.indirect_ctx.gma, self.indirect_ctx.len);
-        copy_pieces(port, ggtt, batch, &mut self.commands.indirect_ctx)?;
+        copy_pieces(port, ggtt, batch, indirect_ctx)?;
+        batches.clear();
+        auditor.audit(&mut Scan {
+            engine,
+            ring,
+            indirect_ctx,
+            per_ctx: self.per_ctx,
+            ggtt,
+            memory: &mut ScanMemory { port, ggtt },
+            batches,
+        })?;
         self.scanned = true;
+        Ok(())
+    }
+}
+
+/// What an auditor reads: the GGTT, as a part of the scan.
+struct ScanMemory<'a, 'b, M, O> {
+    port: &'a mut Port<'b, M, O>,
+    ggtt: &'a Ggtt,
+}
+
+impl<M: GuestDma, O: Observer> ReadGgtt for ScanMemory<'_, '_, M, O> {
+    fn read(&mut self, gma: u64, mut buf: &mut [u8]) -> Result<()> {
+        for (gma, len) in page_pieces(gma, buf.len()) {
+            let (piece, rest) = buf.split_at_mut(len);
+            let gpa = self
+                .ggtt
+                .translate(gma)
+                .ok_or(Error::BufferUnmapped { gma })?;
+            self.port.read(AccessKind::Ring, gpa, piece)?;
+            buf = rest;
+        }
         Ok(())
     }
 }
