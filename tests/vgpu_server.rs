@@ -386,6 +386,7 @@ impl Guest {
             ring: &[],
             indirect_ctx: &[],
             per_ctx: None,
+            batches: &[],
             status_page: 0,
             image: &mut image,
             memory: &mut (),

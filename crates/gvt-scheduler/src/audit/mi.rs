@@ -273,10 +273,14 @@ fn global_address(command: &[u32]) -> Option<(u64, u64)> {
         Operation::BatchStart(start) if start.gtt == Gtt::Global => Some((start.gma, 4)),
         Operation::Store(
             store @ Store {
-                target: Target::Memory { gtt, gma },
+                target:
+                    Target::Memory {
+                        gtt: Gtt::Global,
+                        gma,
+                    },
                 ..
             },
-        ) if gtt == Gtt::Global => Some((gma, store.len())),
+        ) => Some((gma, store.len())),
         Operation::Other => {
             const GLOBAL: u32 = 1 << 22;
             let &[header, _, low, high] = command else {
