@@ -20,6 +20,7 @@ struct Mapping {
     shift: u8,
     access: (bool, bool),
     backing: Option<(bool, u32, u64, Option<u64>)>,
+    guest_address: Option<u64>,
     dirty: Vec<u64>,
 }
 
@@ -45,6 +46,7 @@ impl Mapping {
             read: self.access.0,
             write: self.access.1,
         };
+        let guest_address = self.guest_address;
         let refer = |(of_file, index, offset, other): (bool, u32, u64, Option<u64>)| BackingRef {
             place: match of_file {
                 true => Place::File {
@@ -58,6 +60,7 @@ impl Mapping {
             },
             size: other.unwrap_or(size),
             access,
+            guest_address,
         };
         SavedMapping {
             iova,

@@ -16,6 +16,8 @@ use vm_memory::{
 use crate::dirty::{Dirty, DirtySlice};
 use crate::lease::LeaseSet;
 use crate::mapping::{Mapping, Need};
+#[cfg(feature = "iommu")]
+use crate::Result;
 use crate::{Error, IoAddressSpace};
 
 impl GuestAddressSpace for IoAddressSpace {
@@ -88,6 +90,12 @@ pub struct DmaMemory {
 }
 
 impl DmaMemory {
+    /// The mapping at an address, which it leases then.
+    #[cfg(feature = "iommu")]
+    pub(crate) fn mapping(&self, iova: u64, access: Permissions) -> Result<&Mapping> {
+        self.leases.lease(iova, Need::of(access))
+    }
+
     /// The space it belongs to.
     pub fn space(&self) -> IoAddressSpace {
         IoAddressSpace {

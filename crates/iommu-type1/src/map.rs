@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use vm_memory::Permissions;
 
+use crate::change::{change, Piece};
 use crate::check::Request;
 use crate::dirty::check_pages;
 use crate::mapping::log_bytes;
 use crate::profile::Overlapping;
 use crate::range::IovaRange;
-use crate::replace;
 use crate::space::Space;
 #[cfg(feature = "uapi")]
 use crate::sync::lock;
@@ -86,7 +86,13 @@ impl IoAddressSpace {
     fn map_checked(&self, range: IovaRange, backing: Backing, prot: Permissions) -> Result<()> {
         let space = &*self.view.space;
         if space.rules.overlapping == Overlapping::Replace {
-            return replace::update(space, vec![(range, backing, prot)], self.view.set);
+            let memory = Some((backing, prot));
+            return change(
+                space,
+                vec![Piece { range, memory }],
+                self.view.set,
+                space.unmap,
+            );
         }
         let turn = space.turn(range)?;
         check_room(&turn, space, range)?;
@@ -112,7 +118,8 @@ impl IoAddressSpace {
     /// it, and where somebody has leased or pinned it and does not let go in time, its addresses stay
     /// revoked.)
     ///
-    /// With [`Profile::Iotlb`](crate::Profile::Iotlb) what is in the way is replaced, one after the other.
+    /// With [`Profile::Iotlb`](crate::Profile::Iotlb) what is in the way is replaced, and of several that overlap
+    /// the last counts, as [`change`](IoAddressSpace::change) does it.
     pub fn map_batch(
         &self,
         mappings: impl IntoIterator<Item = (u64, Backing, Permissions)>,
@@ -124,7 +131,11 @@ impl IoAddressSpace {
         });
         let mappings = checked.collect::<Result<Vec<_>>>()?;
         if space.rules.overlapping == Overlapping::Replace {
-            return replace::update(space, mappings, self.view.set);
+            let pieces = mappings.into_iter().map(|(range, backing, prot)| Piece {
+                range,
+                memory: Some((backing, prot)),
+            });
+            return change(space, pieces.collect(), self.view.set, space.unmap);
         }
         let Some((first, ..)) = mappings.first() else {
             return Ok(());

@@ -18,12 +18,11 @@ use vm_memory::Permissions;
 use crate::check::Request;
 use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping, unmapping};
 use crate::mapping::Mapping;
-use crate::mapping_set::SetId;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
 use crate::turn::Turn;
-use crate::unmap::{check_outside, check_owned, Cuts, Replaced, Revocation, Undo};
+use crate::unmap::{check_outside, Cuts, Replaced, Revocation, Undo};
 use crate::writer::{Leaving, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
 
@@ -109,7 +108,8 @@ impl IoAddressSpace {
         check_backing(space, range, &backing, prot)?;
         let by = Arc::new(space.mapping(range, prot, backing, self.view.set));
         let undo = Undo {
-            by: by.clone(),
+            by: vec![by.clone()],
+            holes: Vec::new(),
             parts: vec![Arc::new(first.part(range))],
         };
         let new = slice::from_ref(&by);
@@ -121,72 +121,12 @@ impl IoAddressSpace {
         drop(writer);
         let replaced = before.into_iter().map(|mapping| Replaced {
             mapping,
-            gone: Some(range),
+            gone: vec![range],
         });
         let replaced = replaced.collect();
         Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;
         Ok(())
     }
-}
-
-/// Maps over whatever is there: parts outside of the ranges stay.
-pub(crate) fn update(
-    space: &Space,
-    mappings: Vec<(IovaRange, Backing, Permissions)>,
-    set: SetId,
-) -> Result<()> {
-    for (range, backing, prot) in mappings {
-        let writer = space.turn(range)?;
-        check_not_unmapping(&writer, range)?;
-        check_owned(&writer, space, range, set)?;
-        let before = overlapping(space, range);
-        let mut after: Vec<_> = before
-            .iter()
-            .flat_map(|mapping| {
-                let outside = outside(mapping.range, range).into_iter().flatten();
-                outside.map(|part| Arc::new(mapping.part(part)))
-            })
-            .collect();
-        // As many entries as there are in the end.
-        check_entries(
-            &writer,
-            space,
-            (after.len() + 1).saturating_sub(before.len()),
-        )?;
-        let ranges = after.iter().map(|mapping| mapping.range);
-        check_memory(&writer, space, ranges.chain([range]))?;
-        writer.ranges.check(range, space.rules)?;
-        check_backing(space, range, &backing, prot)?;
-        if !before.is_empty() {
-            check_outside(space, range)?;
-        }
-        let by = Arc::new(space.mapping(range, prot, backing, set));
-        after.push(by.clone());
-        let room = |writer: &Writer| {
-            let ranges = after.iter().map(|mapping| mapping.range);
-            writer.ranges.check(range, space.rules)?;
-            check_memory(writer, space, ranges)
-        };
-        let (mut writer, agreed) = writer.ask(&before, &after, room);
-        agreed?;
-        let mut unlinked = Unlinked::default();
-        writer.exchange(&space.table, &before, after, &mut unlinked);
-        space.counters.maps.add(1);
-        drop(writer);
-        let mut parts = Vec::new();
-        let mut replaced = Vec::new();
-        for mapping in before {
-            let gone = mapping.range.clamp(range);
-            parts.push(Arc::new(mapping.part(gone)));
-            replaced.push(Replaced {
-                mapping,
-                gone: Some(gone),
-            });
-        }
-        let undo = Undo { by, parts };
-        Revocation::of_replaced(space, replaced, undo, unlinked, space.unmap).run(None)?;
-    }
-    Ok(())
 }
 
 /// Has mappings begin and end where `range` does, of which nothing is being removed then. Their memory
@@ -224,18 +164,23 @@ pub(crate) fn cut(
     Ok(())
 }
 
-/// Puts back what was replaced, if what has replaced it is still there.
+/// Puts back what was replaced, if what has replaced it is still there, and nothing where nothing was left.
 pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) {
-    let by = &undo.by;
-    let is_there = table.visit(by.range, |mapping| {
-        ControlFlow::Break(std::ptr::eq(mapping, Arc::as_ptr(by)))
-    });
-    if is_there == Some(true) {
+    let is_there = |by: &Arc<Mapping>| {
+        let found = table.visit(by.range, |mapping| {
+            ControlFlow::Break(std::ptr::eq(mapping, Arc::as_ptr(by)))
+        });
+        found == Some(true)
+    };
+    let is_free = |hole: &IovaRange| {
+        let found = table.visit(*hole, |_| ControlFlow::Break(()));
+        found.is_none() && turn.leaving_in(*hole).is_none()
+    };
+    if undo.by.iter().all(is_there) && undo.holes.iter().all(is_free) {
         let mut unlinked = Unlinked::default();
-        let by = slice::from_ref(by);
         // Nobody else can change it while those who listen are told.
-        let mut writer = turn.report(by, &undo.parts);
-        writer.exchange(table, by, undo.parts, &mut unlinked);
+        let mut writer = turn.report(&undo.by, &undo.parts);
+        writer.exchange(table, &undo.by, undo.parts, &mut unlinked);
         writer.late.append(unlinked);
     }
 }
@@ -251,7 +196,7 @@ fn overlapping(space: &Space, range: IovaRange) -> Vec<Arc<Mapping>> {
 }
 
 /// The parts of a mapped range before and behind another that it overlaps.
-fn outside(mapped: IovaRange, range: IovaRange) -> [Option<IovaRange>; 2] {
+pub(crate) fn outside(mapped: IovaRange, range: IovaRange) -> [Option<IovaRange>; 2] {
     let before = (mapped.first < range.first).then(|| IovaRange {
         first: mapped.first,
         last: range.first - 1,

@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 #[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
-use vm_memory::Permissions;
+use vm_memory::{GuestAddress, Permissions};
 
+use crate::backing::GuestPlace;
 use crate::check::Request;
 use crate::dirty::{check_pages, mark_what_is_pinned};
 use crate::map::{check_apart, check_backing, check_log_bytes, check_memory};
@@ -108,6 +109,9 @@ pub struct BackingRef {
     pub size: u64,
     /// What the process may do with it.
     pub access: SavedAccess,
+    /// Where the guest has it, if that is known ([`Backing::guest_address`]).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub guest_address: Option<u64>,
 }
 
 /// Where memory is.
@@ -175,6 +179,14 @@ pub enum SnapshotError {
         size: u64,
         /// Bytes of the memory.
         backing: u64,
+    },
+    /// A mapping stands for guest memory that ends beyond the 64-bit address space.
+    #[error("the mapping at {iova:#x} stands for guest memory at {address:#x} that ends beyond the 64-bit address space")]
+    GuestAddress {
+        /// Start of the mapping.
+        iova: u64,
+        /// Where the guest should have it.
+        address: u64,
     },
     /// The dirty pages of a mapping are not those of so many pages.
     #[error("the mapping at {iova:#x} has {words} words of dirty pages that do not fit its size")]
@@ -357,6 +369,7 @@ impl Tables {
             place,
             size: backing.len() as u64,
             access: backing.access().into(),
+            guest_address: backing.guest_address().map(|address| address.0),
         }
     }
 }
@@ -397,9 +410,13 @@ impl IoAddressSpaceBuilder {
         for (saved, range) in snapshot.mappings.iter().zip(ranges) {
             let prot = saved.access.into();
             let mapping = match &saved.backing {
-                Some(backing) => {
-                    let backing = resolve(backing)?;
+                Some(place) => {
+                    let backing = resolve(place)?;
                     check_size(saved, backing.len() as u64)?;
+                    let backing = match place.guest_address {
+                        Some(address) => backing.with_guest_address(GuestAddress(address))?,
+                        None => backing.in_guest(GuestPlace::UNKNOWN),
+                    };
                     Request::to_map(saved.iova, &backing, prot).check(space, space.rules.map)?;
                     check_backing(space, range, &backing, prot)?;
                     space.mapping(range, prot, backing, SetId::NONE)
@@ -452,6 +469,9 @@ fn check(snapshot: &Snapshot, space: &Space) -> Result<Vec<IovaRange>> {
                 if !is_there(snapshot, backing) {
                     return Err(SnapshotError::Place { iova: saved.iova }.into());
                 }
+                if let Some(address) = backing.guest_address {
+                    check_guest(saved, address)?;
+                }
             }
             None if space.rules.vaddr => {}
             None => return Err(Error::NotInProfile("a mapping without memory")),
@@ -479,6 +499,14 @@ fn is_there(snapshot: &Snapshot, backing: &BackingRef) -> bool {
     };
     let end = offset.checked_add(backing.size);
     end.is_some_and(|end| end <= size)
+}
+
+fn check_guest(saved: &SavedMapping, address: u64) -> Result<()> {
+    if address.checked_add(saved.size).is_some() {
+        return Ok(());
+    }
+    let iova = saved.iova;
+    Err(SnapshotError::GuestAddress { iova, address }.into())
 }
 
 fn check_size(saved: &SavedMapping, backing: u64) -> Result<()> {

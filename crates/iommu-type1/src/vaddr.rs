@@ -174,9 +174,7 @@ impl IoAddressSpace {
         if outcome.is_ok() {
             let mut writer = lock(&space.writer);
             // Who has replaced them may have waited too, and left them to whoever is the last.
-            for mapping in used.drain(mappings.len()..) {
-                released.extend(writer.release(&space.table, mapping));
-            }
+            released = writer.release(&space.table, used.split_off(mappings.len()));
         }
         drop(harvest);
         drop(released);

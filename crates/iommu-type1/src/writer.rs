@@ -3,6 +3,8 @@
 
 //! What only those who map and unmap look at: one at a time, under a lock that no access takes.
 
+use std::collections::HashSet;
+use std::mem;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -225,23 +227,29 @@ impl Writer {
         replaced.filter(move |mapping| mapping.range.overlaps(range))
     }
 
-    /// Forgets a replaced mapping that no access and no lease uses, unless somebody else has a reference to
-    /// it: who waits for it too forgets it then, and pages of it that are still mapped may be pinned, and
-    /// be written. Its memory goes with what is returned.
-    pub(crate) fn release(&mut self, table: &Table, mapping: Arc<Mapping>) -> Option<Arc<Mapping>> {
-        let mut replaced = self.replaced.iter();
-        let at = replaced.position(|other| Arc::ptr_eq(other, &mapping))?;
+    /// Forgets replaced mappings that no access and no lease uses, but for those to which somebody else has a
+    /// reference: who waits for one too forgets it then, and pages of it that are still mapped may be pinned, and
+    /// be written. Their memory goes with what is returned.
+    pub(crate) fn release(&mut self, table: &Table, over: Vec<Arc<Mapping>>) -> Vec<Arc<Mapping>> {
+        if over.is_empty() {
+            return over;
+        }
+        let waited_for: HashSet<_> = over.iter().map(Arc::as_ptr).collect();
         // During this turn, so that of several who have waited one is the last.
-        drop(mapping);
-        if Arc::strong_count(&self.replaced[at]) > 1 {
-            return None;
+        drop(over);
+        let is_last = |mapping: &Arc<Mapping>| {
+            waited_for.contains(&Arc::as_ptr(mapping)) && Arc::strong_count(mapping) == 1
+        };
+        let replaced = mem::take(&mut self.replaced);
+        let (last, others) = replaced.into_iter().partition(is_last);
+        self.replaced = others;
+        for mapping in &last {
+            self.move_marks(table, mapping);
+            if self.tracking {
+                self.log_bytes -= mapping.log_bytes();
+            }
         }
-        let last = self.replaced.swap_remove(at);
-        self.move_marks(table, &last);
-        if self.tracking {
-            self.log_bytes -= last.log_bytes();
-        }
-        Some(last)
+        last
     }
 
     /// Gives the marks of replaced mappings to those that have their addresses.

@@ -337,26 +337,35 @@ impl Model {
     }
 
     fn map(&mut self, new: Mapped) -> Outcome<()> {
-        let (first, last) = (new.first, new.last);
-        let there = self.overlapping(first, last);
+        if self.profile == Profile::Iotlb {
+            return self.update(vec![new]);
+        }
+        let there = self.overlapping(new.first, new.last);
         if there.iter().any(|mapped| mapped.state == State::Revoked) {
             return Err(libc::EBUSY);
         }
-        if self.profile != Profile::Iotlb {
-            if !there.is_empty() {
-                return Err(libc::EEXIST);
-            }
-            if self.entries() + 1 > LIMIT {
-                return Err(libc::ENOSPC);
-            }
-            self.add(new);
-            return Ok(());
+        if !there.is_empty() {
+            return Err(libc::EEXIST);
+        }
+        if self.entries() + 1 > LIMIT {
+            return Err(libc::ENOSPC);
+        }
+        self.add(new);
+        Ok(())
+    }
+
+    /// Maps over what is there, one behind the other.
+    fn update(&mut self, new: Vec<Mapped>) -> Outcome<()> {
+        let (first, last) = (new[0].first, new[new.len() - 1].last);
+        let there = self.overlapping(first, last);
+        if there.iter().any(|mapped| mapped.state == State::Revoked) {
+            return Err(libc::EBUSY);
         }
         let parts: Vec<_> = there
             .iter()
             .flat_map(|mapped| Model::outside(mapped, first, last))
             .collect();
-        if self.entries() + (parts.len() + 1).saturating_sub(there.len()) > LIMIT {
+        if self.entries() + (parts.len() + new.len()).saturating_sub(there.len()) > LIMIT {
             return Err(libc::ENOSPC);
         }
         self.exchange(&there, parts, new, UnmapPolicy::Revoked)
@@ -367,15 +376,15 @@ impl Model {
         &mut self,
         there: &[Mapped],
         parts: Vec<Mapped>,
-        new: Mapped,
+        new: Vec<Mapped>,
         policy: UnmapPolicy,
     ) -> Outcome<()> {
         let is_there = |id| there.iter().any(|mapped| mapped.id == id);
         self.mappings.retain(|mapped| !is_there(mapped.id));
-        let (first, last) = (new.first, new.last);
+        let (first, last) = (new[0].first, new[new.len() - 1].last);
         parts.into_iter().for_each(|part| self.add(part));
         let id = self.next;
-        self.add(new);
+        new.into_iter().for_each(|new| self.add(new));
         let mut is_held = false;
         for old in there {
             if self.is_leased(old.id) {
@@ -526,7 +535,8 @@ impl Model {
         if self.entries() > LIMIT {
             return Err(libc::ENOSPC);
         }
-        self.exchange(&there, Vec::new(), Model::fresh(range, prot), policy)
+        let new = vec![Model::fresh(range, prot)];
+        self.exchange(&there, Vec::new(), new, policy)
     }
 
     fn has_vaddr(&self) -> bool {
@@ -661,7 +671,7 @@ impl Model {
             part.last = part.first + (size - 1);
         }
         if self.profile == Profile::Iotlb {
-            return parts.into_iter().try_for_each(|part| self.map(part));
+            return self.update(parts);
         }
         let met: Vec<_> = parts
             .iter()

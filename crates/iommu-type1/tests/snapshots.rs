@@ -330,6 +330,10 @@ fn what_cannot_be_is_an_error_before_anything_is_asked_for() {
             |s| (s.profile, s.mappings[1].backing) = (Profile::Iotlb, None),
             Box::new(|e| matches!(e, Error::NotInProfile(_))),
         ),
+        (
+            |s| s.mappings[1].backing.as_mut().unwrap().guest_address = Some(u64::MAX - 1),
+            Box::new(|e| matches!(e, Error::Snapshot(SnapshotError::GuestAddress { .. }))),
+        ),
     ];
     let (snapshot, memory) = saved();
     restore(&snapshot, &memory).unwrap();

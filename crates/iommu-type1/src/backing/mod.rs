@@ -3,6 +3,7 @@
 
 //! The memory behind a mapping.
 
+mod guest_place;
 mod region;
 
 use std::fmt;
@@ -15,6 +16,7 @@ use vm_memory::{
     GuestRegionMmap, Permissions,
 };
 
+pub(crate) use guest_place::GuestPlace;
 #[cfg(feature = "sigbus")]
 pub(crate) use region::to_prot;
 pub(crate) use region::Region;
@@ -46,6 +48,7 @@ pub struct Backing {
     len: usize,
     /// Whether the region wants to know what was written.
     tracks: bool,
+    guest: GuestPlace,
 }
 
 // SAFETY: `Region` is `Send` and `Sync`; the address points into memory that the region owns, and
@@ -112,7 +115,8 @@ impl Backing {
         Ok(Backing::part(mmap, start, len))
     }
 
-    /// `len` bytes of guest memory from a guest physical address, inside one region.
+    /// `len` bytes of guest memory from a guest physical address, inside one region. It carries that address
+    /// ([`guest_address`](Backing::guest_address)).
     ///
     /// # Errors
     ///
@@ -126,7 +130,37 @@ impl Backing {
         B: Bitmap + Send + Sync + 'static,
     {
         let region = memory.find_region(gpa).ok_or(Error::NoRegion(gpa.0))?;
-        Backing::from_region(region, gpa.0 - region.start_addr().0, len)
+        Backing::from_region(region, gpa.0 - region.start_addr().0, len)?.with_guest_address(gpa)
+    }
+
+    /// The same memory, which the guest has at a guest physical address: a mapping of it stands for that address,
+    /// and parts of it for those behind.
+    ///
+    /// ```
+    /// use iommu_type1::Backing;
+    /// use vm_memory::GuestAddress;
+    ///
+    /// let memory = Backing::anonymous(0x4000)?.with_guest_address(GuestAddress(0x8000_0000))?;
+    /// let part = memory.slice(0x1000, 0x1000)?;
+    /// assert_eq!(part.guest_address(), Some(GuestAddress(0x8000_1000)));
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Overflow`] where it would not end before the last address there is.
+    pub fn with_guest_address(mut self, address: GuestAddress) -> Result<Self> {
+        let (iova, size) = (address.0, self.len as u64);
+        if iova.checked_add(size).is_none() {
+            return Err(Error::Overflow { iova, size });
+        }
+        self.guest = GuestPlace::at(iova);
+        Ok(self)
+    }
+
+    /// Where the guest has the first byte, if that is known.
+    pub fn guest_address(&self) -> Option<GuestAddress> {
+        self.guest.address()
     }
 
     /// Size in bytes.
@@ -181,7 +215,8 @@ impl Backing {
         match offset.checked_add(len) {
             Some(end) if end <= self.len => {
                 let start = self.start() + offset;
-                Ok(Backing::part(self.region.clone(), start, len))
+                let part = Backing::part(self.region.clone(), start, len);
+                Ok(part.in_guest(self.guest.behind(offset)))
             }
             _ => Err(Error::BackingRange {
                 offset: offset as u64,
@@ -196,10 +231,16 @@ impl Backing {
         Backing::part(self.region.clone(), 0, self.region.size())
     }
 
-    /// The region, the address of the first byte, and whether the region wants to know what was
-    /// written.
-    pub(crate) fn into_parts(self) -> (Arc<dyn Region>, *mut u8, bool) {
-        (self.region, self.address, self.tracks)
+    /// The same memory at another place of the guest's.
+    pub(crate) fn in_guest(mut self, guest: GuestPlace) -> Self {
+        self.guest = guest;
+        self
+    }
+
+    /// The region, the address of the first byte, whether the region wants to know what was written, and where
+    /// the guest has it.
+    pub(crate) fn into_parts(self) -> (Arc<dyn Region>, *mut u8, bool, GuestPlace) {
+        (self.region, self.address, self.tracks, self.guest)
     }
 
     fn whole(region: impl Region + 'static) -> Self {
@@ -214,6 +255,7 @@ impl Backing {
             len,
             tracks: region.tracks(),
             region,
+            guest: GuestPlace::UNKNOWN,
         }
     }
 
@@ -271,6 +313,7 @@ impl fmt::Debug for Backing {
             .field("offset", &self.start())
             .field("len", &self.len)
             .field("access", &self.access())
+            .field("guest_address", &self.guest_address())
             .finish_non_exhaustive()
     }
 }

@@ -14,7 +14,7 @@ use vm_memory::{Permissions, VolatileSlice};
 
 use self::need::{bits, permissions, ASKED, PLAIN, READ, WRITE};
 use self::nowhere::Nowhere;
-use crate::backing::Region;
+use crate::backing::{GuestPlace, Region};
 use crate::dirty::{DirtyLog, DirtySlice, InlineMarks};
 use crate::mapping_set::SetId;
 use crate::range::{page_shift, IovaRange};
@@ -43,6 +43,7 @@ pub(crate) struct Mapping {
     /// Through which set it was made.
     pub(crate) set: SetId,
     region: Arc<dyn Region>,
+    guest: GuestPlace,
 }
 
 // SAFETY: `Region` is `Send` and `Sync`; the address points into memory that the region owns, and
@@ -72,7 +73,7 @@ impl Mapping {
         policy: PermissionPolicy,
         set: SetId,
     ) -> Self {
-        let (region, host, tracks) = backing.into_parts();
+        let (region, host, tracks, guest) = backing.into_parts();
         let asked = bits(prot);
         let access = match policy {
             PermissionPolicy::WriteNeedsRead if asked & READ == 0 => 0,
@@ -86,6 +87,7 @@ impl Mapping {
             tracks,
             set,
             region,
+            guest,
         }
     }
 
@@ -100,6 +102,7 @@ impl Mapping {
             tracks: self.tracks,
             set: self.set,
             region: self.region.clone(),
+            guest: self.guest.behind(offset),
         }
     }
 
@@ -113,6 +116,7 @@ impl Mapping {
             tracks: false,
             set: self.set,
             region: Arc::new(Nowhere),
+            guest: GuestPlace::UNKNOWN,
         }
     }
 
@@ -123,7 +127,7 @@ impl Mapping {
 
     /// The same with other memory, of as many bytes, that allows as much.
     pub(crate) fn with_memory(&self, backing: Backing) -> Self {
-        let (region, host, tracks) = backing.into_parts();
+        let (region, host, tracks, guest) = backing.into_parts();
         Mapping {
             range: self.range,
             host,
@@ -132,6 +136,7 @@ impl Mapping {
             tracks,
             set: self.set,
             region,
+            guest,
         }
     }
 
@@ -140,6 +145,14 @@ impl Mapping {
         let offset = (range.first - self.range.first) as usize;
         let start = self.region_offset() + offset;
         Backing::part(self.region.clone(), start, range.size() as usize)
+            .in_guest(self.guest.behind(offset))
+    }
+
+    /// Where the guest has the byte at `iova`, which is in the range.
+    #[cfg(feature = "iommu")]
+    pub(crate) fn guest_address(&self, iova: u64) -> Option<vm_memory::GuestAddress> {
+        let offset = (iova - self.range.first) as usize;
+        self.guest.behind(offset).address()
     }
 
     /// The memory from `iova` to the end of the mapping, at most `len` bytes of it, for somebody who

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::backing::Region;
 use crate::range::page_size;
-use crate::{Backing, Error, IoAddressSpace, Profile};
+use crate::{Backing, Change, Error, IoAddressSpace, Profile};
 
 /// Pages of one region, each with a memory of its own.
 struct Pages {
@@ -68,6 +68,20 @@ fn two_pages() -> (IoAddressSpace, [Memory; 2]) {
 fn replace(space: &IoAddressSpace, memory: &Memory) -> Result<(), Error> {
     let backing = watched(std::slice::from_ref(memory));
     space.replace_with(0, backing, ReadWrite, patient())
+}
+
+/// Unmaps the first page and replaces the second.
+fn change(space: &IoAddressSpace, memory: &Memory) -> Result<(), Error> {
+    let unmap = Change::Unmap {
+        iova: 0,
+        size: page_size(),
+    };
+    let map = Change::Map {
+        iova: page_size(),
+        backing: watched(std::slice::from_ref(memory)),
+        prot: ReadWrite,
+    };
+    space.change_with([unmap, map], patient())
 }
 
 /// With a neighbour the page is found by its word.
@@ -193,6 +207,54 @@ fn accesses_against_an_update() {
         map(&space, 0, &Memory::new()).unwrap();
         gone.gone();
         join([reader]);
+    });
+}
+
+/// One page goes and the other is replaced: an access to what is replaced never fails.
+#[test]
+fn accesses_against_a_list_of_changes() {
+    bounded_by(3, || {
+        let (space, [first, second]) = two_pages();
+        let after = Memory::new();
+        let handle = space.handle();
+        let reader = spawn(move || {
+            handle.write(page_size() + 8, &[1]).unwrap();
+            refused(handle.write(8, &[1]));
+        });
+        change(&space, &after).unwrap();
+        first.gone();
+        second.gone();
+        join([reader]);
+    });
+}
+
+#[test]
+fn a_lease_of_what_a_list_of_changes_cuts() {
+    exhaustively(|| {
+        let (space, [first, second]) = two_pages();
+        let list = space.scatter(0, 8, ReadWrite).unwrap();
+        let user = spawn(move || use_up(list));
+        change(&space, &Memory::new()).unwrap();
+        first.gone();
+        second.gone();
+        join([user]);
+    });
+}
+
+/// Who unmaps what a list of changes has mapped waits for the users of what was there before, too.
+#[test]
+fn a_list_of_changes_and_another_against_an_access() {
+    bounded_by(2, || {
+        let (space, [first, second]) = two_pages();
+        let (handle, other) = (space.handle(), space.clone());
+        let after = Memory::new();
+        let by = after.clone();
+        let reader = spawn(move || refused(handle.write(page_size() + 8, &[1])));
+        let changer = spawn(move || change(&other, &by).unwrap());
+        space.change_with([Change::UnmapAll], patient()).unwrap();
+        first.gone();
+        second.gone();
+        join([reader, changer]);
     });
 }
 

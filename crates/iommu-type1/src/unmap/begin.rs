@@ -72,7 +72,7 @@ impl<'a> Revocation<'a> {
                 if !replaced.iter().any(is_it) {
                     replaced.push(Replaced {
                         mapping: mapping.clone(),
-                        gone: None,
+                        gone: Vec::new(),
                     });
                 }
             }
@@ -107,7 +107,7 @@ impl<'a> Revocation<'a> {
         let replaced = replaced.filter(|mapping| mapping.set == set);
         let replaced = replaced.map(|mapping| Replaced {
             mapping: mapping.clone(),
-            gone: None,
+            gone: Vec::new(),
         });
         let replaced = replaced.collect();
         let mut unlinked = Unlinked::default();

@@ -15,7 +15,7 @@ impl Revocation<'_> {
     pub(super) fn holders(
         &self,
         mapping: &Mapping,
-        pinned: Option<IovaRange>,
+        pinned: &[IovaRange],
         leased: bool,
     ) -> Vec<Holder> {
         let range = mapping.range;
@@ -33,10 +33,7 @@ impl Revocation<'_> {
             });
         }
         let pins = &self.space.pins;
-        let Some(range) = pinned else {
-            return holders;
-        };
-        if self.is_pinned(range) {
+        for range in pinned.iter().filter(|range| self.is_pinned(**range)) {
             let pinned = pins.wait_released(range.first, range.size(), self.deadline.instant());
             holders.extend(pinned.err().into_iter().flatten().map(|pin| Holder {
                 kind: HolderKind::Pin,

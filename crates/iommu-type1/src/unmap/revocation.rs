@@ -37,13 +37,17 @@ pub(crate) struct Revocation<'a> {
 /// A mapping that was replaced.
 pub(crate) struct Replaced {
     pub(crate) mapping: Arc<Mapping>,
-    /// The part of it that is gone: pins there are told and waited for.
-    pub(crate) gone: Option<IovaRange>,
+    /// The parts of it that are gone: pins there are told and waited for.
+    pub(crate) gone: Vec<IovaRange>,
 }
 
 /// How to put back what was replaced.
+#[derive(Default)]
 pub(crate) struct Undo {
-    pub(crate) by: Arc<Mapping>,
+    /// What has replaced it.
+    pub(crate) by: Vec<Arc<Mapping>>,
+    /// Where there is nothing in its place.
+    pub(crate) holes: Vec<IovaRange>,
     pub(crate) parts: Vec<Arc<Mapping>>,
 }
 
@@ -68,7 +72,7 @@ impl<'a> Revocation<'a> {
         }
     }
 
-    /// Of mappings that were replaced by one.
+    /// Of mappings that were replaced.
     pub(crate) fn of_replaced(
         space: &'a Space,
         replaced: Vec<Replaced>,
@@ -98,12 +102,12 @@ impl<'a> Revocation<'a> {
     }
 
     fn tell(&mut self) {
-        let gone = self.replaced.iter().filter_map(|replaced| replaced.gone);
+        let gone = self.replaced.iter().flat_map(|replaced| &replaced.gone);
         for range in self
             .mappings
             .iter()
             .map(|mapping| mapping.range)
-            .chain(gone)
+            .chain(gone.copied())
         {
             let pinned = self.space.pins.tell(range.first, range.size());
             self.pinned |= pinned;
@@ -141,7 +145,7 @@ impl<'a> Revocation<'a> {
         let (mut over, mut still) = (Vec::new(), Vec::new());
         for replaced in std::mem::take(&mut self.replaced) {
             let mapping = &replaced.mapping;
-            let found = self.holders(mapping, replaced.gone, is_leased(mapping));
+            let found = self.holders(mapping, &replaced.gone, is_leased(mapping));
             if found.is_empty() {
                 over.push(replaced.mapping);
             } else {
@@ -152,7 +156,7 @@ impl<'a> Revocation<'a> {
         let mut free = std::mem::take(&mut self.mappings);
         let mut held = Vec::new();
         free.retain(|mapping| {
-            let found = self.holders(mapping, Some(mapping.range), is_leased(mapping));
+            let found = self.holders(mapping, &[mapping.range], is_leased(mapping));
             // Who uses what it was a part of may use it.
             let is_lent = still
                 .iter()
@@ -188,7 +192,7 @@ impl<'a> Revocation<'a> {
         if stragglers == 0 {
             return Ok(unmapped);
         }
-        let gone = self.replaced.iter().filter_map(|replaced| replaced.gone);
+        let gone = self.replaced.iter().flat_map(|replaced| &replaced.gone);
         let gone = gone.map(|range| range.size());
         let left = gone.fold(total(&self.mappings), u64::saturating_add);
         log::warn!(
@@ -217,10 +221,7 @@ impl<'a> Revocation<'a> {
             let logs = free.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        let mut released = Vec::new();
-        for mapping in over {
-            released.extend(writer.release(&self.space.table, mapping));
-        }
+        let released = writer.release(&self.space.table, over);
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));

@@ -1,0 +1,287 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Changes of an IOTLB: maps over whatever is there and unmaps of whatever is there, all of a list at once.
+//!
+//! What a list comes to is decided first: pieces of addresses, each with new memory or with none. The pieces
+//! then come during one turn as the writer, as a replacement does ([`crate::replace`]).
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::ptr;
+use std::sync::Arc;
+
+use vm_memory::Permissions;
+
+use crate::check::Request;
+use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping};
+use crate::mapping::Mapping;
+use crate::mapping_set::SetId;
+use crate::profile::Overlapping;
+use crate::range::IovaRange;
+use crate::replace::outside;
+use crate::space::Space;
+use crate::table::{Table, Unlinked};
+use crate::unmap::{check_outside, check_owned, Replaced, Revocation, Undo};
+use crate::writer::Writer;
+use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
+
+/// One change of what an IOTLB maps, for [`IoAddressSpace::change`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Change {
+    /// Maps over whatever is there.
+    Map {
+        /// First address.
+        iova: u64,
+        /// The memory, all of it.
+        backing: Backing,
+        /// For which accesses.
+        prot: Permissions,
+    },
+    /// Unmaps whatever is there, also parts of mappings.
+    Unmap {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Unmaps everything.
+    UnmapAll,
+}
+
+impl IoAddressSpace {
+    /// Makes several changes at once, in a space with [`Profile::Iotlb`](crate::Profile::Iotlb).
+    ///
+    /// They count in the order given: of addresses that several are about, the last has the say. All of them are
+    /// made or none, with no map or unmap of somebody else in between, and one grace period serves all. An
+    /// access that runs meanwhile finds at each address what was there or what is there, and never a hole where
+    /// both have something. When this returns without error nobody uses what was there any more: accesses,
+    /// leases and pins are told and waited for, as by an unmap.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, Change, IoAddressSpace, Profile};
+    /// use vm_memory::Permissions::ReadWrite;
+    ///
+    /// let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
+    /// let backing = Backing::anonymous(0x4000)?;
+    /// space.change([
+    ///     Change::Map { iova: 0x1000, backing, prot: ReadWrite },
+    ///     Change::Unmap { iova: 0x2000, size: 0x1000 },
+    /// ])?;
+    /// assert_eq!(space.mappings(), 2);
+    /// assert_eq!(space.read(0x2000, &mut [0]).unwrap_err().errno(), libc::EAGAIN);
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotInProfile`] (EINVAL). What [`map`](IoAddressSpace::map) and [`unmap`](IoAddressSpace::unmap)
+    /// say of a request that is wrong in itself; [`Error::Unmapping`] (EBUSY); [`Error::EntryLimit`],
+    /// [`Error::TableLimit`], [`Error::DirtyLimit`] (ENOSPC); [`Error::OutsideRanges`] (EINVAL);
+    /// [`Error::BackingProtection`] (EFAULT); [`Error::InsideAccess`] (EDEADLK). Nothing is changed by these.
+    /// [`Error::Deadline`] (EDEADLK) names who uses what was there: with
+    /// [`UnmapPolicy::Revoked`](crate::UnmapPolicy::Revoked) all changes are made nevertheless, and those users
+    /// waited for again by the next unmap of their addresses; with
+    /// [`UnmapPolicy::Restore`](crate::UnmapPolicy::Restore) everything is as it was, unless somebody has changed
+    /// any of it meanwhile.
+    pub fn change(&self, changes: impl IntoIterator<Item = Change>) -> Result<()> {
+        self.change_with(changes, self.view.space.unmap)
+    }
+
+    /// As [`change`](IoAddressSpace::change), with a deadline and policy of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`change`](IoAddressSpace::change).
+    pub fn change_with(
+        &self,
+        changes: impl IntoIterator<Item = Change>,
+        options: UnmapOptions,
+    ) -> Result<()> {
+        let space = &*self.view.space;
+        if space.rules.overlapping != Overlapping::Replace {
+            return Err(Error::NotInProfile("a list of changes"));
+        }
+        let pieces = changes.into_iter().map(|change| Piece::of(space, change));
+        let pieces = pieces.collect::<Result<Vec<_>>>()?;
+        change(space, pieces, self.view.set, options)
+    }
+}
+
+/// Addresses, and what comes there: memory or nothing.
+pub(crate) struct Piece {
+    pub(crate) range: IovaRange,
+    pub(crate) memory: Option<(Backing, Permissions)>,
+}
+
+impl Piece {
+    fn of(space: &Space, change: Change) -> Result<Self> {
+        Ok(match change {
+            Change::Map {
+                iova,
+                backing,
+                prot,
+            } => Piece {
+                range: Request::to_map(iova, &backing, prot).check(space, space.rules.map)?,
+                memory: Some((backing, prot)),
+            },
+            Change::Unmap { iova, size } => Piece {
+                range: Request::to_unmap(iova, size).check(space, space.rules.unmap)?,
+                memory: None,
+            },
+            Change::UnmapAll => Piece {
+                range: IovaRange::ALL,
+                memory: None,
+            },
+        })
+    }
+
+    /// A part of it.
+    fn part(&self, range: IovaRange) -> Result<Self> {
+        let memory = match &self.memory {
+            Some((backing, prot)) => {
+                let offset = range.first - self.range.first;
+                let part = backing.slice(offset as usize, range.size() as usize)?;
+                Some((part, *prot))
+            }
+            None => None,
+        };
+        Ok(Piece { range, memory })
+    }
+}
+
+/// Makes changes, all or none.
+pub(crate) fn change(
+    space: &Space,
+    pieces: Vec<Piece>,
+    set: SetId,
+    options: UnmapOptions,
+) -> Result<()> {
+    let pieces = apart(pieces)?;
+    let Some(first) = pieces.first() else {
+        return Ok(());
+    };
+    let writer = space.turn(first.range)?;
+    for piece in &pieces {
+        // Everything means whatever there is to take.
+        if piece.range != IovaRange::ALL {
+            check_not_unmapping(&writer, piece.range)?;
+        }
+        check_owned(&writer, space, piece.range, set)?;
+    }
+    let mut replaced = meet(space, &pieces);
+    let before: Vec<_> = replaced.iter().map(|met| met.mapping.clone()).collect();
+    let mut after = stays(&replaced);
+    let maps = || pieces.iter().filter(|piece| piece.memory.is_some());
+    let more = after.len() + maps().count();
+    check_entries(&writer, space, more.saturating_sub(before.len()))?;
+    let stay: Vec<_> = after.iter().map(|mapping| mapping.range).collect();
+    let room = |writer: &Writer| {
+        let new = maps().map(|piece| piece.range);
+        check_memory(writer, space, stay.iter().copied().chain(new))?;
+        maps().try_for_each(|piece| writer.ranges.check(piece.range, space.rules))
+    };
+    room(&writer)?;
+    for piece in &pieces {
+        if let Some((backing, prot)) = &piece.memory {
+            check_backing(space, piece.range, backing, *prot)?;
+        }
+    }
+    if !before.is_empty() {
+        check_outside(space, first.range)?;
+    }
+    let mut undo = Undo::default();
+    for piece in &pieces {
+        match &piece.memory {
+            Some((backing, prot)) => {
+                let by = space.mapping(piece.range, *prot, backing.clone(), set);
+                undo.by.push(Arc::new(by));
+            }
+            None => undo.holes.push(piece.range),
+        }
+    }
+    after.extend(undo.by.iter().cloned());
+    let (mut writer, agreed) = writer.ask(&before, &after, room);
+    agreed?;
+    for met in &replaced {
+        let parts = met.gone.iter();
+        let parts = parts.map(|gone| Arc::new(met.mapping.part(*gone)));
+        undo.parts.extend(parts);
+    }
+    // Who uses what was replaced there before is waited for too.
+    for hole in &undo.holes {
+        let others = writer.replaced_in(*hole).cloned();
+        replaced.extend(others.map(|mapping| Replaced {
+            mapping,
+            gone: Vec::new(),
+        }));
+    }
+    let mut unlinked = Unlinked::default();
+    writer.exchange(&space.table, &before, after, &mut unlinked);
+    space.counters.maps.add(undo.by.len());
+    drop(writer);
+    drop(before);
+    Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;
+    Ok(())
+}
+
+/// The pieces by address and without a piece that another has the say about.
+fn apart(pieces: Vec<Piece>) -> Result<Vec<Piece>> {
+    if pieces.len() < 2 {
+        return Ok(pieces);
+    }
+    let mut apart: BTreeMap<u64, Piece> = BTreeMap::new();
+    for piece in pieces {
+        let range = piece.range;
+        let below = apart.range(..=range.last).rev();
+        let met: Vec<_> = below
+            .take_while(|(_, other)| other.range.last >= range.first)
+            .map(|(first, _)| *first)
+            .collect();
+        for first in met {
+            let Some(other) = apart.remove(&first) else {
+                continue;
+            };
+            for rest in outside(other.range, range).into_iter().flatten() {
+                apart.insert(rest.first, other.part(rest)?);
+            }
+        }
+        apart.insert(range.first, piece);
+    }
+    Ok(apart.into_values().collect())
+}
+
+/// What is mapped at the addresses of pieces, which are by address, and which parts of it go.
+fn meet(space: &Space, pieces: &[Piece]) -> Vec<Replaced> {
+    let mut met: Vec<Replaced> = Vec::new();
+    for piece in pieces {
+        space.table.visit(piece.range, |mapping| {
+            let gone = mapping.range.clamp(piece.range);
+            match met.last_mut() {
+                Some(last) if ptr::eq(&*last.mapping, mapping) => last.gone.push(gone),
+                _ => met.push(Replaced {
+                    mapping: Table::share(mapping),
+                    gone: vec![gone],
+                }),
+            }
+            ControlFlow::<()>::Continue(())
+        });
+    }
+    met
+}
+
+/// The parts that do not go.
+fn stays(met: &[Replaced]) -> Vec<Arc<Mapping>> {
+    let mut stays = Vec::new();
+    for Replaced { mapping, gone } in met {
+        let mut rest = Some(mapping.range);
+        for gone in gone {
+            let [below, behind] = rest.map_or([None, None], |rest| outside(rest, *gone));
+            stays.extend(below.map(|part| Arc::new(mapping.part(part))));
+            rest = behind;
+        }
+        stays.extend(rest.map(|part| Arc::new(mapping.part(part))));
+    }
+    stays
+}

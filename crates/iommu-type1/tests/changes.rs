@@ -1,0 +1,350 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Lists of changes of an IOTLB: all at once or none, and the last has the say.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use iommu_type1::{
+    page_size, Backing, Change, Error, HolderKind, Interest, IoAddressSpace, Profile, UnmapOptions,
+    UnmapPolicy,
+};
+use proptest::prelude::*;
+use vm_memory::Permissions::{self, Read, ReadWrite, Write};
+
+/// Pages that the properties are about.
+const PAGES: u64 = 12;
+const LIMIT: usize = 8;
+
+fn iotlb() -> IoAddressSpace {
+    IoAddressSpace::builder().profile(Profile::Iotlb).build()
+}
+
+fn p(pages: u64) -> u64 {
+    pages * page_size()
+}
+
+/// Memory with another byte in each page, the first of which is `byte`.
+fn memory(pages: u64, byte: u8) -> Backing {
+    let backing = Backing::anonymous(p(pages) as usize).unwrap();
+    let space = IoAddressSpace::new();
+    space.map(0, backing.clone(), ReadWrite).unwrap();
+    for page in 0..pages {
+        space
+            .write(p(page), &[byte.wrapping_add(page as u8)])
+            .unwrap();
+    }
+    backing
+}
+
+fn map(page: u64, pages: u64, byte: u8) -> Change {
+    Change::Map {
+        iova: p(page),
+        backing: memory(pages, byte),
+        prot: ReadWrite,
+    }
+}
+
+fn unmap(page: u64, pages: u64) -> Change {
+    Change::Unmap {
+        iova: p(page),
+        size: p(pages),
+    }
+}
+
+fn byte(space: &IoAddressSpace, page: u64) -> Result<u8, i32> {
+    let mut found = [0];
+    let read = space.read(p(page), &mut found);
+    read.map(|()| found[0]).map_err(|error| error.errno())
+}
+
+fn at_once() -> UnmapOptions {
+    UnmapOptions::new().deadline(Duration::ZERO)
+}
+
+#[test]
+fn other_profiles_know_no_lists_of_changes() {
+    for profile in [Profile::Type1v1, Profile::Type1v2, Profile::Iommufd] {
+        let space = IoAddressSpace::builder().profile(profile).build();
+        let error = space.change([map(0, 1, 0)]).unwrap_err();
+        assert!(matches!(error, Error::NotInProfile(_)), "{error}");
+    }
+}
+
+#[test]
+fn the_last_has_the_say() {
+    let space = iotlb();
+    space
+        .change([
+            map(0, 8, 10),
+            unmap(2, 2),
+            map(3, 2, 50),
+            unmap(9, 1),
+            map(9, 1, 90),
+        ])
+        .unwrap();
+    let found: Vec<_> = (0..10).map(|page| byte(&space, page)).collect();
+    let miss = Err(libc::EAGAIN);
+    let expected = [
+        Ok(10),
+        Ok(11),
+        miss,
+        Ok(50),
+        Ok(51),
+        Ok(15),
+        Ok(16),
+        Ok(17),
+        miss,
+        Ok(90),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!(space.mappings(), 4);
+    space
+        .change([map(0, 1, 1), Change::UnmapAll, map(5, 1, 2)])
+        .unwrap();
+    assert_eq!((space.mappings(), byte(&space, 5)), (1, Ok(2)));
+}
+
+#[test]
+fn what_is_wrong_in_one_changes_nothing() {
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .entry_limit(3)
+        .build();
+    space.change([map(0, 4, 1)]).unwrap();
+    let size = page_size();
+    let wrong = [
+        (Change::Unmap { iova: 1, size }, libc::EINVAL),
+        (Change::Unmap { iova: 0, size: 0 }, libc::EINVAL),
+        (
+            Change::Unmap {
+                iova: 0_u64.wrapping_sub(size),
+                size: 2 * size,
+            },
+            libc::EOVERFLOW,
+        ),
+        (
+            Change::Map {
+                iova: 0,
+                backing: memory(1, 0),
+                prot: Permissions::No,
+            },
+            libc::EINVAL,
+        ),
+        // Of four pages two stay apart, and there would be four mappings.
+        (map(10, 1, 0), libc::ENOSPC),
+    ];
+    for (wrong, errno) in wrong {
+        let error = space
+            .change([map(1, 2, 7), wrong, map(8, 1, 3)])
+            .unwrap_err();
+        assert_eq!(error.errno(), errno, "{error}");
+        assert_eq!((space.mappings(), byte(&space, 1)), (1, Ok(2)));
+    }
+    space.change([map(1, 2, 7)]).unwrap();
+    assert_eq!(space.mappings(), 3);
+    space.change([]).unwrap();
+}
+
+#[test]
+fn users_of_all_that_goes_are_waited_for_and_named_once() {
+    for policy in [UnmapPolicy::Revoked, UnmapPolicy::Restore] {
+        let space = iotlb().named("queue 7");
+        space.change([map(0, 6, 10), map(8, 1, 80)]).unwrap();
+        let list = space.scatter(p(5), 4, ReadWrite).unwrap();
+        let changes = [unmap(0, 1), map(2, 1, 20), unmap(4, 1), unmap(8, 1)];
+        let error = space
+            .change_with(changes, at_once().policy(policy))
+            .unwrap_err();
+        let Error::Deadline { left, holders, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(*left, p(3));
+        let kinds: Vec<_> = holders.iter().map(|holder| holder.kind).collect();
+        assert_eq!(kinds, [HolderKind::Lease]);
+        let found: Vec<_> = [0, 1, 2, 3, 4, 8].map(|page| byte(&space, page)).into();
+        let miss = Err(libc::EAGAIN);
+        match policy {
+            UnmapPolicy::Restore => {
+                assert_eq!(found, [10, 11, 12, 13, 14, 80].map(Ok));
+            }
+            _ => assert_eq!(found, [miss, Ok(11), Ok(20), Ok(13), miss, miss]),
+        }
+        // The addresses can be used, and who unmaps them waits for whom this has waited for.
+        space.change_with([map(0, 1, 1)], at_once()).ok();
+        let waits = space.change_with([unmap(0, 1)], at_once());
+        assert!(matches!(waits, Err(Error::Deadline { .. })), "{waits:?}");
+        drop(list);
+        space.change([unmap(0, 1)]).unwrap();
+        space.change([Change::UnmapAll]).unwrap();
+        assert_eq!(space.mappings(), 0);
+    }
+}
+
+#[test]
+fn what_was_changed_meanwhile_is_not_put_back() {
+    let space = iotlb();
+    space.change([map(0, 2, 1)]).unwrap();
+    let list = space.scatter(0, 4, ReadWrite).unwrap();
+    let other = space.clone();
+    let changer = thread::spawn(move || {
+        let patient = UnmapOptions::new()
+            .deadline(Duration::from_millis(300))
+            .policy(UnmapPolicy::Restore);
+        other.change_with([unmap(0, 2)], patient)
+    });
+    while byte(&space, 0).is_ok() {
+        thread::yield_now();
+    }
+    space.change([map(1, 1, 9)]).unwrap();
+    assert!(changer.join().unwrap().is_err());
+    assert_eq!(
+        (byte(&space, 0), byte(&space, 1)),
+        (Err(libc::EAGAIN), Ok(9))
+    );
+    drop(list);
+    space.change([Change::UnmapAll]).unwrap();
+    assert_eq!(space.mappings(), 0);
+}
+
+#[test]
+fn pins_of_each_part_are_told() {
+    let space = iotlb();
+    space.change([map(0, 4, 1)]).unwrap();
+    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let heard = told.clone();
+    let notice = move |iova, size| heard.lock().unwrap().push((iova, size));
+    let pinner = space.pinner("pinner", Interest::All, Arc::new(notice));
+    let pinned = pinner.pin_pages(p(2), 1, ReadWrite).unwrap();
+    space.change([unmap(0, 1), unmap(3, 1)]).unwrap();
+    assert_eq!(*told.lock().unwrap(), [(0, p(1)), (p(3), p(1))]);
+    let error = space.change_with([unmap(1, 2)], at_once()).unwrap_err();
+    assert!(error.to_string().contains("pinner"), "{error}");
+    drop(pinned);
+    space.change([Change::UnmapAll]).unwrap();
+    assert_eq!(space.mappings(), 0);
+}
+
+#[test]
+fn an_access_finds_no_hole_where_both_have_something() {
+    let space = iotlb();
+    space.change([map(0, 8, 0)]).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let reader = {
+        let (space, stop) = (space.clone(), stop.clone());
+        thread::spawn(move || {
+            let handle = space.handle();
+            let mut bytes = vec![0; p(8) as usize];
+            let mut reads = 0;
+            while !stop.load(Ordering::Relaxed) {
+                handle.read(0, &mut bytes).unwrap();
+                reads += 1;
+            }
+            reads
+        })
+    };
+    for round in 0..2000_u64 {
+        let page = round % 7;
+        let changes = [
+            map(page, 1, 1),
+            unmap(page, 2),
+            map(page, 2, 3),
+            unmap(20, 1),
+        ];
+        space.change(changes).unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    assert!(reader.join().unwrap() > 0);
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Map(u64, u64, u8, Permissions),
+    Unmap(u64, u64),
+    All,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let range = || (0..PAGES, 1..5_u64);
+    let prot = prop::sample::select(vec![Read, Write, ReadWrite]);
+    prop_oneof![
+        6 => (range(), any::<u8>(), prot).prop_map(|((page, n), byte, prot)| Op::Map(page, n, byte, prot)),
+        4 => range().prop_map(|(page, n)| Op::Unmap(page, n)),
+        1 => Just(Op::All),
+    ]
+}
+
+/// What is mapped: by page the byte, the permissions, and a number for each run of pages that is one mapping.
+type Oracle = BTreeMap<u64, (u8, Permissions, usize)>;
+
+fn apply(oracle: &mut Oracle, op: &Op, next: &mut usize) {
+    *next += 1;
+    match op {
+        Op::Map(page, pages, byte, prot) => {
+            for i in 0..*pages {
+                oracle.insert(page + i, (byte.wrapping_add(i as u8), *prot, *next));
+            }
+        }
+        Op::Unmap(page, pages) => oracle.retain(|at, _| at < page || *at >= page + pages),
+        Op::All => oracle.clear(),
+    }
+}
+
+/// Runs of neighbours with the same number are mappings.
+fn entries(oracle: &Oracle) -> usize {
+    let mut last = None;
+    oracle
+        .iter()
+        .filter(|(page, (_, _, number))| {
+            let before = last.replace((**page, *number));
+            before != Some((**page - u64::from(**page > 0), *number)) || **page == 0
+        })
+        .count()
+}
+
+fn change(op: &Op) -> Change {
+    match *op {
+        Op::Map(page, pages, byte, prot) => Change::Map {
+            iova: p(page),
+            backing: memory(pages, byte),
+            prot,
+        },
+        Op::Unmap(page, pages) => unmap(page, pages),
+        Op::All => Change::UnmapAll,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn a_list_is_as_its_changes_one_by_one(lists in prop::collection::vec(prop::collection::vec(op(), 0..6), 1..8)) {
+        let space = IoAddressSpace::builder().profile(Profile::Iotlb).entry_limit(LIMIT).build();
+        let mut oracle = Oracle::new();
+        let mut next = 0;
+        for list in lists {
+            let mut after = oracle.clone();
+            list.iter().for_each(|op| apply(&mut after, op, &mut next));
+            match space.change(list.iter().map(change)) {
+                Ok(()) => oracle = after,
+                Err(error) => {
+                    prop_assert_eq!(error.errno(), libc::ENOSPC, "{}", error);
+                    prop_assert!(entries(&after) > LIMIT, "{} entries", entries(&after));
+                }
+            }
+            prop_assert_eq!(space.mappings(), entries(&oracle));
+            for page in 0..PAGES + 5 {
+                let expected = match oracle.get(&page) {
+                    None => Err(libc::EAGAIN),
+                    Some((_, Write, _)) => Err(libc::EPERM),
+                    Some((byte, _, _)) => Ok(*byte),
+                };
+                prop_assert_eq!(byte(&space, page), expected, "page {}", page);
+            }
+        }
+    }
+}
