@@ -1,29 +1,15 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A real device on the same addresses: it reads what our path has written, and the other way round; and
-//! what is not mapped for it is refused to both. Its side is mapped through `vfio_group::hardware`.
+//! The edu device of QEMU: copies between memory and a buffer of its own.
 
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::ptr;
 use std::time::{Duration, Instant};
 
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
-use vfio_bindings::bindings::vfio::{
-    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_PCI_BAR0_REGION_INDEX,
-    VFIO_PCI_CONFIG_REGION_INDEX,
-};
-use vfio_group::hardware::{HardwareContainer, HardwareGroup};
-use vfio_group::IommuType;
+use vfio_bindings::bindings::vfio::{VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX};
 
-use crate::memory::{self, PAGE, PRIVATE};
-use crate::op::{Machine, Map, Op, Outcome, Unmap};
-use crate::ours::Ours;
-use crate::setup::Setup;
 use crate::vfio::Device;
-use guest_init::Given;
 
 /// The edu device of QEMU, as the kernel writes its ids.
 pub const IDS: &str = "1234 11e8";
@@ -44,23 +30,17 @@ const TO_MEMORY: u32 = 2;
 const PCI_COMMAND: u64 = 4;
 const MEMORY_AND_MASTER: u16 = 6;
 
-/// Transfers each way. Each takes the device a tenth of a second.
-const ROUNDS: usize = 8;
-
-/// Addresses that the device reads from, writes to, and may not write to. It has 28 bits.
-const SOURCE: u64 = 0x10_0000;
-const DESTINATION: u64 = 0x80_3000;
-const ONLY_READ: u64 = 0xff_f000;
-
-struct Edu {
+/// An open one.
+#[derive(Debug)]
+pub struct Edu {
     device: Device,
     registers: u64,
 }
 
 impl Edu {
-    fn open(group: &HardwareGroup, name: &str) -> Result<Self, String> {
+    /// Has it answer and do DMA.
+    pub fn open(device: Device) -> Result<Self, String> {
         let failed = |errno: i32| format!("the device: errno {errno}");
-        let device = Device::from(group.device(name).map_err(said)?);
         let config = device
             .region(VFIO_PCI_CONFIG_REGION_INDEX)
             .map_err(failed)?;
@@ -109,151 +89,14 @@ impl Edu {
         Ok(())
     }
 
-    fn read(&self, iova: u64, count: usize) -> Result<(), String> {
+    /// From memory into its buffer.
+    pub fn read(&self, iova: u64, count: usize) -> Result<(), String> {
         self.transfer(iova as u32, BUFFER, count, 0)
     }
 
-    fn write(&self, iova: u64, count: usize) -> Result<(), String> {
+    /// From its buffer into memory.
+    pub fn write(&self, iova: u64, count: usize) -> Result<(), String> {
         self.transfer(BUFFER, iova as u32, count, TO_MEMORY)
-    }
-}
-
-/// Both containers, and what is mapped in both.
-struct Both {
-    kernel: HardwareContainer,
-    ours: Ours,
-}
-
-impl Both {
-    fn map(&mut self, iova: u64, page: u64, flags: u32) -> Result<(), String> {
-        let vaddr = PRIVATE.first + page * PAGE;
-        let memory = ptr::with_exposed_provenance_mut(vaddr as usize);
-        // SAFETY: the memory is there as long as this program, and nobody has references into it.
-        unsafe { self.kernel.map(iova, memory, PAGE, flags) }.map_err(said)?;
-        let ours = self.ours.apply(&Op::Map(Map {
-            argsz: 32,
-            flags,
-            vaddr,
-            iova,
-            size: PAGE,
-        }));
-        same(ours, Outcome::plain(Ok(0)))
-    }
-
-    fn unmap(&mut self, iova: u64) -> Result<(), String> {
-        let size = self.kernel.unmap(iova, PAGE).map_err(said)?;
-        let ours = self.ours.apply(&Op::Unmap(Unmap {
-            argsz: 24,
-            flags: 0,
-            iova,
-            size: PAGE,
-            bitmap: None,
-        }));
-        let expected = Outcome {
-            size,
-            ..Outcome::plain(Ok(0))
-        };
-        same(ours, expected)
-    }
-}
-
-fn same(ours: Outcome, kernel: Outcome) -> Result<(), String> {
-    if ours == kernel {
-        Ok(())
-    } else {
-        Err(format!("{kernel} beside {ours}"))
-    }
-}
-
-/// Runs all of it.
-pub fn run(given: &Given, setup: &Setup, seed: u64) -> Result<(), String> {
-    let kernel = HardwareContainer::open().map_err(said)?;
-    let group = HardwareGroup::open(given.group).map_err(said)?;
-    group.set_container(&kernel).map_err(said)?;
-    kernel.set_iommu(IommuType::Type1v2).map_err(said)?;
-    let ours = Ours::new(setup, true, 65535).map_err(|error| error.to_string())?;
-    let edu = Edu::open(&group, &given.name)?;
-    let mut both = Both { kernel, ours };
-    let any = VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE;
-    both.map(SOURCE, 0, any)?;
-    both.map(DESTINATION, 1, any)?;
-    both.map(ONLY_READ, 2, VFIO_DMA_MAP_FLAG_READ)?;
-    let mut rng = SmallRng::seed_from_u64(seed);
-    let mut expected = [rng.random::<u8>(); PAGE as usize];
-    both.ours
-        .space()
-        .write(DESTINATION, &expected)
-        .map_err(said)?;
-    for _ in 0..ROUNDS {
-        let bytes: Vec<u8> = (0..rng.random_range(1..300))
-            .map(|_| rng.random())
-            .collect();
-        let mut inside = || rng.random_range(0..PAGE - bytes.len() as u64);
-        let (from, to) = (inside(), inside());
-        both.ours
-            .space()
-            .write(SOURCE + from, &bytes)
-            .map_err(said)?;
-        edu.read(SOURCE + from, bytes.len())?;
-        edu.write(DESTINATION + to, bytes.len())?;
-        expected[to as usize..][..bytes.len()].copy_from_slice(&bytes);
-        let mut page = [0; PAGE as usize];
-        both.ours
-            .space()
-            .read(DESTINATION, &mut page)
-            .map_err(said)?;
-        if page != expected {
-            return Err(format!(
-                "{} bytes from {from:#x} to {to:#x} are not those",
-                bytes.len()
-            ));
-        }
-    }
-    refused(&edu, &both, ONLY_READ, 2, libc::EPERM)?;
-    both.unmap(SOURCE)?;
-    unread(&edu, &both, SOURCE, 0)?;
-    both.unmap(DESTINATION)?;
-    refused(&edu, &both, DESTINATION, 1, libc::EINVAL)?;
-    println!("device: {ROUNDS} transfers there and back, 3 refused");
-    Ok(())
-}
-
-/// Neither the device nor our path can read the page that was at an address: what the device has then, it
-/// writes where it may.
-fn unread(edu: &Edu, both: &Both, iova: u64, page: u64) -> Result<(), String> {
-    let secret = [0xb7; 64];
-    memory::write(PRIVATE.first + page * PAGE, &secret);
-    edu.read(iova, secret.len())?;
-    edu.write(DESTINATION, secret.len())?;
-    let mut has = [0; 64];
-    both.ours
-        .space()
-        .read(DESTINATION, &mut has)
-        .map_err(said)?;
-    if has.contains(&secret[0]) {
-        return Err(format!("{iova:#x} was read though it is not mapped"));
-    }
-    match both.ours.space().read(iova, &mut has) {
-        Err(error) if error.errno() == libc::EINVAL => Ok(()),
-        other => Err(format!("our read of {iova:#x}: {other:?}")),
-    }
-}
-
-/// Neither the device nor our path can write the page that is, or was, at an address.
-fn refused(edu: &Edu, both: &Both, iova: u64, page: u64, errno: i32) -> Result<(), String> {
-    let at = PRIVATE.first + page * PAGE;
-    let before = [0x5a; 64];
-    memory::write(at, &before);
-    edu.write(iova, before.len())?;
-    let ours = both.ours.space().write(iova, &[0; 64]);
-    let mut after = [0; 64];
-    memory::read(at, &mut after);
-    if after != before {
-        return Err(format!("{iova:#x} was written though it must not be"));
-    }
-    match ours {
-        Err(error) if error.errno() == errno => Ok(()),
-        other => Err(format!("our write to {iova:#x}: {other:?}")),
     }
 }
 

@@ -13,6 +13,7 @@ mod lifetime;
 mod live;
 mod memlock;
 mod memory;
+mod mirrored;
 mod op;
 mod ours;
 mod rates;
@@ -57,7 +58,7 @@ fn run() -> Result<(), String> {
     println!("{setup:x?}");
     // All of them, whatever the others find.
     let parts = [
-        edu::run(&given, &setup, seed),
+        mirrored::run(&given, &setup, seed),
         lifetime::run(&given, seed),
         memlock::run(&given),
         sequences::run(&given, &setup, operations, seed),

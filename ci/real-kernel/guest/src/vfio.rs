@@ -247,6 +247,12 @@ impl From<HardwareUser> for Device {
     }
 }
 
+impl From<File> for Device {
+    fn from(file: File) -> Self {
+        Device(file)
+    }
+}
+
 impl Device {
     /// Where in its file a region begins.
     pub fn region(&self, index: u32) -> Result<u64, i32> {
