@@ -6,6 +6,7 @@
 #![cfg(all(feature = "kvm", target_arch = "x86_64", not(loom)))]
 
 use std::fs::File;
+use std::io::Write;
 use std::sync::Arc;
 
 use iommu_type1::{page_size, Backing, IoAddressSpace};
@@ -13,12 +14,20 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vfio_group::{KvmVfio, MemorySlots};
 use vm_memory::Permissions::{Read, ReadWrite};
 
+/// Says so, by a way on which tests that pass are not silenced.
+#[allow(clippy::explicit_write, reason = "eprintln is what is silenced")]
+fn skipped(why: &str) {
+    let test = std::thread::current();
+    let test = test.name().unwrap_or("a test").to_owned();
+    writeln!(std::io::stderr(), "{test} is skipped: {why}").unwrap();
+}
+
 /// KVM, or the reason why there is none; other errors are errors.
 fn kvm() -> Option<Kvm> {
     match Kvm::new() {
         Ok(kvm) => Some(kvm),
         Err(error) if [libc::ENOENT, libc::EACCES].contains(&error.errno()) => {
-            eprintln!("skipped: /dev/kvm: {error}");
+            skipped(&format!("/dev/kvm: {error}"));
             None
         }
         Err(error) => panic!("/dev/kvm: {error}"),
@@ -160,7 +169,7 @@ fn kvm_has_one_vfio_device_which_takes_files_of_vfio() {
     let vfio = match KvmVfio::new(&vm) {
         Ok(vfio) => vfio,
         Err(error) if error.errno() == libc::ENODEV => {
-            eprintln!("skipped: KVM has no VFIO here");
+            skipped("KVM has no VFIO");
             return;
         }
         Err(error) => panic!("{error}"),

@@ -181,6 +181,48 @@ fn a_mirror_in_the_end_asks_again() {
     assert!(side.mapped.lock().unwrap().is_empty());
 }
 
+/// Unmaps nothing, and says why.
+struct Answers(Answer);
+
+type Answer = fn() -> vfio_ioctls::Result<()>;
+
+impl VfioOps for Answers {
+    unsafe fn vfio_dma_map(&self, _: u64, _: usize, _: *mut u8) -> vfio_ioctls::Result<()> {
+        Ok(())
+    }
+
+    fn vfio_dma_unmap(&self, _iova: u64, _size: usize) -> vfio_ioctls::Result<()> {
+        (self.0)()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+#[test]
+fn what_the_hardware_has_not_is_not_stuck() {
+    fn refused(errno: i32) -> vfio_ioctls::Result<()> {
+        Err(VfioError::IommuDmaUnmap(errno::Error::new(errno)))
+    }
+    let answers: [(Answer, usize); 5] = [
+        (|| Err(VfioError::InvalidDmaUnmapSize), 0),
+        (|| refused(libc::ENOENT), 0),
+        (|| refused(libc::EINVAL), 1),
+        (|| Err(VfioError::VfioInvalidType), 1),
+        (|| panic!("on purpose"), 1),
+    ];
+    for (answer, stuck) in answers {
+        let space = IoAddressSpace::new();
+        let mirror = Mirror::with_ops(&space, Arc::new(Answers(answer))).unwrap();
+        space.map(p(1), marked(1), ReadWrite).unwrap();
+        space.unmap_all().unwrap();
+        assert_eq!(mirror.stuck().len(), stuck);
+        // It would ask again, and panic.
+        std::mem::forget(mirror);
+    }
+}
+
 #[test]
 fn who_maps_and_unmaps_beside_mirrors_that_come_and_go() {
     let space = IoAddressSpace::new();
