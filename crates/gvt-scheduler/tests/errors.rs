@@ -7,7 +7,8 @@ mod common;
 
 use common::{entry, submit, Context, FaultyEngine, Guest};
 use gvt_scheduler::{
-    ring_context, AddressingMode, ContextDescriptor, EngineId, Error, SimulatedEngine, VgpuConfig,
+    ring_context, AddressingMode, ContextDescriptor, EngineId, Error, FailsafeReason,
+    SimulatedEngine, VgpuConfig,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -100,6 +101,7 @@ fn a_ring_page_without_translation() {
     guest.vgpu.write_ggtt_entry(2, 0).unwrap();
     let error = refused(&mut guest, &[context.descriptor()], libc::EFAULT);
     assert!(matches!(error, Error::BufferUnmapped { gma: 0x2000 }));
+    assert_eq!(guest.vgpu.failsafe(), Some(FailsafeReason::GuestError));
 }
 
 #[test]
@@ -177,13 +179,17 @@ fn guest_memory_that_is_gone() {
             ..
         }
     ));
-    let (mut guest, context) = self::guest();
+    guest
+        .vgpu
+        .write_ggtt_entry(LRCA + 1, entry(u64::from(LRCA) + 1))
+        .unwrap();
     guest.submit(&[context]).unwrap();
     guest
         .vgpu
         .write_ggtt_entry(LRCA + 9, entry(NOWHERE))
         .unwrap();
     fails(&mut guest, libc::EFAULT);
+    assert_eq!(guest.vgpu.failsafe(), None);
 }
 
 #[test]

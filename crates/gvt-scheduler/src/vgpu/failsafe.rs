@@ -56,7 +56,9 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// Why the vGPU is in failsafe mode; `None` when it is not.
     ///
     /// A vGPU enters it when a workload is refused or fails with `EBADRQC` or `EFAULT`, or by
-    /// [`enter_failsafe`](Self::enter_failsafe), and leaves it by [`reset`](Self::reset) only. In failsafe mode
+    /// [`enter_failsafe`](Self::enter_failsafe), and leaves it by [`reset`](Self::reset) only. An access that guest
+    /// memory refuses ([`Error::Read`], [`Error::Write`]) is no reason, though it is `EFAULT`: a mapping that
+    /// was taken away may come back, and the kernel does not even look. In failsafe mode
     /// registers and the GGTT store what is written and do nothing else: submissions are ignored, nothing
     /// is queued, and no page table is shadowed.
     pub fn failsafe(&self) -> Option<FailsafeReason> {
@@ -93,7 +95,8 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
 
     /// A workload was refused or failed: the guest is not served any more if that is its fault.
     pub(super) fn check_health(&mut self, error: &Error) {
-        if [libc::EBADRQC, libc::EFAULT].contains(&error.errno()) {
+        let memory_refused = matches!(error, Error::Read { .. } | Error::Write { .. });
+        if !memory_refused && [libc::EBADRQC, libc::EFAULT].contains(&error.errno()) {
             self.enter_failsafe(FailsafeReason::GuestError);
         }
     }
