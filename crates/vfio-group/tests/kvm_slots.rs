@@ -196,3 +196,15 @@ fn dirty_pages_are_logged_in_all_slots_or_none() {
     assert_eq!(vm.made(), [(0, 0), (1, KVM_MEM_READONLY), (2, 0), (3, 0)]);
     vm.side.assert_never_wrong();
 }
+
+#[test]
+fn slots_are_shown() {
+    let (space, vm) = (IoAddressSpace::new(), vm(7..9));
+    let slots = vm.slots(&space).unwrap();
+    space.map(p(1), marked(1), ReadWrite).unwrap();
+    let shown = format!("{slots:?}");
+    assert!(
+        shown.contains("slot: 7") && shown.contains("stuck: []"),
+        "{shown}"
+    );
+}

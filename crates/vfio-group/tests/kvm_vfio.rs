@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_device_attr;
-use vfio_group::{Group, Kvm, KvmVfio, SetDeviceAttr};
+use vfio_group::{Container, Group, IommuType, Kvm, KvmVfio, SetDeviceAttr};
 
 /// KVM's device, as far as files are added and removed.
 #[derive(Default)]
@@ -64,6 +64,7 @@ fn a_file_is_known_while_somebody_has_it() {
     let fd = file.as_raw_fd();
     let added = vfio.add(&file).unwrap();
     assert_eq!(*device.files.lock().unwrap(), [fd]);
+    assert!(format!("{added:?}").contains(&fd.to_string()));
     assert_eq!(vfio.add(&file).unwrap_err().errno(), libc::EEXIST);
     let other = added.clone();
     drop((added, vfio));
@@ -77,11 +78,20 @@ fn a_group_of_ours_is_told() {
     let (_, vm, vfio) = vfio();
     let group = Group::new(26);
     let device = group.add_device("vgpu0").unwrap();
-    drop(device);
+    let (container, file) = (Container::open(), group.open().unwrap());
+    file.set_container(&container).unwrap();
+    container.set_iommu(IommuType::Type1v2).unwrap();
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let hears = heard.clone();
+    let tell = move |kvm: Option<&Kvm>| hears.lock().unwrap().push(kvm.is_some());
+    let listener = device.on_set_kvm(tell).unwrap();
     let member = vfio.add_group(&group);
     assert!(Arc::ptr_eq(&group.kvm().unwrap(), &vm));
+    assert!(format!("{member:?} {vfio:?}").contains("26"));
     drop(member);
     assert!(group.kvm().is_none());
+    assert_eq!(*heard.lock().unwrap(), [true, false]);
+    drop(listener);
 }
 
 #[test]

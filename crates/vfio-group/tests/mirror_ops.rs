@@ -346,3 +346,20 @@ fn a_mirrored_space_is_one_for_both() {
     assert_eq!(unmap(&*ops, p(1), 1), Ok(()));
     assert!(side.mapped.lock().unwrap().is_empty());
 }
+
+#[test]
+fn what_is_stuck_is_shown() {
+    let (memory, host) = guest_memory();
+    let (space, side) = (IoAddressSpace::new(), Side::new());
+    let fake = Arc::new(Fake(side.clone()));
+    let ops = SpaceOps::mirrored(space, memory, fake).unwrap();
+    assert_eq!(map(&ops, p(1), 2, host), Ok(()));
+    side.refuse_unmaps(true);
+    assert_eq!(unmap(&ops, p(1), 2), Err(libc::EBUSY));
+    let shown = format!("{ops:?}");
+    assert!(
+        shown.contains(&format!("stuck: [({}, {})]", p(1), p(2))),
+        "{shown}"
+    );
+    side.refuse_unmaps(false);
+}
