@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use common::{Context, Guest, Trace};
 use gvt_scheduler::{
     ring_context, AccessKind, AddressingMode, ContextDescriptor, EngineId, Error, PageTableRoot,
-    VgpuConfig,
+    SimulatedEngine, VgpuConfig,
 };
 use page_pin::PinPages;
 use proptest::prelude::*;
@@ -205,6 +205,82 @@ fn written_entries_are_read_once_and_in_ascending_order() {
     assert_eq!(tables.pinned(), [(0x900, 1), (0x904, 1), (0x906, 1)]);
     tables.submit(root).unwrap();
     assert!(tables.reads().is_empty());
+}
+
+#[test]
+fn a_trapped_write_of_an_entry_is_followed_at_once() {
+    let mut tables = four_tables();
+    let root = four_level(0x200);
+    tables.submit(root).unwrap();
+    tables.reads();
+    let translate = |tables: &Tables| tables.guest.vgpu.translate(root, 0x5000);
+    let whole = tables.set(0x203, 5, to(0x905));
+    tables.guest.vgpu.page_table_trapped(whole, 8).unwrap();
+    assert_eq!(tables.reads(), [whole.0]);
+    assert_eq!(translate(&tables), Some(GuestAddress(0x90_5000)));
+    assert_eq!(tables.pinned(), [(0x900, 1), (0x905, 1)]);
+
+    // Half an entry: it is gone, and read when both halves are there.
+    let half = tables.set(0x203, 5, to(0x906));
+    tables.guest.vgpu.page_table_trapped(half, 4).unwrap();
+    assert_eq!((tables.reads(), translate(&tables)), (vec![], None));
+    assert_eq!(tables.pinned(), [(0x900, 1)]);
+    tables
+        .guest
+        .vgpu
+        .page_table_trapped(GuestAddress(half.0 + 4), 4)
+        .unwrap();
+    tables.submit(root).unwrap();
+    assert_eq!(tables.reads(), [half.0]);
+    assert_eq!(translate(&tables), Some(GuestAddress(0x90_6000)));
+
+    // Where no table is.
+    let elsewhere = GuestAddress(0x30_0000);
+    tables.guest.vgpu.page_table_trapped(elsewhere, 8).unwrap();
+    assert!(tables.reads().is_empty());
+}
+
+#[test]
+fn a_trapped_entry_that_cannot_be_shadowed_is_an_error_at_once() {
+    let mut tables = four_tables();
+    let root = four_level(0x200);
+    tables.submit(root).unwrap();
+    for (table, value, errno) in [
+        (0x203, to(UNPINNABLE), libc::ENXIO),
+        (0x201, to(0x202) | PSE, libc::EINVAL),
+    ] {
+        let at = tables.set(table, 7, value);
+        let error = tables.guest.vgpu.page_table_trapped(at, 8).unwrap_err();
+        assert_eq!(error.errno(), errno);
+        assert_eq!(tables.submit(root).unwrap_err().errno(), errno);
+        let at = tables.set(table, 7, 0);
+        tables.guest.vgpu.page_table_trapped(at, 8).unwrap();
+        tables.submit(root).unwrap();
+    }
+}
+
+#[test]
+fn what_is_written_or_unmapped_before_a_workload_runs_is_followed() {
+    let mut tables = four_tables();
+    let root = four_level(0x200);
+    tables.set_root(root);
+    let context = tables.context;
+    tables.guest.submit(&[context]).unwrap();
+    tables.reads();
+    let at = tables.set(0x203, 5, to(0x905));
+    tables.guest.vgpu.page_table_trapped(at, 4).unwrap();
+    tables.guest.vgpu.release_pins(0x900 << 12, 0x1000);
+    assert!(tables.pinned().is_empty());
+    tables.guest.run(ENGINE);
+    assert_eq!(tables.reads(), [at.0]);
+    assert_eq!(tables.pinned(), [(0x900, 1), (0x905, 1)]);
+    // It does not run on pages that are gone.
+    tables.guest.submit(&[context]).unwrap();
+    tables.pins.refuse(Some(0x900));
+    tables.guest.vgpu.release_pins(0x900 << 12, 0x1000);
+    let mut hw = SimulatedEngine::new();
+    let error = tables.guest.vgpu.run_next(ENGINE, &mut hw).unwrap_err();
+    assert_eq!(error.errno(), libc::ENXIO);
 }
 
 #[test]
@@ -570,10 +646,18 @@ const INDEXES: [u64; 5] = [0, 1, 16, 17, 511];
 
 #[derive(Clone, Debug)]
 enum Step {
-    Write { table: u64, index: u64, value: u64 },
+    Write {
+        table: u64,
+        index: u64,
+        value: u64,
+        trapped: u64,
+    },
     Submit(PageTableRoot),
     Release(PageTableRoot),
-    Unmap { gfn: u64, pages: u64 },
+    Unmap {
+        gfn: u64,
+        pages: u64,
+    },
 }
 
 fn root() -> impl Strategy<Value = PageTableRoot> {
@@ -601,11 +685,13 @@ fn step() -> impl Strategy<Value = Step> {
         prop::sample::select(INDEXES.to_vec()),
         frame,
         flags,
+        prop::sample::select(vec![0, 4, 8]),
     )
-        .prop_map(|(table, index, frame, flags)| Step::Write {
+        .prop_map(|(table, index, frame, flags, trapped)| Step::Write {
             table,
             index,
             value: frame << 12 | flags,
+            trapped,
         });
     prop_oneof![
         10 => write,
@@ -656,8 +742,14 @@ proptest! {
         let mut roots: Vec<PageTableRoot> = Vec::new();
         for step in steps {
             let root = match step {
-                Step::Write { table, index, value } => {
+                Step::Write { table, index, value, trapped: 0 } => {
                     tables.write(table, index, value);
+                    continue;
+                }
+                Step::Write { table, index, value, trapped } => {
+                    let gpa = tables.set(table, index, value);
+                    // What cannot be shadowed is an error of the next submission too.
+                    let _failed = tables.guest.vgpu.page_table_trapped(gpa, trapped);
                     continue;
                 }
                 Step::Release(root) => {

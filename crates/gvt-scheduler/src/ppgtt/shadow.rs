@@ -74,8 +74,30 @@ impl<G> Ppgtt<G> {
 
     /// The guest wrote `len` bytes at `gpa`: entries of shadowed tables there are read again later.
     pub(crate) fn written(&mut self, gpa: GuestAddress, len: u64) {
+        let entries = self.entries(gpa, len);
+        self.written.extend(entries);
+    }
+
+    /// The guest wrote parts of entries: they are not present until they are read again, later.
+    pub(crate) fn drop_written(&mut self, gpa: GuestAddress, len: u64) {
+        let entries = self.entries(gpa, len);
+        for gpa in &entries {
+            let index = ((gpa & PAGE_MASK) / ENTRY_SIZE) as usize;
+            for kind in TableKind::ALL {
+                let gpa = gpa & !PAGE_MASK;
+                // What is dropped for one kind may be the table of another.
+                let old = self.replace(&TableKey { gpa, kind }, index, 0);
+                self.release(kind, old);
+            }
+        }
+        self.written.extend(entries);
+    }
+
+    /// Guest addresses of the entries of shadowed tables in `len` bytes at `gpa`.
+    fn entries(&self, gpa: GuestAddress, len: u64) -> BTreeSet<u64> {
+        let mut entries = BTreeSet::new();
         let Some(last) = len.checked_sub(1).map(|len| gpa.0.saturating_add(len)) else {
-            return;
+            return entries;
         };
         let from = TableKey {
             gpa: gpa.0 & !PAGE_MASK,
@@ -88,11 +110,13 @@ impl<G> Ppgtt<G> {
         for (key, _) in self.tables.range(from..=to) {
             let first_entry = gpa.0.max(key.gpa) & PAGE_MASK & !(ENTRY_SIZE - 1);
             let last_byte = last.min(key.gpa | PAGE_MASK) & PAGE_MASK;
-            let entries = (first_entry..=last_byte)
-                .step_by(ENTRY_SIZE as usize)
-                .map(|offset| key.gpa | offset);
-            self.written.extend(entries);
+            entries.extend(
+                (first_entry..=last_byte)
+                    .step_by(ENTRY_SIZE as usize)
+                    .map(|offset| key.gpa | offset),
+            );
         }
+        entries
     }
 
     /// Drops a root with all that only it needs.
@@ -159,7 +183,8 @@ impl<G> Ppgtt<G> {
         self.tables.insert(key, Table { users: 1, entries });
     }
 
-    /// Sets an entry for what was acquired for it, and gives back what it was.
+    /// Sets an entry for what was acquired for it, and gives back what it was; `value` if there is no such
+    /// table.
     pub(super) fn replace(&mut self, key: &TableKey, index: usize, value: u64) -> u64 {
         self.tables
             .get_mut(key)

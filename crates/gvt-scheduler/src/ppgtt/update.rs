@@ -50,6 +50,17 @@ impl<M: GuestDma, O: Observer, P: PinPages> Update<'_, '_, M, O, P> {
         }
     }
 
+    /// The guest's write of `len` bytes at `gpa` was trapped: an entry that was written whole is read again
+    /// now, one of which a part was written is not present until it is read with the next workload.
+    pub(crate) fn trapped(&mut self, gpa: GuestAddress, len: u64) -> Result<()> {
+        if len == ENTRY_SIZE && gpa.0 % ENTRY_SIZE == 0 {
+            self.shadow.written.remove(&gpa.0);
+            return self.update_entry(gpa.0);
+        }
+        self.shadow.drop_written(gpa, len);
+        Ok(())
+    }
+
     /// Reads the entries that were written; gives those that failed.
     fn read_written(&mut self) -> BTreeMap<u64, Error> {
         let mut errors = BTreeMap::new();

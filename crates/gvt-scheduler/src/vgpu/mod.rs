@@ -24,9 +24,9 @@ use crate::audit::{CommandAuditor, MiAuditor};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::ggtt::{Ggtt, HalfEntry};
-use crate::guest_dma::GuestDma;
+use crate::guest_dma::{GuestDma, Port};
 use crate::observe::Observer;
-use crate::ppgtt::{PageTableRoot, Ppgtt};
+use crate::ppgtt::{PageTableRoot, Ppgtt, Update};
 use crate::regs::{ring_register, EngineId, REGISTER_SPACE};
 use crate::vgpu::engine_state::EngineState;
 use crate::workload::Commands;
@@ -156,10 +156,37 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
 
     /// The guest has written `len` bytes at `gpa`, where page tables may be.
     ///
-    /// Entries of tables that are shadowed by now are read again when the next workload is created.
-    /// Any other write is ignored: a table is read whole when it becomes known.
+    /// Entries of tables that are shadowed by now are read again when the next workload is created or runs,
+    /// each once however often it was written. Any other write is ignored: a table is read whole when it
+    /// becomes known. [`page_table_trapped`](Self::page_table_trapped) is for a caller that traps each write.
     pub fn page_table_written(&mut self, gpa: GuestAddress, len: u64) {
         self.ppgtt.written(gpa, len);
+    }
+
+    /// The guest has written `len` bytes at `gpa`, and does not go on before this returns: what the kernel
+    /// does where page tables are write-protected.
+    ///
+    /// A whole entry (eight bytes, aligned) of a table that is shadowed is read again now, by one read. Of
+    /// any other write the entries it touches are not present until they are read with the next workload:
+    /// the guest writes the other half first. Writes elsewhere are ignored.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`page_table_written`](Self::page_table_written)'s later reads, now: the entry cannot be read
+    /// (`EFAULT`), maps a page of 1 GiB (`EINVAL`) or one that cannot be pinned (`ENXIO`), or points to more
+    /// tables than may be shadowed (`ENOMEM`). It is not present then, and an error of each workload whose root
+    /// reaches it until it is mended.
+    pub fn page_table_trapped(&mut self, gpa: GuestAddress, len: u64) -> Result<()> {
+        let mut port = Port {
+            memory: &self.memory,
+            observer: &mut self.observer,
+        };
+        let mut update = Update {
+            shadow: &mut self.ppgtt,
+            port: &mut port,
+            pins: &self.pins,
+        };
+        update.trapped(gpa, len)
     }
 
     /// Runs the workload at the head of an engine's queue to its end; `None` when there is none.

@@ -12,6 +12,7 @@ use crate::execlist::Events;
 use crate::ggtt::Ggtt;
 use crate::guest_dma::{GuestDma, Port};
 use crate::observe::{Observer, Step};
+use crate::ppgtt::Update;
 use crate::regs::{ring_register, EngineId, PAGE_MASK};
 use crate::vgpu::engine_state::EngineState;
 use crate::vgpu::{Completion, Vgpu, VgpuConfig};
@@ -63,9 +64,21 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         Ok(populated)
     }
 
-    /// Schedules the submission in, if the workload is its first; gives the number of events.
+    /// Brings the page tables up to date with what was written, and the pins with what was unmapped, since
+    /// the workload was created. Schedules the submission in, if the workload is its first; gives the
+    /// number of events.
     fn prepare(&mut self, engine: EngineId, workload: &Workload) -> Result<usize> {
         self.observer.step(workload.sequence, Step::Prepare);
+        let mut port = Port {
+            memory: &self.memory,
+            observer: &mut self.observer,
+        };
+        let mut update = Update {
+            shadow: &mut self.ppgtt,
+            port: &mut port,
+            pins: &self.pins,
+        };
+        update.run(workload.root)?;
         let Some(elements) = workload.submission else {
             return Ok(0);
         };
