@@ -5,7 +5,7 @@
 //! interrupts arrive.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ use vfio_group::IommuType;
 
 use crate::pci::{self, Bar};
 
-/// The command register in configuration space; memory and bus mastering.
+/// The command register in configuration space: memory and bus mastering, and INTx is not disabled.
 const COMMAND: u64 = 4;
-const ENABLED: u16 = 0x6;
+const MEMORY_AND_MASTER: u16 = 0x6;
 
 /// The device, given to this program.
 #[derive(Debug)]
@@ -47,8 +47,9 @@ pub struct Vfio {
 /// How interrupts arrive.
 #[derive(Debug)]
 pub enum Irq {
-    /// INTx, which uio_pci_generic turns off in the device each time.
-    Uio(File),
+    /// INTx, which uio_pci_generic turns off in the device each time. The second file is its configuration
+    /// space.
+    Uio(File, File),
     /// INTx, which vfio-pci masks each time.
     Intx(File),
     /// Messages.
@@ -63,12 +64,12 @@ impl Device {
         let folder = format!("/sys/bus/pci/devices/{name}");
         let read_write = |path: &str| File::options().read(true).write(true).open(path);
         let config = read_write(&format!("{folder}/config"))?;
-        enable(&config, 0)?;
+        command(&config, 0, MEMORY_AND_MASTER)?;
         let bar = Bar::map(&read_write(&format!("{folder}/resource0"))?, 0)?;
         guest_init::wait_for("/dev/uio0")?;
         Ok(Device {
             bar,
-            irq: Irq::Uio(read_write("/dev/uio0")?),
+            irq: Irq::Uio(read_write("/dev/uio0")?, config),
             vfio: None,
         })
     }
@@ -83,7 +84,8 @@ impl Device {
         container.set_iommu(IommuType::Type1v2).map_err(failed)?;
         let device = group.device(&given.name).map_err(failed)?;
         let device = File::from(OwnedFd::from(device));
-        enable(&device, region(&device, VFIO_PCI_CONFIG_REGION_INDEX)?)?;
+        let config = region(&device, VFIO_PCI_CONFIG_REGION_INDEX)?;
+        command(&device, config, MEMORY_AND_MASTER)?;
         let bar = Bar::map(&device, region(&device, VFIO_PCI_BAR0_REGION_INDEX)?)?;
         let irq = Irq::Intx(trigger(&device, VFIO_PCI_INTX_IRQ_INDEX)?);
         Ok(Device {
@@ -109,7 +111,7 @@ impl Device {
 
     /// Waits for an interrupt. Whether one has come.
     pub fn wait(&mut self, deadline: Duration) -> io::Result<bool> {
-        let (Irq::Uio(file) | Irq::Intx(file) | Irq::Msi(file)) = &mut self.irq;
+        let (Irq::Uio(file, _) | Irq::Intx(file) | Irq::Msi(file)) = &mut self.irq;
         let mut poll = libc::pollfd {
             fd: file.as_raw_fd(),
             events: libc::POLLIN,
@@ -124,12 +126,12 @@ impl Device {
         }
         // How many there were since.
         let mut count = [0; 8];
-        let len = if matches!(self.irq, Irq::Uio(_)) {
+        let len = if matches!(self.irq, Irq::Uio(..)) {
             4
         } else {
             8
         };
-        let (Irq::Uio(file) | Irq::Intx(file) | Irq::Msi(file)) = &mut self.irq;
+        let (Irq::Uio(file, _) | Irq::Intx(file) | Irq::Msi(file)) = &mut self.irq;
         file.read_exact(&mut count[..len])?;
         Ok(true)
     }
@@ -137,7 +139,7 @@ impl Device {
     /// Lets the next one through, once the device does not ask for this one any more.
     pub fn rearm(&mut self) -> io::Result<()> {
         match (&mut self.irq, &self.vfio) {
-            (Irq::Uio(file), _) => file.write_all(&1u32.to_ne_bytes()),
+            (Irq::Uio(_, config), _) => command(config, 0, MEMORY_AND_MASTER),
             (Irq::Intx(_), Some(vfio)) => {
                 set_irqs::<0>(&vfio.device, VFIO_PCI_INTX_IRQ_INDEX, UNMASK, 1, [])
             }
@@ -146,11 +148,9 @@ impl Device {
     }
 }
 
-fn enable(config: &File, at: u64) -> io::Result<()> {
-    let mut command = [0; 2];
-    config.read_exact_at(&mut command, at + COMMAND)?;
-    let command = u16::from_le_bytes(command) | ENABLED;
-    config.write_all_at(&command.to_le_bytes(), at + COMMAND)
+/// Writes the command register; `at` is where configuration space begins.
+fn command(config: &File, at: u64, bits: u16) -> io::Result<()> {
+    config.write_all_at(&bits.to_le_bytes(), at + COMMAND)
 }
 
 const DEVICE_GET_REGION_INFO: u32 = 8;

@@ -58,7 +58,7 @@ fn run() -> io::Result<()> {
     } else {
         with_physical_addresses(seed)?
     };
-    println!("seed {seed}, device {:?}", machine.device);
+    println!("seed {seed}, interrupts by {:?}", machine.device.irq);
     if viommu {
         submit(&mut machine, submissions / 4)?;
         println!("{} submissions by INTx", machine.submissions);
