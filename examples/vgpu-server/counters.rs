@@ -17,6 +17,8 @@ pub struct Counters {
     /// Submissions that were refused and workloads that failed.
     pub errors: Counter,
     pub maps: Counter,
+    /// Of these, those of files: all other memory is read and written by messages.
+    pub maps_of_files: Counter,
     pub unmaps: Counter,
     /// Unmaps at whose end an engine was in the middle of a workload.
     pub unmaps_in_flight: Counter,
@@ -33,6 +35,11 @@ impl Counter {
     pub fn add(&self, count: u64) {
         self.0.fetch_add(count, Ordering::Relaxed);
     }
+
+    /// For what somebody else counts.
+    pub fn set(&self, count: u64) {
+        self.0.store(count, Ordering::Relaxed);
+    }
 }
 
 impl fmt::Display for Counter {
@@ -46,7 +53,7 @@ impl fmt::Display for Counters {
         write!(
             f,
             "{} submissions, {} completions, {} errors, {} maps, {} unmaps ({} with DMA in flight), \
-             {} bytes read and {} written by DMA, {} interrupts, {} resets",
+             {} bytes read and {} written by DMA, {} interrupts, {} resets, {} maps of files",
             self.submissions,
             self.completions,
             self.errors,
@@ -57,6 +64,7 @@ impl fmt::Display for Counters {
             self.bytes_written,
             self.interrupts,
             self.resets,
+            self.maps_of_files,
         )
     }
 }

@@ -319,6 +319,8 @@ impl Backend for VgpuDevice {
         if let Err(error) = self.reset_device() {
             log::error!("a device whose client has gone: {error}");
         }
+        let of_files = self.dma.space().stats().maps;
+        self.counters.maps_of_files.set(of_files);
         log::info!("{}", self.counters);
         if let Some(stopper) = &self.once {
             stopper.stop();

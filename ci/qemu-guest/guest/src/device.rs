@@ -4,6 +4,7 @@
 //! Who gives the device to this program: uio_pci_generic where there is no IOMMU, else vfio-pci. And how its
 //! interrupts arrive.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -54,6 +55,16 @@ pub enum Irq {
     Intx(File),
     /// Messages.
     Msi(File),
+}
+
+impl fmt::Display for Irq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Irq::Uio(..) => "INTx through uio_pci_generic",
+            Irq::Intx(_) => "INTx through vfio-pci",
+            Irq::Msi(_) => "MSI through vfio-pci",
+        })
+    }
 }
 
 impl Device {

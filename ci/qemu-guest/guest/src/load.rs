@@ -23,7 +23,7 @@ use crate::memory::{self, PAGE};
 const CONTEXT: u32 = 30;
 
 /// Runs of the long batch in a workload; a workload may have 262 144 commands.
-const TIMES: usize = 150;
+const TIMES: usize = 900;
 
 /// Where the device finds pages that are mapped and unmapped beside what runs, and how many they are.
 const OTHERS: u64 = 0x8000_0000;

@@ -58,11 +58,14 @@ fn run() -> io::Result<()> {
     } else {
         with_physical_addresses(seed)?
     };
-    println!("seed {seed}, interrupts by {:?}", machine.device.irq);
+    println!("seed {seed}, interrupts by {}", machine.device.irq);
     if viommu {
         submit(&mut machine, submissions / 4)?;
-        println!("{} submissions by INTx", machine.submissions);
         machine.device.use_msi()?;
+        println!(
+            "from submission {} on interrupts by {}",
+            machine.submissions, machine.device.irq
+        );
         submit_and_unmap(&mut machine, submissions, unmaps)?;
     } else {
         submit(&mut machine, submissions)?;
