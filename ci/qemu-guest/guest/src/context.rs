@@ -299,8 +299,12 @@ impl Context {
         self.tables.map_address(memory, TARGETS, address)
     }
 
-    /// After a reset of the engine in the middle of a workload: what is left of that is forgotten.
-    pub fn forget(&mut self, memory: &mut Memory) {
+    /// After a reset of the engine in the middle of a workload: the context has to be as it was, and the rest of
+    /// its ring is forgotten.
+    pub fn forget(&mut self, memory: &mut Memory, done: bool) {
+        if done {
+            memory.adopt(self.image[1]);
+        }
         memory.write_u32(self.image[1], HEAD, self.tail as u32);
     }
 

@@ -3,7 +3,10 @@
 
 //! An engine as a driver has it: what was submitted, and how it is seen that it is done.
 
+use std::time::Instant;
+
 use crate::context::{Context, Work};
+use crate::machine::DEADLINE;
 use crate::memory::{Memory, Page};
 use crate::pci::Bar;
 
@@ -243,11 +246,12 @@ impl Engine {
     }
 
     /// Resets it in the middle of a workload, which leaves what it has written until then. The context status
-    /// buffer is empty.
-    pub fn reset(&mut self, bar: &Bar, memory: &mut Memory) {
+    /// buffer is empty. Whether the workload was done all the same.
+    pub fn reset(&mut self, bar: &Bar, memory: &mut Memory) -> bool {
         bar.write(GDRST, self.kind.reset);
         // The answer comes when the engine has come to its end.
         bar.read(GDRST);
+        let done = memory.read_u64(self.status, Self::DONE) == self.seqno;
         self.submitted.clear();
         self.last.clear();
         memory.adopt(self.status);
@@ -256,12 +260,20 @@ impl Engine {
         memory.write_u32(self.status, Self::POINTER, NOTHING_YET);
         self.pointer = NOTHING_YET;
         self.completed.0 = NOTHING_YET;
+        done
     }
 
     /// Compares the registers with what the memory is to be, while the engine does nothing.
     pub fn verify_registers(&self, bar: &Bar, memory: &mut Memory) {
         let name = self.kind.name;
         let base = self.kind.base;
+        // An interrupt of before may have woken us between the status page and the registers.
+        let deadline = Instant::now() + DEADLINE;
+        while bar.read(base + CONTEXT_STATUS_POINTER) & 0x7 != self.pointer
+            && Instant::now() < deadline
+        {
+            std::thread::yield_now();
+        }
         let status = *memory.model(self.status);
         let mut check = |what: &str, register, expected, mask| {
             let got = bar.read(base + register) & mask;

@@ -185,7 +185,7 @@ impl Unmaps {
 }
 
 /// Unmaps the page that a running batch writes, and looks that nothing comes there any more. How often the
-/// batch still ran then.
+/// batch did not come to its end.
 pub fn revoke(machine: &mut Machine, load: &mut Load, rounds: usize) -> io::Result<usize> {
     let container = machine.container()?;
     let page = memory::allocate(1, false)?;
@@ -203,7 +203,6 @@ pub fn revoke(machine: &mut Machine, load: &mut Load, rounds: usize) -> io::Resu
             }
         }
         unmap(&container, REVOKED)?;
-        met += usize::from(progress.running().is_some());
         let ours = [0xa5 ^ round as u8; PAGE];
         // SAFETY: a page of this program, of which nobody has references.
         unsafe { page.cast::<[u8; PAGE]>().write_volatile(ours) };
@@ -217,8 +216,11 @@ pub fn revoke(machine: &mut Machine, load: &mut Load, rounds: usize) -> io::Resu
             machine.memory.verified.wrong(wrong as u64, what);
         }
         // To the driver the engine hangs.
-        load.engine.reset(&machine.device.bar, &mut machine.memory);
-        load.contexts[0].forget(&mut machine.memory);
+        let memory = &mut machine.memory;
+        let done = load.engine.reset(&machine.device.bar, memory);
+        load.contexts[0].forget(memory, done);
+        memory.verify("a context that was stopped", load.contexts[0].pages());
+        met += usize::from(!done);
     }
     Ok(met)
 }

@@ -52,34 +52,17 @@ fn run() -> io::Result<()> {
     let unmaps = number("unmaps")?.unwrap_or(0);
     let seed = number("seed")?.unwrap_or(1);
     let begun = Instant::now();
-    let viommu = unmaps > 0;
-    let mut machine = if viommu {
+    let mut machine = if unmaps > 0 {
         behind_an_iommu(seed)?
     } else {
         with_physical_addresses(seed)?
     };
     println!("seed {seed}, interrupts by {}", machine.device.irq);
-    if viommu {
-        submit(&mut machine, submissions / 4)?;
-        machine.device.use_msi()?;
-        println!(
-            "from submission {} on interrupts by {}",
-            machine.submissions, machine.device.irq
-        );
-        submit_and_unmap(&mut machine, submissions, unmaps)?;
-    } else {
-        submit(&mut machine, submissions)?;
-    }
+    let done = drive(&mut machine, submissions, unmaps);
     machine.memory.verify_all();
-    if !machine.has_seen_both(&machine.render) {
-        return Err(io::Error::other("one of the two interrupts never came"));
-    }
+    let seconds = begun.elapsed().as_secs_f64();
+    println!("{} interrupts, {seconds:.1} s", machine.interrupts);
     let load = machine.load.as_ref().map_or(0, |load| load.submissions);
-    println!(
-        "{} interrupts, {:.1} s",
-        machine.interrupts,
-        begun.elapsed().as_secs_f64()
-    );
     let verified = machine.memory.verified;
     println!(
         "guest: {} submissions, {} bytes verified, {} wrong",
@@ -87,10 +70,28 @@ fn run() -> io::Result<()> {
         verified.bytes,
         verified.wrong
     );
+    done?;
+    if !machine.has_seen_both(&machine.render) {
+        return Err(io::Error::other("one of the two interrupts never came"));
+    }
     if verified.wrong > 0 {
         return Err(io::Error::other("the device did something else"));
     }
     Ok(())
+}
+
+/// All that a guest does. Unmaps are for those that have an IOMMU.
+fn drive(machine: &mut Machine, submissions: u64, unmaps: u64) -> io::Result<()> {
+    if unmaps == 0 {
+        return submit(machine, submissions);
+    }
+    submit(machine, submissions / 4)?;
+    machine.device.use_msi()?;
+    println!(
+        "from submission {} on interrupts by {}",
+        machine.submissions, machine.device.irq
+    );
+    submit_and_unmap(machine, submissions, unmaps)
 }
 
 /// A huge page, whose address the kernel tells.
