@@ -15,6 +15,7 @@
 //! | [`group`] | `vfio-group` | container, group, device, external user |
 //! | [`gvt`] | `gvt-scheduler` | GPU workloads over any guest memory |
 //! | `vfio_user` (feature `vfio-user`) | `vfio-user-dma` | a vfio-user device server and its DMA table |
+//! | `vhost` (feature `vhost-iotlb`) | `vhost-iotlb` | the device IOTLB of a vhost back end |
 //!
 //! ```
 //! use vfio_dma::group::{Container, ExternalUser, Group, IommuType};
@@ -42,3 +43,5 @@ pub use page_pin as pin;
 pub use vfio_group as group;
 #[cfg(feature = "vfio-user")]
 pub use vfio_user_dma as vfio_user;
+#[cfg(feature = "vhost-iotlb")]
+pub use vhost_iotlb as vhost;

@@ -265,8 +265,8 @@ impl Backing {
         self,
         wrap: impl FnOnce(Arc<dyn Region>) -> R,
     ) -> Self {
-        let start = self.start();
-        Backing::part(Arc::new(wrap(self.region)), start, self.len)
+        let (start, guest) = (self.start(), self.guest);
+        Backing::part(Arc::new(wrap(self.region)), start, self.len).in_guest(guest)
     }
 
     #[cfg(feature = "sigbus")]

@@ -1,0 +1,100 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Adapters in the shape of cloud-hypervisor's traits: paste `Platform` there, and take its traits for those here.
+
+use std::io;
+
+use vfio_dma::iommu::{Backing, Error, IoAddressSpace, IommuAdapter};
+use vm_memory::{iommu::MappedRange, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestMemoryRegion, Iommu, Permissions};
+
+/// `vm_device::dma_mapping::ExternalDmaMapping`: what virtio-iommu and virtio-mem tell of.
+trait ExternalDmaMapping: Send + Sync {
+    fn map(&self, iova: u64, gpa: u64, size: u64) -> io::Result<()>;
+    fn unmap(&self, iova: u64, size: u64) -> io::Result<()>;
+}
+
+/// `vm_virtio::AccessPlatform`: one guest physical address for a range, and the other way round.
+trait AccessPlatform: Send + Sync + std::fmt::Debug {
+    fn translate_gva(&self, base: u64, size: u64) -> io::Result<u64>;
+    fn translate_gpa(&self, base: u64, size: u64) -> io::Result<u64>;
+}
+
+/// An address space, and the guest memory that it maps: a `GuestMemoryAtomic` where memory is added.
+#[derive(Debug)]
+struct Platform {
+    space: IoAddressSpace,
+    memory: GuestMemoryMmap<()>,
+}
+
+impl Platform {
+    /// As `ExternalDmaMapping::map`, which says nothing of permissions, with permissions. Memory that goes on in
+    /// the next region is several mappings, all of them or none.
+    fn map_with(&self, iova: u64, gpa: u64, size: u64, prot: Permissions) -> io::Result<()> {
+        let end = gpa.checked_add(size);
+        let end = end.filter(|_| iova.checked_add(size).is_some());
+        let end = end.ok_or_else(|| os_error(Error::Overflow { iova, size }))?;
+        let (mut parts, mut at) = (Vec::new(), gpa);
+        while at < end {
+            let from = GuestAddress(at);
+            let region = self.memory.find_region(from);
+            let region = region.ok_or_else(|| os_error(Error::NoRegion(at)))?;
+            let len = (end - at).min(region.last_addr().0 - at + 1);
+            let backing = Backing::from_guest_memory(&self.memory, from, len as usize);
+            parts.push((iova + (at - gpa), backing.map_err(os_error)?, prot));
+            at += len;
+        }
+        self.space.map_batch(parts).map_err(os_error)
+    }
+}
+
+impl ExternalDmaMapping for Platform {
+    fn map(&self, iova: u64, gpa: u64, size: u64) -> io::Result<()> {
+        self.map_with(iova, gpa, size, Permissions::ReadWrite)
+    }
+
+    fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {
+        self.space.unmap(iova, size).map(drop).map_err(os_error)
+    }
+}
+
+impl AccessPlatform for Platform {
+    /// A device that takes `self.space.memory()` needs no such address, and no memory in one piece.
+    fn translate_gva(&self, base: u64, size: u64) -> io::Result<u64> {
+        let iommu = IommuAdapter::new(&self.space);
+        let found = iommu.translate(GuestAddress(base), size as usize, Permissions::Read);
+        match found.map_err(io::Error::other)?.collect::<Vec<_>>()[..] {
+            [MappedRange { base, .. }] => Ok(base.0),
+            _ => Err(io::Error::other(format!("{base:#x} is not in one place"))),
+        }
+    }
+
+    /// By a look at all mappings: for set-up, not for accesses.
+    fn translate_gpa(&self, base: u64, size: u64) -> io::Result<u64> {
+        let mut mappings = self.space.snapshot().0.mappings.into_iter();
+        let iova = mappings.find_map(|mapping| {
+            let offset = base.checked_sub(mapping.backing?.guest_address?)?;
+            let left = mapping.size.checked_sub(offset)?;
+            (size <= left).then(|| mapping.iova + offset)
+        });
+        iova.ok_or_else(|| os_error(Error::NoRegion(base)))
+    }
+}
+
+fn os_error(error: Error) -> io::Error {
+    io::Error::from_raw_os_error(error.errno())
+}
+
+fn main() -> io::Result<()> {
+    let regions = [(GuestAddress(0), 0x8000), (GuestAddress(0x8000), 0x8000)];
+    let memory = GuestMemoryMmap::from_ranges(&regions).map_err(io::Error::other)?;
+    let space = IoAddressSpace::new();
+    let platform = Platform { space, memory };
+    platform.map(0x4000_0000, 0x7000, 0x2000)?;
+    platform.map(0x4000_2000, 0x3000, 0x1000)?;
+    assert_eq!(platform.translate_gva(0x4000_0ffc, 8)?, 0x7ffc);
+    assert_eq!(platform.translate_gpa(0x3004, 8)?, 0x4000_2004);
+    println!("{}", platform.translate_gva(0x4000_1ffc, 8).unwrap_err());
+    platform.unmap(0x4000_0000, 0x3000)
+}
