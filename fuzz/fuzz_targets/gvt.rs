@@ -1,13 +1,15 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Contexts, rings, page tables and ELSP writes of a hostile guest: errors, no panic, and no access
-//! outside of guest memory (which would be a panic too: it is a plain buffer).
+//! Contexts, rings, batches, page tables and ELSP writes of a hostile guest: errors, no panic, no endless
+//! work, and no access outside of guest memory that succeeds.
 
 #![no_main]
 
 use arbitrary::Arbitrary;
-use gvt_scheduler::{EngineId, Generation, HalfEntry, SimulatedEngine, Vgpu, VgpuConfig};
+use gvt_scheduler::{
+    Access, EngineId, Generation, GmWindow, GmWindows, HalfEntry, Observer, SimulatedEngine, Vgpu, VgpuConfig,
+};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -18,6 +20,10 @@ const GGTT_ENTRIES: u32 = 64;
 enum Action {
     /// A guest write to its memory.
     Write { page: u8, offset: u16, bytes: Vec<u8> },
+    /// Commands, in a page that may be a ring or a batch.
+    Commands { page: u8, commands: Vec<Command> },
+    /// A write to a page table that is trapped.
+    Trapped { table: u8, index: u16, page: u8, flags: u8, len: u8 },
     /// A page table entry that points to a page of the guest.
     Entry { table: u8, index: u16, page: u8, flags: u8 },
     /// A ring context that can be used, at a page of the graphics memory.
@@ -32,15 +38,81 @@ enum Action {
     ReleasePins { page: u8, pages: u8 },
 }
 
+/// A command whose fields are likely to be right.
+#[derive(Arbitrary, Debug)]
+enum Command {
+    Noop,
+    UserInterrupt,
+    BatchEnd,
+    BatchStart { global: bool, second: bool, page: u8 },
+    Store { global: bool, qword: bool, page: u8, offset: u16, value: u64 },
+    Flush { global: bool, index: bool, operation: u8, page: u8, value: u64 },
+    PipeControl { flags: u32, page: u8, value: u64 },
+    Load { register: u16, value: u32 },
+    Other { header: u32, operands: [u32; 2] },
+}
+
+impl Command {
+    fn dwords(&self) -> Vec<u32> {
+        let address = |page: u8, offset: u16| (u32::from(page) % 80) << 12 | u32::from(offset) & 0xffc;
+        match *self {
+            Command::Noop => vec![0],
+            Command::UserInterrupt => vec![0x0100_0000],
+            Command::BatchEnd => vec![0x0500_0000],
+            Command::BatchStart { global, second, page } => {
+                let flags = u32::from(!global) << 8 | u32::from(second) << 22;
+                vec![0x1880_0001 | flags, address(page, 0), 0]
+            }
+            Command::Store { global, qword, page, offset, value } => {
+                let flags = u32::from(global) << 22 | u32::from(qword) << 21 | u32::from(qword);
+                let mut dwords = vec![0x1000_0002 | flags, address(page, offset), 0, value as u32];
+                dwords.extend(qword.then_some((value >> 32) as u32));
+                dwords
+            }
+            Command::Flush { global, index, operation, page, value } => {
+                let flags = u32::from(operation % 4) << 14 | u32::from(index) << 21;
+                let to = address(page, 0) | u32::from(global) << 2;
+                vec![0x1300_0003 | flags, to, 0, value as u32, (value >> 32) as u32]
+            }
+            Command::PipeControl { flags, page, value } => {
+                vec![0x7a00_0004, flags, address(page, 0), 0, value as u32, (value >> 32) as u32]
+            }
+            Command::Load { register, value } => vec![0x1100_0001, 0x2000 + u32::from(register), value],
+            Command::Other { header, operands: [first, second] } => vec![header, first, second],
+        }
+    }
+}
+
+/// Says which accesses are outside of guest memory: those must fail.
+#[derive(Default)]
+struct Outside(Option<u64>);
+
+impl Observer for Outside {
+    fn access(&mut self, access: &Access) {
+        assert!(access.len <= (PAGES * 4096) as usize || access.gpa.0 < PAGES * 4096);
+        let end = access.gpa.0.checked_add(access.len as u64);
+        if end.is_none_or(|end| end > PAGES * 4096) {
+            self.0 = Some(access.gpa.0);
+        }
+    }
+}
+
 struct Guest {
     memory: GuestMemoryMmap,
-    vgpu: Vgpu<GuestMemoryMmap>,
+    vgpu: Vgpu<GuestMemoryMmap, (), Outside>,
 }
 
 impl Guest {
     fn write(&mut self, gpa: u64, bytes: &[u8]) {
         let written = self.memory.write(bytes, GuestAddress(gpa)).unwrap_or(0);
         self.vgpu.page_table_written(GuestAddress(gpa), written as u64);
+    }
+
+    /// Graphics page by guest page.
+    fn map(&mut self) {
+        for index in 0..GGTT_ENTRIES {
+            self.vgpu.write_ggtt_entry(index, u64::from(index) << 12 | 1).unwrap();
+        }
     }
 
     fn submit(&mut self, engine: u8, dwords: [u32; 4]) {
@@ -55,24 +127,40 @@ fn engine_of(number: u8) -> EngineId {
     EngineId::ALL[usize::from(number) % EngineId::ALL.len()]
 }
 
-fuzz_target!(|input: (bool, Vec<Action>)| {
-    let (gen8, actions) = input;
+fuzz_target!(|input: ([bool; 3], Vec<Action>)| {
+    let ([gen8, audited, windows], actions) = input;
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (PAGES * 4096) as usize)]).unwrap();
     let mut config = VgpuConfig::default();
     config.ggtt_entries = GGTT_ENTRIES;
     config.generation = if gen8 { Generation::Gen8 } else { Generation::Gen9 };
+    config.windows = windows.then_some(GmWindows {
+        aperture: GmWindow { base: 0, size: 32 * 4096 },
+        hidden: GmWindow { base: 40 * 4096, size: 24 * 4096 },
+    });
     let mut guest = Guest {
-        vgpu: Vgpu::new(memory.clone(), (), (), config),
+        vgpu: Vgpu::new(memory.clone(), (), Outside::default(), config),
         memory,
     };
-    for index in 0..GGTT_ENTRIES {
-        guest.vgpu.write_ggtt_entry(index, u64::from(index) << 12 | 1).unwrap();
+    guest.map();
+    if !audited {
+        guest.vgpu.set_auditor(());
     }
     let mut hardware = SimulatedEngine::new().step_limit(4096);
     for action in actions.into_iter().take(64) {
         match action {
             Action::Write { page, offset, bytes } => {
                 guest.write(u64::from(page) % PAGES * 4096 + u64::from(offset) % 4096, &bytes);
+            }
+            Action::Commands { page, commands } => {
+                let dwords = commands.iter().flat_map(Command::dwords);
+                let bytes: Vec<u8> = dwords.flat_map(u32::to_le_bytes).collect();
+                guest.write(u64::from(page) % PAGES * 4096, &bytes);
+            }
+            Action::Trapped { table, index, page, flags, len } => {
+                let entry = u64::from(page) % PAGES << 12 | u64::from(flags);
+                let gpa = GuestAddress(u64::from(table) % PAGES * 4096 + u64::from(index) % 512 * 8);
+                guest.memory.write_obj(entry, gpa).unwrap();
+                let _refused = guest.vgpu.page_table_trapped(gpa, len.into());
             }
             Action::Entry { table, index, page, flags } => {
                 let entry = u64::from(page) % PAGES << 12 | u64::from(flags);
@@ -113,12 +201,20 @@ fuzz_target!(|input: (bool, Vec<Action>)| {
                 guest.submit(engine, [0, 0, 1, lrca << 12 | 1 << 8 | mode << 3 | 1]);
             }
             Action::Run { engine } => {
-                let _failed = guest.vgpu.run_next(engine_of(engine), &mut hardware);
+                guest.vgpu.observer_mut().0 = None;
+                let ran = guest.vgpu.run_next(engine_of(engine), &mut hardware);
+                let outside = guest.vgpu.observer().0;
+                assert!(outside.is_none() || ran.is_err(), "{outside:x?}: {ran:?}");
             }
             Action::Reset { engine } => guest.vgpu.reset_engine(engine_of(engine)),
             Action::ReleasePins { page, pages } => {
                 guest.vgpu.release_pins(u64::from(page) * 4096, u64::from(pages) * 4096);
             }
+        }
+        if guest.vgpu.failsafe().is_some() {
+            assert_eq!(guest.vgpu.shadowed_tables(), 0);
+            guest.vgpu.reset();
+            guest.map();
         }
     }
 });

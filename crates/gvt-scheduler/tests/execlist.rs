@@ -63,7 +63,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => engine.clone().prop_map(|engine| Step::Reset { engine }),
         1 => (engine, pointer.clone(), pointer, any::<[bool; 2]>()).prop_map(
             |(engine, write, read, [write_too, read_too])| {
-                let mask = u32::from(write_too) * 0x7 | u32::from(read_too) * 0x700;
+                let mask = (u32::from(write_too) * 0x7) | (u32::from(read_too) * 0x700);
                 Step::Pointers { engine, value: mask << 16 | read << 8 | write }
             }
         ),
