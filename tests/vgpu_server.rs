@@ -487,6 +487,8 @@ fn intx_is_a_level_that_stays_until_the_guest_has_handled_it() {
     // Unmasked too early it comes again, and once, as it is masked by having come.
     guest.unmask();
     assert_eq!(guest.interrupts(), 1);
+    guest.enable_interrupts(engine);
+    assert_eq!(guest.pending(), 0);
     // Disabled it does not come, though it is there.
     let command = guest.config(COMMAND);
     let disabled = (command | DISABLE).to_le_bytes();
@@ -653,6 +655,34 @@ fn pages_that_a_page_table_maps_are_let_go_when_they_are_unmapped() {
     assert_eq!(guest.stored(), 0x3333);
 }
 
+/// The engine waits for the client, and the client for the unmap.
+#[test]
+fn an_unmap_of_pinned_pages_does_not_wait_for_an_engine_that_waits_for_its_client() {
+    let server = Server::start(&[]);
+    let mut guest = Guest::without_memory(&server);
+    let (engine, lrca) = (EngineId::Bcs, 10);
+    guest.map(0, DATA, false);
+    guest.map(DATA, 1, true);
+    guest.map(DATA + 1, 1, true);
+    guest.map(DATA + 2, 2, false);
+    guest.use_eventfd(MSI);
+    let context = guest.make_batch(engine, lrca, 0x1111);
+    guest.enable_user_interrupts(engine);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    guest.acknowledge_user_interrupt(engine);
+    assert_eq!(guest.stored(), 0x1111);
+
+    guest.rewind(lrca);
+    guest.submit(engine, context);
+    while !guest.poll(20_000)[0] {}
+    let question = guest.client.receive();
+    assert_eq!(guest.unmap(DATA + 1, 1), 0);
+    guest.answer(&question);
+    guest.reset_engines();
+    assert_eq!(guest.pending(), 0);
+}
+
 #[test]
 fn memory_without_a_file_is_accessed_by_messages() {
     let server = Server::start(&["--once"]);
@@ -782,7 +812,18 @@ fn a_killed_server_is_followed_by_another_and_a_client_by_the_next() {
     server.process.wait().unwrap();
     assert!(guest.client.try_receive().is_err());
     let again = Server::start_at(server.socket.clone(), &[]);
-    drop(run(&again));
+    let guest = run(&again);
+    // A client keeps it from nothing when it is told to end.
+    let pid = again.process.id() as i32;
+    // SAFETY: takes no pointers.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    let words = again.last_words();
+    assert!(
+        words.contains("1 submissions, 1 completions, 0 errors"),
+        "{words}"
+    );
+    assert!(!server.socket.exists());
+    drop(guest);
 }
 
 #[test]

@@ -14,13 +14,17 @@ mod interrupts;
 mod pins;
 mod registers;
 
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
 
 use clap::Parser;
 use log::LevelFilter;
-use vfio_user_dma::Server;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vfio_user_dma::{Server, Stopper};
 
 use counters::Counters;
 use device::VgpuDevice;
@@ -62,8 +66,18 @@ fn main() -> ExitCode {
 
 fn serve(args: &Args, counters: &Arc<Counters>) -> Result<(), Box<dyn std::error::Error>> {
     let server = Server::bind(&args.socket)?;
+    stop_at_signals(server.stopper())?;
     let once = args.once.then(|| server.stopper());
     let mut device = VgpuDevice::new(counters.clone(), once)?;
     println!("vgpu-server: listening on {}", args.socket.display());
     Ok(server.run(&mut device)?)
+}
+
+/// Lets the server end as it should, and say what it has done.
+fn stop_at_signals(stopper: Stopper) -> io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || signals.forever().take(1).for_each(|_| stopper.stop()))?;
+    Ok(())
 }
