@@ -25,7 +25,9 @@ use crate::{Backend, IrqAction, IrqData, IrqEventfd, SetIrqs};
 /// - An error reaches the client without its errno; it is logged here instead.
 /// - Memory without a file cannot be read or written (ENOTCONN): there is no DMA_READ or DMA_WRITE.
 /// - What is unread of a message that was refused is taken for the next one.
-/// - It serves one client and returns; [`DmaTable::clear`](crate::DmaTable::clear) is the caller's to call then.
+/// - An interrupt of several (`VFIO_IRQ_SET_DATA_BOOL`) cannot be chosen (EINVAL): it does not hand the flags on.
+/// - It serves one client and returns; [`Backend::disconnected`] and [`DmaTable::clear`](crate::DmaTable::clear) are the
+///   caller's to call then.
 /// - Who the client is is not known unless the caller says so
 ///   ([`DmaTable::set_client`](crate::DmaTable::set_client)), so its private memory is not refused.
 ///

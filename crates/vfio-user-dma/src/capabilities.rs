@@ -11,6 +11,10 @@ use crate::{Error, Result};
 /// Most bytes of data in one message unless told otherwise.
 pub const MAX_DATA_XFER_SIZE: u32 = 1 << 20;
 
+/// Most mappings, and the smallest page, of an end that does not say; QEMU takes less and larger only.
+const MAX_DMA_MAPS: u32 = 65535;
+const PGSIZES: u64 = 4096;
+
 /// Most bytes of capabilities that are looked at.
 pub(crate) const TEXT_LIMIT: usize = 4096;
 
@@ -30,6 +34,10 @@ pub struct Capabilities {
     pub max_msg_fds: u32,
     /// Bytes of data in one message.
     pub max_data_xfer_size: u32,
+    /// Page sizes of maps, a bit each.
+    pub pgsizes: u64,
+    /// Mappings at a time.
+    pub max_dma_maps: u32,
     /// Page size of dirty bitmaps.
     pub migration_pgsize: u64,
 }
@@ -40,6 +48,8 @@ impl Default for Capabilities {
         Capabilities {
             max_msg_fds: 1,
             max_data_xfer_size: MAX_DATA_XFER_SIZE,
+            pgsizes: PGSIZES,
+            max_dma_maps: MAX_DMA_MAPS,
             migration_pgsize: page_size(),
         }
     }
@@ -76,21 +86,33 @@ impl Capabilities {
         if capabilities.max_data_xfer_size == 0 {
             return Err(Error::Malformed("max_data_xfer_size is 0"));
         }
+        if let Some(maps) = of.get("max_dma_maps") {
+            capabilities.max_dma_maps = number(maps)?;
+        }
+        if let Some(pgsizes) = of.get("pgsizes") {
+            let pgsizes = pgsizes.as_u64();
+            capabilities.pgsizes = pgsizes.ok_or(Error::Malformed("pgsizes is not a number"))?;
+        }
         if let Some(pgsize) = object(of.get("migration"))?.and_then(|of| of.get("pgsize")) {
             capabilities.migration_pgsize = number(pgsize)?.into();
         }
         Ok(capabilities)
     }
 
-    /// As JSON text with the NUL behind it.
+    /// As JSON text with the NUL behind it. More mappings than clients take for granted are not promised.
     pub fn to_text(&self) -> Vec<u8> {
-        let json = json!({
-            "capabilities": {
-                "max_msg_fds": self.max_msg_fds,
-                "max_data_xfer_size": self.max_data_xfer_size,
-                "migration": { "pgsize": self.migration_pgsize },
-            }
+        let mut of = json!({
+            "max_msg_fds": self.max_msg_fds,
+            "max_data_xfer_size": self.max_data_xfer_size,
+            "migration": { "pgsize": self.migration_pgsize },
         });
+        if self.max_dma_maps < MAX_DMA_MAPS {
+            of["max_dma_maps"] = json!(self.max_dma_maps);
+        }
+        if self.pgsizes != PGSIZES {
+            of["pgsizes"] = json!(self.pgsizes);
+        }
+        let json = json!({ "capabilities": of });
         let mut text = json.to_string().into_bytes();
         text.push(0);
         text

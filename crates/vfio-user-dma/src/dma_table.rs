@@ -101,6 +101,7 @@ pub struct DmaTableBuilder {
     message_deadline: Duration,
     strict_unmap: bool,
     require_seals: bool,
+    guard_files: bool,
 }
 
 impl DmaTableBuilder {
@@ -131,9 +132,18 @@ impl DmaTableBuilder {
     }
 
     /// Whether files must be sealed against shrinking (`F_SEAL_SHRINK`, as QEMU seals its memfds). A client that
-    /// shrinks a file that is not kills this process with SIGBUS at the next access.
+    /// shrinks a file that is not kills this process with SIGBUS at the next access, unless files are guarded (feature
+    /// `sigbus`).
     pub fn require_seals(mut self, require: bool) -> Self {
         self.require_seals = require;
+        self
+    }
+
+    /// Whether an access ends with an error (EFAULT) where a client has shrunk a file that is not sealed, and not
+    /// this process. It installs a handler of SIGBUS; see [`Backing::guarded`](iommu_type1::Backing::guarded).
+    #[cfg(feature = "sigbus")]
+    pub fn guard_files(mut self, guard: bool) -> Self {
+        self.guard_files = guard;
         self
     }
 
@@ -175,6 +185,7 @@ impl DmaTable {
             message_deadline: MESSAGE_DEADLINE,
             strict_unmap: false,
             require_seals: false,
+            guard_files: false,
         }
     }
 
@@ -182,6 +193,11 @@ impl DmaTable {
     /// only.
     pub fn space(&self) -> &IoAddressSpace {
         &self.0.space
+    }
+
+    /// Most mappings that there may be.
+    pub fn entry_limit(&self) -> usize {
+        self.0.config.entry_limit
     }
 
     /// How many mappings there are.
@@ -238,6 +254,7 @@ impl DmaTable {
                 let checks = Checks {
                     sealed: self.0.config.require_seals,
                     client: Some(self.0.client.load(Ordering::Relaxed)).filter(|pid| *pid > 0),
+                    guard: self.0.config.guard_files,
                 };
                 let len = usize::try_from(size).map_err(|_| Error::Range {
                     address,
@@ -324,18 +341,19 @@ impl DmaTable {
         let _turn = lock(&self.0.turn);
         let mut entries = self.entries();
         check(&entries)?;
-        let mut removed = 0;
+        let mut removed = 0_u64;
         let mut in_space = Vec::new();
-        for (start, last) in entries.overlapping(first, last) {
+        let touched: Vec<_> = entries.overlapping(first, last).collect();
+        for (start, last) in touched {
             match entries.ranges[&start].memory {
-                // All of the 64-bit space counts as one byte less, as its size has no number.
-                Memory::Client(_) => removed += (last - start).saturating_add(1),
                 Memory::File(_) => in_space.push((start, last - start + 1)),
+                Memory::Client(_) => {
+                    // All of the 64-bit space counts as one byte less, as its size has no number.
+                    removed = removed.saturating_add((last - start).saturating_add(1));
+                    entries.ranges.remove(&start);
+                }
             }
         }
-        entries.ranges.retain(|start, entry| {
-            matches!(entry.memory, Memory::File(_)) || !(first..=last).contains(start)
-        });
         self.0.messages.unmapped(first, last);
         // Nobody else changes the table during our turn; accesses may look meanwhile.
         drop(entries);

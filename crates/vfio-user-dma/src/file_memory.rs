@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Weak};
 
 use iommu_type1::Backing;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, Permissions};
+use vm_memory::{FileOffset, Permissions};
 
 use crate::sharing::{self, FileId};
 use crate::{Error, Result};
@@ -22,7 +22,7 @@ pub(crate) const FILE_LIMIT: usize = 256;
 
 /// Memory of one file. The table holds it as long as a part of it is mapped.
 #[derive(Debug)]
-pub(crate) struct FileMemory(GuestRegionMmap);
+pub(crate) struct FileMemory(Backing);
 
 #[derive(Debug, Default)]
 pub(crate) struct Files {
@@ -34,6 +34,8 @@ pub(crate) struct Files {
 pub(crate) struct Checks {
     pub(crate) sealed: bool,
     pub(crate) client: Option<i32>,
+    /// Whether an access has to survive that the file gets shorter.
+    pub(crate) guard: bool,
 }
 
 impl Files {
@@ -55,11 +57,13 @@ impl Files {
         if prot.has_write() && !writable {
             return Err(Error::FileAccess);
         }
-        let inside = |memory: &Arc<FileMemory>| Backing::from_region(&memory.0, offset, size);
+        let inside = |memory: &FileMemory| memory.part(offset, size);
         if let Some(memory) = self.known.get(&(id, writable)).and_then(Weak::upgrade) {
-            // A file that has grown since is mapped anew.
+            // A file that has grown since is mapped anew, or has its size again.
             if let Ok(backing) = inside(&memory) {
-                return Ok((memory, backing));
+                if !memory.is_bad() {
+                    return Ok((memory, backing));
+                }
             }
         }
         self.known.retain(|_, memory| memory.strong_count() > 0);
@@ -77,7 +81,12 @@ impl Files {
                 return Err(Error::PrivateMemory { pid });
             }
         }
-        let memory = Arc::new(FileMemory::new(file, metadata.len(), writable)?);
+        let memory = Arc::new(FileMemory::new(
+            file,
+            metadata.len(),
+            writable,
+            checks.guard,
+        )?);
         let backing = inside(&memory)?;
         self.known.insert((id, writable), Arc::downgrade(&memory));
         Ok((memory, backing))
@@ -85,19 +94,32 @@ impl Files {
 }
 
 impl FileMemory {
-    fn new(file: File, len: u64, writable: bool) -> Result<Self> {
+    fn new(file: File, len: u64, writable: bool, guard: bool) -> Result<Self> {
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let write = if writable { libc::PROT_WRITE } else { 0 };
-        let region = MmapRegion::build(
-            Some(FileOffset::new(file, 0)),
-            len,
-            libc::PROT_READ | write,
-            libc::MAP_NORESERVE | libc::MAP_SHARED,
-        )
-        .map_err(|source| iommu_type1::Error::Mmap { len, source })?;
-        let region = GuestRegionMmap::new(region, GuestAddress(0));
-        region
-            .map(FileMemory)
-            .ok_or(Error::Malformed("a file of 2^64 bytes"))
+        let access = match writable {
+            true => Permissions::ReadWrite,
+            false => Permissions::Read,
+        };
+        let memory = Backing::file(FileOffset::new(file, 0), len, access)?;
+        #[cfg(feature = "sigbus")]
+        if guard {
+            return Ok(FileMemory(memory.guarded()?));
+        }
+        let _ = guard;
+        Ok(FileMemory(memory))
+    }
+
+    fn part(&self, offset: u64, size: usize) -> Result<Backing> {
+        // An offset beyond the address space is beyond the file.
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        Ok(self.0.slice(offset, size)?)
+    }
+
+    /// Whether bytes were missed that the file has had.
+    fn is_bad(&self) -> bool {
+        #[cfg(feature = "sigbus")]
+        return self.0.fault_offset().is_some();
+        #[cfg(not(feature = "sigbus"))]
+        false
     }
 }

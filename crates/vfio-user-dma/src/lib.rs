@@ -49,8 +49,8 @@
 //! - An unmap is answered when nobody touches the range any more. It waits for leases and pins up to a deadline
 //!   ([`UNMAP_DEADLINE`]), and nothing else is served meanwhile: a device that holds memory must let go of it without
 //!   waiting for memory that has no file.
-//! - A client can shrink a file after it is mapped, and the next access kills this process
-//!   ([`DmaTableBuilder::require_seals`]).
+//! - A client can shrink a file after it is mapped, and the next access kills this process, unless that is refused
+//!   ([`DmaTableBuilder::require_seals`]) or survived (`DmaTableBuilder::guard_files`, with the feature `sigbus`).
 //! - Memory that the client has mapped privately (`share=off`) is refused where that can be told: its mappings must be
 //!   visible in `/proc`, and where client and server are one process, those of the server count too.
 //! - QEMU lays DMA_READ and DMA_WRITE out in a way of its own. Which way a client has is found out with one

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use iommu_type1::page_size;
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK,
     VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD,
@@ -158,7 +159,9 @@ impl<'a> Session<'a> {
         let max_data = self.max_data.min(client.max_data_xfer_size);
         self.client = Some(client);
         connection.set_limit(max_data.max(TEXT_LIMIT as u32) as usize + OVERHEAD);
-        self.backend.dma().messages().connected(max_data as usize);
+        let table = self.backend.dma();
+        table.messages().connected(max_data as usize);
+        let max_dma_maps = u32::try_from(table.entry_limit()).unwrap_or(u32::MAX);
         Ok(Reply::of(|bytes| {
             let version = wire::Version {
                 major: 0,
@@ -167,6 +170,8 @@ impl<'a> Session<'a> {
             let capabilities = Capabilities {
                 max_msg_fds: MAX_FDS as u32,
                 max_data_xfer_size: self.max_data,
+                max_dma_maps,
+                pgsizes: page_size(),
                 ..Capabilities::default()
             };
             version.encode(bytes);

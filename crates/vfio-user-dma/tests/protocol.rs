@@ -408,6 +408,38 @@ fn a_client_that_takes_no_answers_is_cut_off() {
 }
 
 #[test]
+fn a_client_that_goes_in_the_middle_of_an_answer_is_gone() {
+    for received in [0, 1, 16, 40, 200_000] {
+        let mut served = Served::new();
+        let file = memfd(1);
+        assert_eq!(served.client.map(0, PAGE, 0, Some(&file)), 0);
+        let access = wire::RegionAccess {
+            offset: 0,
+            region: 0,
+            count: 1 << 20,
+        };
+        let body = encoded(|bytes| access.encode(bytes));
+        served.client.send(command::REGION_READ, &body);
+        served.client.send(command::REGION_READ, &body);
+        let mut bytes = vec![0; received];
+        std::io::Read::read_exact(&mut served.client.stream, &mut bytes).unwrap();
+        assert_eq!(served.end().unwrap(), End::Closed, "{received}");
+    }
+}
+
+#[test]
+fn a_client_is_told_of_fewer_mappings() {
+    for (limit, told) in [(7, 7), (65535, 65535), (1 << 20, 65535)] {
+        let table = DmaTable::builder().entry_limit(limit).build().unwrap();
+        let mut served = Served::silent(table, |server| server);
+        let reply = served.client.version(Capabilities::default());
+        let capabilities = Capabilities::parse(&reply.body[wire::Version::SIZE..]).unwrap();
+        assert_eq!(capabilities.max_dma_maps, told);
+        served.end().unwrap();
+    }
+}
+
+#[test]
 fn it_stops_with_a_client() {
     let mut served = Served::new();
     served.client.assert_in_step();

@@ -44,10 +44,18 @@ proptest! {
     }
 
     #[test]
-    fn capabilities_are_read_as_written(fds: u32, size in 1..=u32::MAX, pgsize: u32) {
+    fn capabilities_are_read_as_written(
+        fds: u32,
+        size in 1..=u32::MAX,
+        pgsizes: u64,
+        maps in 0..=65535_u32,
+        pgsize: u32,
+    ) {
         let capabilities = Capabilities {
             max_msg_fds: fds,
             max_data_xfer_size: size,
+            pgsizes,
+            max_dma_maps: maps,
             migration_pgsize: pgsize.into(),
         };
         prop_assert_eq!(Capabilities::parse(&capabilities.to_text()).unwrap(), capabilities);
