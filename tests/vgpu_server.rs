@@ -827,6 +827,21 @@ fn a_killed_server_is_followed_by_another_and_a_client_by_the_next() {
 }
 
 #[test]
+fn a_guest_whose_memory_is_gone_meets_an_engine_that_hangs() {
+    let server = Server::start(&["--once"]);
+    let mut guest = Guest::new(&server);
+    let (engine, lrca, pages) = (EngineId::Rcs, 10, 22);
+    let context = guest.make_context(engine, lrca, pages);
+    guest.memory.set_len((lrca + 5) * PAGE).unwrap();
+    guest.submit(engine, context);
+    // Said when the workload is at its end, whatever that was.
+    while guest.read(engine.mmio_base() + ring_register::START) == 0 {}
+    drop(guest);
+    let words = server.last_words();
+    assert!(words.contains(" 0 completions, 1 errors"), "{words}");
+}
+
+#[test]
 fn what_is_no_register_is_refused_or_empty() {
     let server = Server::start(&[]);
     let mut guest = Guest::new(&server);
