@@ -213,10 +213,20 @@ impl Slot {
     }
 
     fn try_enter(&self) -> Option<Running<'_>> {
-        let count = self.count.load(Ordering::Relaxed);
-        if count % 2 == 1 {
-            return None;
-        }
+        self.enter_if(self.idle()?)
+    }
+
+    /// The count, if no access runs.
+    #[inline]
+    pub(crate) fn idle(&self) -> Option<Idle> {
+        // Acquire for who looks at more than the slot before they enter.
+        let count = self.count.load(Ordering::Acquire);
+        (count % 2 == 0).then_some(Idle(count))
+    }
+
+    /// Announces an access if none has been announced since.
+    #[inline]
+    pub(crate) fn enter_if(&self, Idle(count): Idle) -> Option<Running<'_>> {
         self.count
             .compare_exchange(count, count + 1, Ordering::SeqCst, Ordering::Relaxed)
             .ok()?;
@@ -259,6 +269,9 @@ fn announce(count: &AtomicU64, value: u64) {
         fence(Ordering::SeqCst);
     }
 }
+
+/// The count of a slot whose access does not run.
+pub(crate) struct Idle(u64);
 
 /// A slot that is listed until this is dropped.
 struct Listed<'a>(&'a Grace, Arc<Slot>);

@@ -9,8 +9,8 @@ use std::ops::Deref;
 
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryMmap, GuestMemoryResult, Permissions,
-    VolatileSlice,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryResult, Permissions, VolatileSlice,
 };
 
 use crate::dirty::{Dirty, DirtySlice};
@@ -142,7 +142,7 @@ impl GuestMemory for DmaMemory {
             memory: self,
             iova,
             left: count,
-            completed: 0,
+            count,
             need,
         })
     }
@@ -154,59 +154,93 @@ pub struct DmaSlices<'a> {
     memory: &'a DmaMemory,
     iova: u64,
     left: usize,
-    completed: usize,
+    /// What was asked for.
+    count: usize,
     need: Need,
 }
 
+// What `Bytes` goes through for every field of a ring. Nothing here is called by a reference to the iterator, so
+// that it need not be in memory: it is as fast as on memory that is not translated.
 impl<'a> DmaSlices<'a> {
-    /// The next slice; `left` is more than 0.
-    // Always, because a slice that is returned through memory costs more than all the rest.
+    /// The mapping of the next slice; `left` is more than 0.
     #[inline(always)]
-    fn lend(&mut self) -> GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>> {
-        let mapping = match self.memory.leases.known(self.iova, self.need) {
+    fn mapping(&mut self) -> GuestMemoryResult<&'a Mapping> {
+        let leases = &self.memory.leases;
+        let (iova, need) = (self.iova, self.need);
+        let known = leases.known(iova, need);
+        let mapping = match known.or_else(|| leases.find(iova, need)) {
             Some(mapping) => mapping,
-            None => self.look_up()?,
+            None => match self.memory.look_up(iova, need, self.left, self.count) {
+                Ok(mapping) => mapping,
+                Err(error) => {
+                    self.left = 0;
+                    return Err(error);
+                }
+            },
         };
+        match mapping.bytes_there(iova, self.left) {
+            0 => Err(self.gone()),
+            _ => Ok(mapping),
+        }
+    }
+
+    /// The slice that begins where `mapping` was found.
+    #[inline(always)]
+    fn slice(
+        &mut self,
+        mapping: &'a Mapping,
+    ) -> GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>> {
         let there = mapping.bytes_there(self.iova, self.left);
         if there == 0 {
-            return self.gone();
+            return Err(self.gone());
         }
         let slice = mapping.slice(self.iova, there);
         self.left -= slice.len();
-        self.completed += slice.len();
         // Only behind the last slice may the next address be 2^64, and it is not used then.
         self.iova = self.iova.wrapping_add(slice.len() as u64);
         Ok(slice)
     }
 
+    /// What there was is there no more.
+    #[inline(always)]
+    fn gone(&mut self) -> GuestMemoryError {
+        let completed = self.count - self.left;
+        self.left = 0;
+        fault(self.iova, completed)
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn fault(iova: u64, completed: usize) -> GuestMemoryError {
+    Error::Fault { iova, completed }.into()
+}
+
+impl DmaMemory {
+    /// The mapping, or why there is none after `count - left` bytes.
     #[cold]
     #[inline(never)]
-    fn gone(&mut self) -> GuestMemoryResult<VolatileSlice<'a, DirtySlice<'a>>> {
-        self.left = 0;
-        Err(Error::Fault {
-            iova: self.iova,
-            completed: self.completed,
-        }
-        .into())
-    }
-
-    /// As `next`, for those who see few ranges across mappings.
-    #[inline(never)]
-    fn after_the_first(&mut self) -> Option<VolatileSlice<'a, DirtySlice<'a>>> {
-        self.next()?.ok()
-    }
-
-    #[inline(never)]
-    fn look_up(&mut self) -> GuestMemoryResult<&'a Mapping> {
-        let (iova, size) = (self.iova, self.left as u64);
-        let found = match self.need {
-            Need::IMPOSSIBLE => Err(Error::Overflow { iova, size }),
-            need => self.memory.leases.look_up(iova, need),
+    fn look_up(
+        &self,
+        iova: u64,
+        need: Need,
+        left: usize,
+        count: usize,
+    ) -> GuestMemoryResult<&Mapping> {
+        let found = match need {
+            Need::IMPOSSIBLE => Err(Error::Overflow {
+                iova,
+                size: left as u64,
+            }),
+            need => self.leases.look_up(iova, need),
         };
-        found.map_err(|error| {
-            self.left = 0;
-            error.after(self.completed).into()
-        })
+        found.map_err(|error| error.after(count - left).into())
+    }
+
+    /// As [`lease`](LeaseSet::lease), for those who see few ranges across mappings.
+    #[inline(never)]
+    fn after_the_first(&self, iova: u64, need: Need) -> Option<&Mapping> {
+        self.leases.lease(iova, need).ok()
     }
 }
 
@@ -218,23 +252,23 @@ impl<'a> Iterator for DmaSlices<'a> {
         if self.left == 0 {
             return None;
         }
-        Some(self.lend())
+        match self.mapping() {
+            Ok(mapping) => Some(self.slice(mapping)),
+            Err(error) => Some(Err(error)),
+        }
     }
 }
 
 impl FusedIterator for DmaSlices<'_> {}
 
 impl<'a> GuestMemorySliceIterator<'a, DirtySlice<'a>> for DmaSlices<'a> {
-    // What `Bytes` goes through for every field of a ring: without results to be moved about it is as
-    // fast as on memory that is not translated.
     #[inline(always)]
     fn stop_on_error(
         mut self,
     ) -> GuestMemoryResult<impl Iterator<Item = VolatileSlice<'a, DirtySlice<'a>>>> {
-        let first = match self.next() {
-            Some(Ok(slice)) => Some(slice),
-            Some(Err(error)) => return Err(error),
-            None => None,
+        let first = match self.left {
+            0 => None,
+            _ => Some(self.mapping()?),
         };
         Ok(UntilError { first, rest: self })
     }
@@ -242,7 +276,8 @@ impl<'a> GuestMemorySliceIterator<'a, DirtySlice<'a>> for DmaSlices<'a> {
 
 /// The slices up to the first that cannot be lent.
 struct UntilError<'a> {
-    first: Option<VolatileSlice<'a, DirtySlice<'a>>>,
+    /// The mapping of the first, until that was given.
+    first: Option<&'a Mapping>,
     rest: DmaSlices<'a>,
 }
 
@@ -251,10 +286,20 @@ impl<'a> Iterator for UntilError<'a> {
 
     #[inline(always)]
     fn next(&mut self) -> Option<Self::Item> {
-        match self.first.take() {
-            Some(slice) => Some(slice),
-            None if self.rest.left == 0 => None,
-            None => self.rest.after_the_first(),
+        let rest = &mut self.rest;
+        if rest.left == 0 {
+            return None;
+        }
+        let mapping = match self.first.take() {
+            Some(mapping) => Some(mapping),
+            None => rest.memory.after_the_first(rest.iova, rest.need),
+        };
+        match mapping {
+            Some(mapping) => rest.slice(mapping).ok(),
+            None => {
+                rest.left = 0;
+                None
+            }
         }
     }
 }

@@ -54,12 +54,18 @@ impl IoAddressSpace {
     /// As [`read`](IoAddressSpace::read); nothing is leased then. No bytes give an empty list.
     pub fn scatter(&self, iova: u64, len: usize, access: Permissions) -> Result<ScatterList> {
         let mut segments = Vec::new();
-        let (leases, ()) = Leases::taken_by(self.view.clone(), |space, leasing| {
+        let leases = Leases::taken_by(self.view.clone(), |space, leasing| {
             let need = Need::of(access);
-            space.for_each_chunk(leasing.inside, iova, len, need, |mapping, iova, len, _| {
-                let mapping = leasing.lease(mapping);
-                segments.push(Segment { mapping, iova, len });
-            })
+            space.for_each_chunk(
+                leasing.inside(),
+                iova,
+                len,
+                need,
+                |mapping, iova, len, _| {
+                    let mapping = leasing.lease(mapping);
+                    segments.push(Segment { mapping, iova, len });
+                },
+            )
         })?;
         Ok(ScatterList {
             segments,

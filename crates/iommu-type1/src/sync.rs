@@ -24,7 +24,9 @@ pub(crate) use std::{
 };
 
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+#[cfg(not(loom))]
+use std::time::Duration;
+use std::time::Instant;
 
 #[cfg(not(loom))]
 pub(crate) fn now() -> Instant {
@@ -57,19 +59,20 @@ fn wait_timeout<'a, T>(
     woken.unwrap_or_else(PoisonError::into_inner).0
 }
 
-/// A clock that is read faster than the exact one, and as good for ages: some milliseconds coarse.
+/// A clock that is read faster than the exact one, and as good for ages: nanoseconds, some milliseconds
+/// coarse.
 #[cfg(not(loom))]
-pub(crate) fn coarse_now() -> Duration {
+pub(crate) fn coarse_nanos() -> u64 {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     // SAFETY: the structure can be written.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut now) };
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 #[cfg(loom)]
-pub(crate) fn coarse_now() -> Duration {
-    Duration::ZERO
+pub(crate) fn coarse_nanos() -> u64 {
+    0
 }

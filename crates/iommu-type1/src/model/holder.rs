@@ -115,6 +115,24 @@ fn a_place_changes_hands_during_an_unmap() {
     });
 }
 
+/// Who comes second makes a place of its own, or has that of the first when it is free again.
+#[test]
+fn two_holders_claim_a_place() {
+    bounded_by(3, || {
+        let (space, owner) = space();
+        let guard = space.memory();
+        let user = spawn(move || {
+            let _refused = guard.write_slice(&[1], GuestAddress(8));
+            let _refused = guard.write_slice(&[1], GuestAddress(8));
+        });
+        let guard = space.memory();
+        guard.write_slice(&[1], GuestAddress(8)).unwrap();
+        drop(guard);
+        unmap(&space, &owner);
+        join([user]);
+    });
+}
+
 #[test]
 fn a_pin_against_an_unmap() {
     exhaustively(|| {

@@ -1,0 +1,126 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Every place in a space, and the unmaps that wait for leases.
+
+use std::collections::BTreeSet;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use super::place::Place;
+use crate::deadline::Deadline;
+use crate::grace::{Grace, EXCHANGE_IS_BARRIER};
+use crate::mapping::Mapping;
+use crate::sync::{fence, lock, wait_until, AtomicUsize, Condvar, Mutex, Ordering};
+use crate::Holder;
+
+/// Places that holders share, one at a time; more are made when all are taken.
+pub(super) const PLACES: usize = if cfg!(loom) { 1 } else { 16 };
+
+/// Every place in a space, and those who wait.
+pub(crate) struct Ledger {
+    pub(super) shared: [Place; PLACES],
+    pub(super) further: Mutex<Vec<Arc<Place>>>,
+    /// How many unmaps wait, so that whoever returns leases need not look further when none does.
+    waiting: AtomicUsize,
+    gate: Mutex<()>,
+    returned: Condvar,
+}
+
+impl Ledger {
+    pub(crate) fn new(grace: &Grace) -> Self {
+        Ledger {
+            shared: std::array::from_fn(|_| Place::new(grace, true)),
+            further: Mutex::new(Vec::new()),
+            waiting: AtomicUsize::new(0),
+            gate: Mutex::new(()),
+            returned: Condvar::new(),
+        }
+    }
+
+    /// Waits until nobody leases any of the mappings; those that are still leased at the deadline.
+    ///
+    /// They are out of the table and a grace period has passed: no lease can be added.
+    pub(crate) fn wait_released(
+        &self,
+        mappings: &[Arc<Mapping>],
+        deadline: &Deadline,
+    ) -> Vec<Arc<Mapping>> {
+        let mut left = self.leased_of(mappings);
+        if left.is_empty() {
+            return left;
+        }
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let mut gate = lock(&self.gate);
+        // What was seen free stays free: only the rest is looked for again.
+        left = self.leased_of(&left);
+        while !left.is_empty() {
+            match wait_until(&self.returned, &self.gate, gate, deadline.instant()) {
+                Some(guard) => gate = guard,
+                None => break,
+            }
+            left = self.leased_of(&left);
+        }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        left
+    }
+
+    /// Who leases the mapping.
+    pub(crate) fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
+        let further = lock(&self.further);
+        self.places(&further)
+            .filter(|place| place.has(mapping))
+            .filter_map(|place| place.holder(mapping))
+            .collect()
+    }
+
+    /// Which of the mappings are leased. However many there are, each lease is looked for once.
+    fn leased_of(&self, mappings: &[Arc<Mapping>]) -> Vec<Arc<Mapping>> {
+        let further = lock(&self.further);
+        let mut used = self
+            .places(&further)
+            .filter(|place| place.len.load(Ordering::Acquire) > 0)
+            .peekable();
+        if used.peek().is_none() {
+            return Vec::new();
+        }
+        let mut sorted: Vec<_> = mappings
+            .iter()
+            .map(|mapping| Arc::as_ptr(mapping).addr())
+            .collect();
+        sorted.sort_unstable();
+        let mut leased = BTreeSet::new();
+        for place in used {
+            place.each(|addr| {
+                if sorted.binary_search(&addr).is_ok() {
+                    leased.insert(addr);
+                }
+            });
+        }
+        let is_leased = |mapping: &&Arc<Mapping>| leased.contains(&Arc::as_ptr(mapping).addr());
+        mappings.iter().filter(is_leased).cloned().collect()
+    }
+
+    /// Leases there are.
+    pub(crate) fn count(&self) -> usize {
+        let further = lock(&self.further);
+        self.places(&further).map(Place::count).sum()
+    }
+
+    fn places<'a>(&'a self, further: &'a [Arc<Place>]) -> impl Iterator<Item = &'a Place> {
+        self.shared.iter().chain(further.iter().map(Arc::deref))
+    }
+
+    pub(super) fn tell_those_who_wait(&self) {
+        // Between the return of the leases and the look at who waits.
+        if !EXCHANGE_IS_BARRIER {
+            fence(Ordering::SeqCst);
+        }
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            // Whoever has looked at the leases but does not sleep yet has the gate.
+            drop(lock(&self.gate));
+            self.returned.notify_all();
+        }
+    }
+}
