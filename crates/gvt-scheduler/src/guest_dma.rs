@@ -29,11 +29,43 @@ where
 {
 }
 
+/// What becomes of an access that guest memory refuses.
+///
+/// ```
+/// use gvt_scheduler::{ErrorMode, VgpuConfig};
+///
+/// let as_the_kernel = VgpuConfig { errors: ErrorMode::Kernel, ..VgpuConfig::default() };
+/// assert_eq!(VgpuConfig::default().errors, ErrorMode::Strict);
+/// # let _ = as_the_kernel;
+/// ```
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub enum ErrorMode {
+    /// It is an error of the workload (`EFAULT`).
+    #[default]
+    Strict,
+    /// It is logged and passed over, as in the kernel: what could not be read is zero, what could not be
+    /// written is lost. An entry of a page table is then not present. Addresses without translation
+    /// are errors all the same, and so is what an engine cannot reach.
+    Kernel,
+}
+
 /// Guest memory with the one who watches it.
 #[derive(Debug)]
 pub(crate) struct Port<'a, M, O> {
     pub(crate) memory: &'a M,
     pub(crate) observer: &'a mut O,
+    pub(crate) errors: ErrorMode,
+}
+
+impl<'a, M, O> Port<'a, M, O> {
+    /// A port on which every access that fails is an error.
+    pub(crate) fn strict(memory: &'a M, observer: &'a mut O) -> Self {
+        Self {
+            memory,
+            observer,
+            errors: ErrorMode::Strict,
+        }
+    }
 }
 
 impl<M: GuestDma, O: Observer> Port<'_, M, O> {
@@ -45,27 +77,34 @@ impl<M: GuestDma, O: Observer> Port<'_, M, O> {
     ) -> Result<()> {
         let len = buf.len();
         self.observe(kind, false, gpa, len);
-        self.memory
+        let read = self
+            .memory
             .read_slice(buf, gpa)
             .map_err(|source| Error::Read {
                 kind,
                 gpa: gpa.0,
                 len,
                 source: source.into(),
-            })
+            });
+        if read.is_err() && self.errors == ErrorMode::Kernel {
+            buf.fill(0);
+        }
+        self.settle(read)
     }
 
     pub(crate) fn write(&mut self, kind: AccessKind, gpa: GuestAddress, buf: &[u8]) -> Result<()> {
         let len = buf.len();
         self.observe(kind, true, gpa, len);
-        self.memory
+        let written = self
+            .memory
             .write_slice(buf, gpa)
             .map_err(|source| Error::Write {
                 kind,
                 gpa: gpa.0,
                 len,
                 source: source.into(),
-            })
+            });
+        self.settle(written)
     }
 
     pub(crate) fn read_u32(&mut self, kind: AccessKind, gpa: GuestAddress) -> Result<u32> {
@@ -78,6 +117,17 @@ impl<M: GuestDma, O: Observer> Port<'_, M, O> {
         let mut bytes = [0; 8];
         self.read(kind, gpa, &mut bytes)?;
         Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// What an access that may have failed is to its workload.
+    fn settle(&self, access: Result<()>) -> Result<()> {
+        match (self.errors, access) {
+            (ErrorMode::Kernel, Err(error)) => {
+                log::warn!("passed over: {error}");
+                Ok(())
+            }
+            (_, access) => access,
+        }
     }
 
     fn observe(&mut self, kind: AccessKind, write: bool, gpa: GuestAddress, len: usize) {

@@ -136,7 +136,7 @@ pub use engine::{
 pub use error::{Cause, EngineFault, Error, Result};
 pub use execlist::CsbEvent;
 pub use ggtt::{Ggtt, GmWindow, GmWindows, HalfEntry};
-pub use guest_dma::GuestDma;
+pub use guest_dma::{ErrorMode, GuestDma};
 pub use observe::{Access, AccessCounts, AccessKind, Counts, Observer, Step};
 pub use ppgtt::PageTableRoot;
 pub use regs::{interrupt_register, ring_context, ring_register, EngineId, Generation, PAGE_SIZE};

@@ -7,8 +7,8 @@ mod common;
 
 use common::{entry, submit, Context, FaultyEngine, Guest};
 use gvt_scheduler::{
-    ring_context, AddressingMode, ContextDescriptor, EngineId, Error, FailsafeReason,
-    SimulatedEngine, VgpuConfig,
+    ring_context, AddressingMode, ContextDescriptor, EngineId, Error, ErrorMode, FailsafeReason,
+    PageTableRoot, SimulatedEngine, VgpuConfig,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -206,6 +206,41 @@ fn a_status_page_that_is_gone() {
             ..
         }
     ));
+}
+
+#[test]
+fn the_kernel_passes_over_what_memory_refuses() {
+    let mut guest = Guest::new(VgpuConfig {
+        errors: ErrorMode::Kernel,
+        ..VgpuConfig::default()
+    });
+    let context = guest.context(RCS, LRCA, 1);
+    let root = PageTableRoot::FourLevel {
+        pml4: NOWHERE << 12,
+    };
+    guest.set_root(&context, NOWHERE << 12);
+    let page = |page: u32| GuestAddress(u64::from(LRCA + page) << 12);
+    for at in [page(8), page(10)] {
+        guest.memory.write_obj(0x55_u8, at).unwrap();
+    }
+    for page in [1, LRCA + 9] {
+        guest.vgpu.write_ggtt_entry(page, entry(NOWHERE)).unwrap();
+    }
+    let completion = guest.submit_and_run(&context);
+    // The pages around the one that is gone are copied both ways.
+    assert!(completion.written_back);
+    for at in [page(8), page(10)] {
+        assert_ne!(guest.memory.read_obj::<u8>(at).unwrap(), 0x55);
+    }
+    assert_eq!(guest.get(&context, ring_context::HEAD), common::REQUEST);
+    // The events are in the registers at least, and the tables map nothing.
+    assert_eq!((completion.events, guest.vgpu.mmio_read(0x23a0)), (2, 1));
+    assert_eq!(guest.vgpu.shadowed_tables(), 1);
+    assert_eq!(guest.vgpu.translate(root, 0), None);
+    // What has no translation is an error in the kernel too.
+    guest.vgpu.write_ggtt_entry(LRCA + 9, 0).unwrap();
+    guest.submit(&[context]).unwrap();
+    fails(&mut guest, libc::EFAULT);
 }
 
 #[test]

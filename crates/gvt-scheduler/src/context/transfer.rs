@@ -8,7 +8,7 @@ use vm_memory::GuestAddress;
 use crate::context::runs::{CopyMode, Run, Runs, FIRST_PAGE};
 use crate::error::{Error, Result};
 use crate::ggtt::Ggtt;
-use crate::guest_dma::{GuestDma, Port};
+use crate::guest_dma::{ErrorMode, GuestDma, Port};
 use crate::observe::{AccessKind, Observer};
 use crate::regs::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -63,12 +63,23 @@ pub struct ContextPages<'a> {
     ggtt: &'a Ggtt,
     lrca: u32,
     n: usize,
+    errors: ErrorMode,
 }
 
 impl<'a> ContextPages<'a> {
     /// The pages of the object of `n` pages that begins at GGTT page `lrca`.
     pub fn new(ggtt: &'a Ggtt, lrca: u32, n: usize) -> Self {
-        Self { ggtt, lrca, n }
+        Self {
+            ggtt,
+            lrca,
+            n,
+            errors: ErrorMode::Strict,
+        }
+    }
+
+    /// What becomes of accesses that guest memory refuses; [`ErrorMode::Strict`] unless it is set.
+    pub fn errors(self, errors: ErrorMode) -> Self {
+        Self { errors, ..self }
     }
 
     /// The runs in which the pages are copied.
@@ -85,7 +96,7 @@ impl<'a> ContextPages<'a> {
         observer: &mut O,
     ) -> Result<CopyStats> {
         self.check_size(pages.len())?;
-        let mut port = Port { memory, observer };
+        let mut port = self.port(memory, observer);
         self.transfer(mode, |run, at| {
             port.read(AccessKind::ContextPage, run.gpa, &mut pages[at])
         })
@@ -100,10 +111,18 @@ impl<'a> ContextPages<'a> {
         observer: &mut O,
     ) -> Result<CopyStats> {
         self.check_size(pages.len())?;
-        let mut port = Port { memory, observer };
+        let mut port = self.port(memory, observer);
         self.transfer(mode, |run, at| {
             port.write(AccessKind::ContextPage, run.gpa, &pages[at])
         })
+    }
+
+    fn port<'p, M, O>(&self, memory: &'p M, observer: &'p mut O) -> Port<'p, M, O> {
+        Port {
+            memory,
+            observer,
+            errors: self.errors,
+        }
     }
 
     pub(super) fn lrca(&self) -> u32 {

@@ -148,10 +148,8 @@ mod tests {
     }
 
     fn push(csb: &mut ContextStatusBuffer, memory: &GuestMemoryMmap, event: u64) {
-        let mut port = Port {
-            memory,
-            observer: &mut (),
-        };
+        let mut observer = ();
+        let mut port = Port::strict(memory, &mut observer);
         csb.push(event.into(), Some(PAGE), &mut port).unwrap();
     }
 
@@ -203,10 +201,8 @@ mod tests {
     fn without_a_status_page_only_the_registers_tell() {
         let memory = memory();
         let mut csb = ContextStatusBuffer::default();
-        let mut port = Port {
-            memory: &memory,
-            observer: &mut (),
-        };
+        let mut observer = ();
+        let mut port = Port::strict(&memory, &mut observer);
         csb.push(CsbEvent::new(1, 2), None, &mut port).unwrap();
         assert_eq!(csb.read(0x374), Some(2));
         assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1040)).unwrap(), 0);

@@ -5,6 +5,7 @@
 
 use crate::context::CopyMode;
 use crate::ggtt::GmWindows;
+use crate::guest_dma::ErrorMode;
 use crate::regs::Generation;
 
 /// How a vGPU is made.
@@ -24,6 +25,8 @@ pub struct VgpuConfig {
     pub copy_mode: CopyMode,
     /// Whether the pages of a context are not read again when it runs twice in a row.
     pub skip_unchanged: bool,
+    /// What becomes of accesses that guest memory refuses.
+    pub errors: ErrorMode,
     /// Entries of the GGTT, each of which maps 4 KiB.
     pub ggtt_entries: u32,
     /// The parts of the graphics memory that are the vGPU's; `None` when all of it is.
@@ -44,6 +47,7 @@ impl Default for VgpuConfig {
             generation: Generation::default(),
             copy_mode: CopyMode::default(),
             skip_unchanged: true,
+            errors: ErrorMode::default(),
             ggtt_entries: 0x10_0000,
             windows: None,
             max_queued: 64,

@@ -180,6 +180,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
+            errors: self.config.errors,
         };
         let mut update = Update {
             shadow: &mut self.ppgtt,

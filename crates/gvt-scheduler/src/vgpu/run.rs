@@ -50,6 +50,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
+            errors: self.config.errors,
         };
         if !workload.scanned {
             port.observer.step(workload.sequence, Step::Scan);
@@ -72,6 +73,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
+            errors: self.config.errors,
         };
         let mut update = Update {
             shadow: &mut self.ppgtt,
@@ -94,10 +96,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         hw: &mut dyn Engine,
     ) -> Result<Executed> {
         let status_page = self.mmio_read(engine.mmio_base() + ring_register::HWS_PGA);
-        let port = Port {
-            memory: &self.memory,
-            observer: &mut self.observer,
-        };
+        let port = Port::strict(&self.memory, &mut self.observer);
         port.observer.step(workload.sequence, Step::Execute);
         let mut memory = JobMemory {
             port,
@@ -125,6 +124,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
+            errors: self.config.errors,
         };
         port.observer.step(workload.sequence, Step::Complete);
         for (register, value) in [
@@ -169,6 +169,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
+            errors: self.config.errors,
         };
         let csb = &mut self.engines[engine as usize].csb;
         let mut told = 0;
@@ -190,7 +191,7 @@ fn image_copy<'a>(
     let pages = engine.context_pages(config.generation);
     ImageCopy {
         workload,
-        pages: ContextPages::new(ggtt, workload.descriptor.lrca(), pages),
+        pages: ContextPages::new(ggtt, workload.descriptor.lrca(), pages).errors(config.errors),
         mode: config.copy_mode,
         image,
     }

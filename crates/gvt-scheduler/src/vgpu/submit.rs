@@ -58,6 +58,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
+            errors: self.config.errors,
         };
         port.observer.step(sequence, Step::Create);
         let lrca = descriptor.lrca();
