@@ -5,13 +5,15 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::error::{Error, Result};
+use crate::context::FromLastPage;
+use crate::error::{Cause, Error, Result};
 use crate::observe::{Access, AccessKind, Observer};
 
 /// Guest memory as a vGPU uses it: anything that is `Bytes<GuestAddress>` with a proper error.
 ///
 /// It is implemented for every such type and cannot be implemented otherwise. Each access is one call
-/// of `read_slice` or `write_slice`.
+/// of `read_slice` or `write_slice`, or of their counterparts for streams where the pages lie the other
+/// way round ([`CopyMode::Scattered`](crate::CopyMode::Scattered)).
 ///
 /// ```
 /// use gvt_scheduler::GuestDma;
@@ -77,34 +79,43 @@ impl<M: GuestDma, O: Observer> Port<'_, M, O> {
     ) -> Result<()> {
         let len = buf.len();
         self.observe(kind, false, gpa, len);
-        let read = self
-            .memory
-            .read_slice(buf, gpa)
-            .map_err(|source| Error::Read {
-                kind,
-                gpa: gpa.0,
-                len,
-                source: source.into(),
-            });
-        if read.is_err() && self.errors == ErrorMode::Kernel {
-            buf.fill(0);
-        }
-        self.settle(read)
+        let read = self.memory.read_slice(buf, gpa);
+        self.settle_read(read.map_err(read_error(kind, gpa, len)), buf)
+    }
+
+    /// Reads pages that lie the other way round in guest memory.
+    pub(crate) fn read_descending(
+        &mut self,
+        kind: AccessKind,
+        gpa: GuestAddress,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let len = buf.len();
+        self.observe(kind, false, gpa, len);
+        let mut pages = FromLastPage::new(&mut *buf);
+        let read = self.memory.write_all_volatile_to(gpa, &mut pages, len);
+        self.settle_read(read.map_err(read_error(kind, gpa, len)), buf)
     }
 
     pub(crate) fn write(&mut self, kind: AccessKind, gpa: GuestAddress, buf: &[u8]) -> Result<()> {
         let len = buf.len();
         self.observe(kind, true, gpa, len);
-        let written = self
-            .memory
-            .write_slice(buf, gpa)
-            .map_err(|source| Error::Write {
-                kind,
-                gpa: gpa.0,
-                len,
-                source: source.into(),
-            });
-        self.settle(written)
+        let written = self.memory.write_slice(buf, gpa);
+        self.settle(written.map_err(write_error(kind, gpa, len)))
+    }
+
+    /// Writes pages that lie the other way round in guest memory.
+    pub(crate) fn write_descending(
+        &mut self,
+        kind: AccessKind,
+        gpa: GuestAddress,
+        buf: &[u8],
+    ) -> Result<()> {
+        let len = buf.len();
+        self.observe(kind, true, gpa, len);
+        let mut pages = FromLastPage::new(buf);
+        let written = self.memory.read_exact_volatile_from(gpa, &mut pages, len);
+        self.settle(written.map_err(write_error(kind, gpa, len)))
     }
 
     pub(crate) fn read_u32(&mut self, kind: AccessKind, gpa: GuestAddress) -> Result<u32> {
@@ -117,6 +128,13 @@ impl<M: GuestDma, O: Observer> Port<'_, M, O> {
         let mut bytes = [0; 8];
         self.read(kind, gpa, &mut bytes)?;
         Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn settle_read(&self, read: Result<()>, buf: &mut [u8]) -> Result<()> {
+        if read.is_err() && self.errors == ErrorMode::Kernel {
+            buf.fill(0);
+        }
+        self.settle(read)
     }
 
     /// What an access that may have failed is to its workload.
@@ -137,5 +155,31 @@ impl<M: GuestDma, O: Observer> Port<'_, M, O> {
             gpa,
             len,
         });
+    }
+}
+
+fn read_error<E: Into<Cause>>(
+    kind: AccessKind,
+    gpa: GuestAddress,
+    len: usize,
+) -> impl FnOnce(E) -> Error {
+    move |source| Error::Read {
+        kind,
+        gpa: gpa.0,
+        len,
+        source: source.into(),
+    }
+}
+
+fn write_error<E: Into<Cause>>(
+    kind: AccessKind,
+    gpa: GuestAddress,
+    len: usize,
+) -> impl FnOnce(E) -> Error {
+    move |source| Error::Write {
+        kind,
+        gpa: gpa.0,
+        len,
+        source: source.into(),
     }
 }

@@ -33,15 +33,30 @@ fn runs(frames: &[u64], mode: CopyMode) -> Vec<Run> {
         .unwrap()
 }
 
-/// Frames of 1 to 24 pages: each either follows the last one or is anywhere.
+/// Frames of 1 to 24 pages: each either is the neighbour of the last one, above or below, or is
+/// anywhere.
 fn frames() -> impl Strategy<Value = Vec<u64>> {
-    let page = prop_oneof![2 => Just(None), 1 => (0..FRAMES).prop_map(Some)];
+    #[derive(Clone, Copy, Debug)]
+    enum Page {
+        Above,
+        Below,
+        At(u64),
+    }
+    let page = prop_oneof![
+        3 => Just(Page::Above),
+        2 => Just(Page::Below),
+        2 => (0..FRAMES).prop_map(Page::At)
+    ];
     prop::collection::vec(page, 1..25).prop_map(|pages| {
         let mut last = 0;
         pages
             .into_iter()
             .map(|page| {
-                last = page.unwrap_or((last + 1) % FRAMES);
+                last = match page {
+                    Page::Above => (last + 1) % FRAMES,
+                    Page::Below => (last + FRAMES - 1) % FRAMES,
+                    Page::At(frame) => frame,
+                };
                 last
             })
             .collect()
@@ -85,6 +100,23 @@ proptest! {
     }
 
     #[test]
+    fn scatter_lists_add_up_to_the_pages_and_are_no_more_than_runs(frames in frames()) {
+        let runs_of = |mode| runs(&frames, mode);
+        let mut covered = Vec::new();
+        for run in runs_of(CopyMode::Scattered) {
+            prop_assert_eq!(run.first_page, 2 + covered.len());
+            let mut pages: Vec<_> = (0..run.pages as u64).map(|page| (run.gpa.0 >> 12) + page).collect();
+            if run.descending {
+                prop_assert!(run.pages > 1);
+                pages.reverse();
+            }
+            covered.extend(pages);
+        }
+        prop_assert_eq!(&covered, &frames);
+        prop_assert!(runs_of(CopyMode::Scattered).len() <= runs_of(CopyMode::Coalesced).len());
+    }
+
+    #[test]
     fn upstream_loses_exactly_a_lone_last_page(frames in frames()) {
         let mut expected = runs(&frames, CopyMode::Coalesced);
         let lone = frames.len() > 1 && frames[frames.len() - 2] + 1 != frames[frames.len() - 1];
@@ -95,7 +127,7 @@ proptest! {
     }
 
     #[test]
-    fn populate_is_the_same_page_by_page_and_in_runs(frames in frames()) {
+    fn populate_is_the_same_in_every_mode(frames in frames()) {
         let (ggtt, memory) = (ggtt(&frames), guest_memory());
         let context = pages(&ggtt, &frames);
         let mut counts = AccessCounts::default();
@@ -106,19 +138,23 @@ proptest! {
         };
         let (page_stats, by_page) = populate(CopyMode::PerPage);
         let (run_stats, by_run) = populate(CopyMode::Coalesced);
+        let (scatter_stats, scattered) = populate(CopyMode::Scattered);
         prop_assert!(by_page == by_run);
+        prop_assert!(by_page == scattered);
         for (frame, bytes) in frames.iter().zip(by_run.chunks(PAGE_SIZE)) {
             prop_assert_eq!(bytes[1], (3 + frame * 41) as u8);
         }
         prop_assert_eq!((page_stats.calls, page_stats.pages), (frames.len() as u64, frames.len() as u64));
         prop_assert_eq!(run_stats.calls, runs(&frames, CopyMode::Coalesced).len() as u64);
         prop_assert_eq!(run_stats.pages, frames.len() as u64);
-        prop_assert_eq!(counts.get(AccessKind::ContextPage).reads, page_stats.calls + run_stats.calls);
-        prop_assert_eq!(counts.total().read_bytes, 2 * by_run.len() as u64);
+        prop_assert_eq!(scatter_stats.calls, runs(&frames, CopyMode::Scattered).len() as u64);
+        let calls = page_stats.calls + run_stats.calls + scatter_stats.calls;
+        prop_assert_eq!(counts.get(AccessKind::ContextPage).reads, calls);
+        prop_assert_eq!(counts.total().read_bytes, 3 * by_run.len() as u64);
     }
 
     #[test]
-    fn write_back_is_the_same_page_by_page_and_in_runs(frames in frames(), seed: u8) {
+    fn write_back_is_the_same_in_every_mode(frames in frames(), seed: u8) {
         let ggtt = ggtt(&frames);
         let context = pages(&ggtt, &frames);
         let bytes: Vec<_> = (0..frames.len() * PAGE_SIZE)
@@ -131,6 +167,7 @@ proptest! {
         };
         let by_page = write_back(CopyMode::PerPage);
         prop_assert!(by_page == write_back(CopyMode::Coalesced));
+        prop_assert!(by_page == write_back(CopyMode::Scattered));
     }
 }
 

@@ -20,20 +20,25 @@ pub enum CopyMode {
     /// One call for each longest run of pages whose guest addresses ascend without a gap.
     #[default]
     Coalesced,
+    /// As [`Coalesced`](Self::Coalesced), and one scatter list for each longest run of pages whose guest
+    /// addresses descend without a gap.
+    Scattered,
     /// The kernel's loop, for comparison only: it never transfers the last page of a context unless
     /// that page continues a run or is the only one.
     UpstreamTail,
 }
 
-/// Pages that one call copies: adjacent and ascending in guest memory.
+/// Pages that one call copies: adjacent in guest memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Run {
     /// First page, as page of the context object.
     pub first_page: usize,
     /// Number of pages; at least 1.
     pub pages: usize,
-    /// Guest address of the first page.
+    /// Lowest guest address: of the first page, or of the last one of a descending run.
     pub gpa: GuestAddress,
+    /// Whether each page lies below the one before.
+    pub descending: bool,
 }
 
 impl Run {
@@ -42,8 +47,22 @@ impl Run {
         self.pages.saturating_mul(PAGE_SIZE)
     }
 
-    fn is_followed_by(&self, gpa: GuestAddress) -> bool {
-        self.gpa.0.checked_add(self.bytes() as u64) == Some(gpa.0)
+    /// Takes in the next page if it continues the run.
+    fn extend(&mut self, gpa: GuestAddress, mode: CopyMode) -> bool {
+        let above = self.gpa.0.checked_add(self.bytes() as u64);
+        let below = self.gpa.0.checked_sub(PAGE_SIZE as u64);
+        if !self.descending && above == Some(gpa.0) {
+            self.pages += 1;
+            return true;
+        }
+        let may_descend = mode == CopyMode::Scattered && (self.descending || self.pages == 1);
+        if may_descend && below == Some(gpa.0) {
+            self.descending = true;
+            self.gpa = gpa;
+            self.pages += 1;
+            return true;
+        }
+        false
     }
 }
 
@@ -84,13 +103,13 @@ impl<'a> Runs<'a> {
             first_page: self.next,
             pages: 1,
             gpa: self.translate_next()?,
+            descending: false,
         };
         self.next += 1;
         while self.mode != CopyMode::PerPage && self.next < self.pages.end() {
-            if !run.is_followed_by(self.translate_next()?) {
+            if !run.extend(self.translate_next()?, self.mode) {
                 break;
             }
-            run.pages += 1;
             self.next += 1;
         }
         Ok(run)
@@ -145,6 +164,7 @@ mod tests {
         for mode in [
             CopyMode::PerPage,
             CopyMode::Coalesced,
+            CopyMode::Scattered,
             CopyMode::UpstreamTail,
         ] {
             assert_eq!(runs(&[A], mode), [(2, 1, A)]);
@@ -188,6 +208,26 @@ mod tests {
         assert_eq!(
             runs(&[A + 1, A, A], CopyMode::Coalesced),
             [(2, 1, A + 1), (3, 1, A), (4, 1, A)]
+        );
+    }
+
+    #[test]
+    fn a_scatter_list_has_one_direction() {
+        let frames = [B + 2, B + 1, B, B + 1, B + 2, C, C, C - 1];
+        assert_eq!(
+            runs(&frames, CopyMode::Scattered),
+            [(2, 3, B), (5, 2, B + 1), (7, 1, C), (8, 2, C - 1)]
+        );
+        assert_eq!(
+            runs(&frames, CopyMode::Coalesced),
+            [
+                (2, 1, B + 2),
+                (3, 1, B + 1),
+                (4, 3, B),
+                (7, 1, C),
+                (8, 1, C),
+                (9, 1, C - 1)
+            ]
         );
     }
 

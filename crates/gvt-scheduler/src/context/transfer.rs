@@ -98,7 +98,11 @@ impl<'a> ContextPages<'a> {
         self.check_size(pages.len())?;
         let mut port = self.port(memory, observer);
         self.transfer(mode, |run, at| {
-            port.read(AccessKind::ContextPage, run.gpa, &mut pages[at])
+            let bytes = &mut pages[at];
+            match run.descending {
+                false => port.read(AccessKind::ContextPage, run.gpa, bytes),
+                true => port.read_descending(AccessKind::ContextPage, run.gpa, bytes),
+            }
         })
     }
 
@@ -113,7 +117,11 @@ impl<'a> ContextPages<'a> {
         self.check_size(pages.len())?;
         let mut port = self.port(memory, observer);
         self.transfer(mode, |run, at| {
-            port.write(AccessKind::ContextPage, run.gpa, &pages[at])
+            let bytes = &pages[at];
+            match run.descending {
+                false => port.write(AccessKind::ContextPage, run.gpa, bytes),
+                true => port.write_descending(AccessKind::ContextPage, run.gpa, bytes),
+            }
         })
     }
 
