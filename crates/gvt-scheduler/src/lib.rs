@@ -121,6 +121,7 @@ pub mod policy;
 mod ppgtt;
 mod regs;
 mod ring;
+pub mod trace;
 mod vgpu;
 mod workload;
 

@@ -12,6 +12,7 @@ mod slice;
 mod time_based;
 mod weight;
 
+pub(crate) use clock::nanoseconds;
 pub use clock::{Clock, MonotonicClock, VirtualClock};
 pub use error::PolicyError;
 pub use time_based::{TimeBased, VgpuId};
