@@ -9,17 +9,22 @@
 mod args;
 mod dump;
 mod progress;
+mod shares;
+mod tracing;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
 use gvt_replay::report::one_line;
-use gvt_replay::{aub, Contiguity, Model, Plan, ProfileFigures, Replay, Report, Result, Trace};
+use gvt_replay::{
+    aub, Contiguity, Model, Plan, ProfileFigures, Replay, Report, Result, SideBySide, Trace,
+};
 
 use args::{said_by, Args};
 use dump::Dump;
 use progress::Progress;
+use tracing::Tracing;
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -27,15 +32,19 @@ fn main() -> ExitCode {
         Err(error) if error.use_stderr() => return fail(&said_by(&error)),
         Err(help) => return print(&help.to_string(), ExitCode::SUCCESS),
     };
+    let vgpus = match args.vgpus() {
+        Ok(vgpus) => vgpus,
+        Err(error) => return fail(&format!("error: {error}")),
+    };
     let file = args.trace.as_ref().map(|path| path.display().to_string());
-    let report = match replay(&args, file.clone()) {
+    let report = match replay(&args, vgpus, file.clone()) {
         Ok(report) => report,
         Err(error) => {
             let error = error.in_trace(file.as_deref().unwrap_or(aub::BUNDLED));
             return fail(&format!("error: {error}"));
         }
     };
-    let status = match report.verified {
+    let status = match report.passed() {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(1),
     };
@@ -49,7 +58,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn replay(args: &Args, file: Option<String>) -> Result<Report> {
+fn replay(args: &Args, vgpus: u16, file: Option<String>) -> Result<Report> {
     args.refuse_to_overwrite_input()?;
     let trace = match &args.trace {
         Some(path) => Trace::open(path)?,
@@ -66,15 +75,18 @@ fn replay(args: &Args, file: Option<String>) -> Result<Report> {
         _ => Vec::new(),
     };
 
-    let vgpus = u64::from(args.vgpus);
-    let mode_steps = plan.submissions() * vgpus;
+    let mode_steps = plan.submissions() * u64::from(vgpus);
     let profile_steps = plan.submissions() * ProfileFigures::REPLAYS;
-    let steps = modes.len() as u64 * mode_steps + profiles.len() as u64 * profile_steps;
+    let mut steps = modes.len() as u64 * mode_steps + profiles.len() as u64 * profile_steps;
+    if !args.weights().is_empty() {
+        steps += SideBySide::STEPS;
+    }
     let progress = Progress::new(steps, args.json);
+    let mut tracing = Tracing::new(args)?;
     let replay = Replay::new(&plan, &model)
-        .vgpus(args.vgpus.into())
+        .vgpus(vgpus.into())
         .fault(fault)
-        .record_accesses(args.dump_accesses.is_some());
+        .record_accesses(args.dump_accesses.is_some() || tracing.is_wanted());
     let mut dump = args
         .dump_accesses
         .as_deref()
@@ -86,6 +98,7 @@ fn replay(args: &Args, file: Option<String>) -> Result<Report> {
         progress.begin("mode", mode.name(), index, modes.len());
         outcomes.push(replay.run(*mode, &mut |workload| {
             progress.step();
+            tracing.add(*mode, &workload)?;
             match &mut dump {
                 Some(dump) => dump.write(*mode, &workload),
                 None => Ok(()),
@@ -95,6 +108,7 @@ fn replay(args: &Args, file: Option<String>) -> Result<Report> {
     if let Some(dump) = &mut dump {
         dump.finish()?;
     }
+    let trace_check = tracing.finish()?;
     let mut figures = Vec::new();
     for (index, profile) in profiles.iter().enumerate() {
         progress.begin("profile", profile.name(), index, profiles.len());
@@ -103,7 +117,11 @@ fn replay(args: &Args, file: Option<String>) -> Result<Report> {
             Ok(())
         })?);
     }
-    Ok(Report::new(
+    let shared = match args.weights() {
+        [] => None,
+        _ => Some(shares::share(args, &profile, &plan, &progress)?),
+    };
+    let mut report = Report::new(
         file,
         trace.program(),
         &profile,
@@ -111,7 +129,14 @@ fn replay(args: &Args, file: Option<String>) -> Result<Report> {
         fault,
         outcomes,
         figures,
-    ))
+    );
+    if let Some(shared) = shared {
+        report = report.with_shares(shared);
+    }
+    if let Some(check) = trace_check {
+        report = report.with_trace_check(check);
+    }
+    Ok(report)
 }
 
 /// The bundled profiles, behind the chosen one if that is another.

@@ -32,6 +32,7 @@ const SHOWN_CHARS: usize = 24;
 pub struct Contiguity {
     name: String,
     objects: Vec<Vec<usize>>,
+    descends: bool,
 }
 
 impl Contiguity {
@@ -106,7 +107,21 @@ impl Contiguity {
         Ok(Contiguity {
             name: name.to_owned(),
             objects,
+            descends: false,
         })
+    }
+
+    /// The same runs with each page below the one before it: what an allocator gives out that takes
+    /// pages back in the order in which they came. Nobody has measured such a guest.
+    pub fn descending(mut self) -> Self {
+        self.name.push_str(", descending");
+        self.descends = true;
+        self
+    }
+
+    /// Whether the pages of a run descend.
+    pub fn descends(&self) -> bool {
+        self.descends
     }
 
     /// The name of the profile, or its file.

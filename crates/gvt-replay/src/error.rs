@@ -4,7 +4,9 @@
 //! What can be wrong with a recording, a contiguity profile or the machine that replays them.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use gvt_scheduler::trace::TraceError;
 
 use crate::contiguity::Contiguity;
 
@@ -22,6 +24,14 @@ pub enum Error {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// A file is no trace of accesses.
+    #[error("{}: {source}", path.display())]
+    AccessTrace {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: TraceError,
     },
     /// The xz or gzip stream is damaged or cut off.
     #[error("byte offset {offset} of the compressed file: it is damaged or cut off: {source}")]
@@ -269,6 +279,14 @@ impl Error {
         move |source| Error::Machine {
             action,
             source: source.into(),
+        }
+    }
+
+    /// Makes the closure that `map_err` wants where a file cannot be had.
+    pub(crate) fn file(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+        |source| Error::File {
+            path: path.to_owned(),
+            source,
         }
     }
 

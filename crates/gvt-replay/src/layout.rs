@@ -93,8 +93,13 @@ impl Placement {
             let area = areas.of_object(index);
             let mut object = object.iter();
             for run in profile.runs(index) {
-                let targets = area.take(*run as u64 + 1)?..;
-                for (page, target) in object.by_ref().take(*run).zip(targets) {
+                let first = area.take(*run as u64 + 1)?;
+                let last = first + *run as u64 - 1;
+                for (page, at) in object.by_ref().take(*run).zip(0..) {
+                    let target = match profile.descends() {
+                        false => first + at,
+                        true => last - at,
+                    };
                     pages.entry(*page).or_insert(target);
                 }
             }
@@ -210,6 +215,28 @@ mod tests {
                     }
                 }
                 assert_eq!(runs, profile.runs(index), "{name} object {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn descending_runs_are_the_same_the_other_way_round() {
+        let objects = objects(3);
+        let profile = Contiguity::parse("mine", "4,16\n20\n").unwrap();
+        let place = |profile: &Contiguity| {
+            let placement = Placement::new(&objects, [], profile).unwrap();
+            move |page: u64| placement.gpa(page * PAGE_SIZE).unwrap()
+        };
+        let (up, down) = (place(&profile), place(&profile.clone().descending()));
+        for (object, runs) in objects.iter().zip([&[4, 16][..], &[20], &[4, 16]]) {
+            let mut pages = &object[..];
+            for run in runs {
+                let (now, later) = pages.split_at(*run);
+                assert!(now
+                    .iter()
+                    .zip(now.iter().rev())
+                    .all(|(page, other)| up(*page) == down(*other)));
+                pages = later;
             }
         }
     }

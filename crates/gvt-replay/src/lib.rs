@@ -49,6 +49,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("gvt-replay keeps guest memory in memfds and is built for Linux only");
 
+pub mod access_trace;
 pub mod aub;
 pub mod contiguity;
 pub mod decompress;
@@ -58,11 +59,13 @@ pub mod inject;
 pub mod layout;
 pub mod machine;
 pub mod model;
+pub mod path;
 pub mod plan;
 pub mod profiles;
 pub mod relocate;
 pub mod replay;
 pub mod report;
+pub mod side_by_side;
 mod survey;
 pub mod timing;
 pub mod verify;
@@ -73,7 +76,9 @@ pub use error::{Error, Result};
 pub use layout::Placement;
 pub use machine::Machine;
 pub use model::Model;
+pub use path::Holds;
 pub use plan::Plan;
 pub use profiles::ProfileFigures;
 pub use replay::{Mode, Replay};
 pub use report::Report;
+pub use side_by_side::SideBySide;

@@ -10,7 +10,9 @@ use std::io;
 use std::os::fd::FromRawFd;
 use std::sync::{mpsc, Arc};
 
-use gvt_scheduler::{Completion, EngineId, Observer, SimulatedEngine, Vgpu, VgpuConfig};
+use gvt_scheduler::{
+    Completion, Engine, EngineId, Observer, SimulatedEngine, Submission, Vgpu, VgpuConfig,
+};
 use iommu_type1::{Backing, DmaHandle, IoAddressSpace};
 use page_pin::Interest;
 use vfio_group::{Container, Device, ExternalUser, Group, GroupFile, IommuType};
@@ -21,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::inject::{Fault, Faulty};
 use crate::layout::{Slot, SLOTS};
 use crate::model::Model;
+use crate::path::{Devices, Holds, Path};
 use crate::plan::{Action, EngineInfo, Event, Plan};
 use crate::verify::{verify, verify_context, Verdict};
 
@@ -77,7 +80,7 @@ impl Guest {
 /// ```
 #[derive(Debug)]
 pub struct Machine<O: Observer> {
-    vgpu: Vgpu<Faulty<DmaHandle>, ExternalUser, O>,
+    vgpu: Vgpu<Faulty<Path>, ExternalUser, O>,
     /// Ranges that are about to be unmapped, from the notice.
     unmapped: mpsc::Receiver<(u64, u64)>,
     /// The vGPU's external user owns this view of the container's mappings.
@@ -91,6 +94,19 @@ pub struct Machine<O: Observer> {
 impl<O: Observer> Machine<O> {
     /// Sets up machine number `id`, whose vGPU tells `observer` of each access to guest memory.
     pub fn new(
+        id: u32,
+        plan: &Plan,
+        config: VgpuConfig,
+        fault: Option<Fault>,
+        observer: O,
+    ) -> Result<Self> {
+        Machine::holding(Holds::default(), id, plan, config, fault, observer)
+    }
+
+    /// The same, with a device model that holds something else than a handle of its group's external
+    /// user.
+    pub fn holding(
+        holds: Holds,
         id: u32,
         plan: &Plan,
         config: VgpuConfig,
@@ -136,7 +152,12 @@ impl<O: Observer> Machine<O> {
         user.register_notifier(&name, Interest::Holder, Arc::new(notice))
             .map_err(Error::machine("register for unmap notices"))?;
         let space = user.address_space().clone();
-        let memory = Faulty::new(space.handle(), plan, fault);
+        let devices = Devices::default();
+        if let Ok(mut devices) = devices.write() {
+            devices.insert(id, device.clone());
+        }
+        let path = Path::new(holds, &guest.memory, &devices, id, &user);
+        let memory = Faulty::new(path, plan, fault);
         Ok(Machine {
             vgpu: Vgpu::new(memory, user, observer, config),
             unmapped,
@@ -179,9 +200,49 @@ impl<O: Observer> Machine<O> {
                     });
                 }
             }
-            Action::Submit { engine, dwords } => return self.submit(offset, engine, dwords),
+            Action::Submit { engine, dwords } => {
+                self.submit(offset, engine, dwords)?;
+                return self.run_all(offset, engine);
+            }
         }
         Ok(None)
+    }
+
+    /// The guest submits one context, which is queued.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] at `offset`.
+    pub fn submit(
+        &mut self,
+        offset: u64,
+        engine: &EngineInfo,
+        dwords: &[u32; 4],
+    ) -> Result<Option<Submission>> {
+        let port = engine.base + ELSP;
+        let mut submission = None;
+        for dword in dwords {
+            submission = self
+                .vgpu
+                .mmio_write(port, *dword)
+                .map_err(Error::refused(offset))?;
+        }
+        Ok(submission)
+    }
+
+    /// Runs the workload at the head of an engine's queue to its end; `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] at `offset`.
+    pub fn run_next(
+        &mut self,
+        offset: u64,
+        engine: EngineId,
+        hw: &mut dyn Engine,
+    ) -> Result<Option<Completion>> {
+        let completion = self.vgpu.run_next(engine, hw);
+        completion.map_err(Error::refused(offset))
     }
 
     /// Lets go of the pages that the VMM is unmapping.
@@ -196,7 +257,7 @@ impl<O: Observer> Machine<O> {
     }
 
     /// A CPU of the guest writes memory. There is no page-track in user space, so the vGPU is told.
-    fn guest_write(&mut self, gpa: u64, data: &[u8]) -> Result<()> {
+    pub fn guest_write(&mut self, gpa: u64, data: &[u8]) -> Result<()> {
         let gpa = GuestAddress(gpa);
         self.guest
             .memory
@@ -206,24 +267,11 @@ impl<O: Observer> Machine<O> {
         Ok(())
     }
 
-    fn submit(
-        &mut self,
-        offset: u64,
-        engine: &EngineInfo,
-        dwords: &[u32; 4],
-    ) -> Result<Option<Completion>> {
-        let port = engine.base + ELSP;
-        for dword in dwords {
-            self.vgpu
-                .mmio_write(port, *dword)
-                .map_err(Error::refused(offset))?;
-        }
+    fn run_all(&mut self, offset: u64, engine: &EngineInfo) -> Result<Option<Completion>> {
         let mut last = None;
-        if let Some((engine, _)) = EngineId::from_mmio(port) {
-            while let Some(completion) = self
-                .vgpu
-                .run_next(engine, &mut SimulatedEngine::without_commands())
-                .map_err(Error::refused(offset))?
+        if let Some((engine, _)) = EngineId::from_mmio(engine.base) {
+            while let Some(completion) =
+                self.run_next(offset, engine, &mut SimulatedEngine::without_commands())?
             {
                 last = Some(completion);
             }
@@ -253,7 +301,7 @@ impl<O: Observer> Machine<O> {
     }
 
     /// The vGPU.
-    pub fn vgpu(&self) -> &Vgpu<Faulty<DmaHandle>, ExternalUser, O> {
+    pub fn vgpu(&self) -> &Vgpu<Faulty<Path>, ExternalUser, O> {
         &self.vgpu
     }
 

@@ -83,20 +83,6 @@ impl Path {
             Holds::Handle => Way::Handle(user.handle()),
         })
     }
-
-    /// Does `op` with a handle; who has none takes one.
-    fn by_handle<T>(
-        &self,
-        slots: impl FnOnce(&GuestMemoryMmap) -> std::result::Result<T, GuestMemoryError>,
-        op: impl FnOnce(&DmaHandle) -> iommu_type1::Result<T>,
-    ) -> Result<T> {
-        Ok(match &self.0 {
-            Way::Slots(memory) => slots(memory)?,
-            Way::LookUp(devices, id) => op(&look_up(devices, *id)?.handle())?,
-            Way::User(user) => op(&user.handle())?,
-            Way::Handle(handle) => op(handle)?,
-        })
-    }
 }
 
 #[inline(never)]
@@ -111,9 +97,28 @@ fn look_up(devices: &Devices, id: u32) -> vfio_group::Result<ExternalUser> {
     }
 }
 
+/// An access to what is at the end of the way; who holds no handle takes one for it.
+macro_rules! access {
+    ($path:expr, $memory:ident => $access:expr) => {
+        Ok(match &$path.0 {
+            Way::Slots($memory) => $access?,
+            Way::LookUp(devices, id) => {
+                let $memory = &look_up(devices, *id)?.handle();
+                $access?
+            }
+            Way::User(user) => {
+                let $memory = &user.handle();
+                $access?
+            }
+            Way::Handle($memory) => $access?,
+        })
+    };
+}
+
 impl Bytes<GuestAddress> for Path {
     type E = PathError;
 
+    // The two that a vGPU uses for nearly everything: a user reads and writes without a handle.
     #[inline]
     fn read_slice(&self, buf: &mut [u8], addr: GuestAddress) -> Result<()> {
         match &self.0 {
@@ -137,19 +142,11 @@ impl Bytes<GuestAddress> for Path {
     }
 
     fn write(&self, buf: &[u8], addr: GuestAddress) -> Result<usize> {
-        self.by_handle(
-            |memory| memory.write(buf, addr),
-            |handle| Bytes::write(handle, buf, addr),
-        )
+        access!(self, memory => Bytes::write(memory, buf, addr))
     }
 
     fn read(&self, buf: &mut [u8], addr: GuestAddress) -> Result<usize> {
-        // Only one of the two is called.
-        let buf = std::cell::RefCell::new(buf);
-        self.by_handle(
-            |memory| memory.read(&mut buf.borrow_mut(), addr),
-            |handle| Bytes::read(handle, &mut buf.borrow_mut(), addr),
-        )
+        access!(self, memory => Bytes::read(memory, buf, addr))
     }
 
     fn read_volatile_from<F: ReadVolatile>(
@@ -158,11 +155,7 @@ impl Bytes<GuestAddress> for Path {
         src: &mut F,
         count: usize,
     ) -> Result<usize> {
-        let src = std::cell::RefCell::new(src);
-        self.by_handle(
-            |memory| memory.read_volatile_from(addr, *src.borrow_mut(), count),
-            |handle| handle.read_volatile_from(addr, *src.borrow_mut(), count),
-        )
+        access!(self, memory => memory.read_volatile_from(addr, src, count))
     }
 
     fn read_exact_volatile_from<F: ReadVolatile>(
@@ -171,11 +164,7 @@ impl Bytes<GuestAddress> for Path {
         src: &mut F,
         count: usize,
     ) -> Result<()> {
-        let src = std::cell::RefCell::new(src);
-        self.by_handle(
-            |memory| memory.read_exact_volatile_from(addr, *src.borrow_mut(), count),
-            |handle| handle.read_exact_volatile_from(addr, *src.borrow_mut(), count),
-        )
+        access!(self, memory => memory.read_exact_volatile_from(addr, src, count))
     }
 
     fn write_volatile_to<F: WriteVolatile>(
@@ -184,11 +173,7 @@ impl Bytes<GuestAddress> for Path {
         dst: &mut F,
         count: usize,
     ) -> Result<usize> {
-        let dst = std::cell::RefCell::new(dst);
-        self.by_handle(
-            |memory| memory.write_volatile_to(addr, *dst.borrow_mut(), count),
-            |handle| handle.write_volatile_to(addr, *dst.borrow_mut(), count),
-        )
+        access!(self, memory => memory.write_volatile_to(addr, dst, count))
     }
 
     fn write_all_volatile_to<F: WriteVolatile>(
@@ -197,24 +182,14 @@ impl Bytes<GuestAddress> for Path {
         dst: &mut F,
         count: usize,
     ) -> Result<()> {
-        let dst = std::cell::RefCell::new(dst);
-        self.by_handle(
-            |memory| memory.write_all_volatile_to(addr, *dst.borrow_mut(), count),
-            |handle| handle.write_all_volatile_to(addr, *dst.borrow_mut(), count),
-        )
+        access!(self, memory => memory.write_all_volatile_to(addr, dst, count))
     }
 
     fn store<T: AtomicAccess>(&self, val: T, addr: GuestAddress, order: Ordering) -> Result<()> {
-        self.by_handle(
-            |memory| memory.store(val, addr, order),
-            |handle| handle.store(val, addr, order),
-        )
+        access!(self, memory => memory.store(val, addr, order))
     }
 
     fn load<T: AtomicAccess>(&self, addr: GuestAddress, order: Ordering) -> Result<T> {
-        self.by_handle(
-            |memory| memory.load(addr, order),
-            |handle| handle.load(addr, order),
-        )
+        access!(self, memory => memory.load(addr, order))
     }
 }

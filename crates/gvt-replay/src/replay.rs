@@ -5,15 +5,19 @@
 
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
+use std::sync::Arc;
 
-use gvt_scheduler::{Access, AccessCounts, AccessKind, CopyMode, Observer, VgpuConfig};
+use gvt_scheduler::policy::VirtualClock;
+use gvt_scheduler::trace::{Recorder, TracedAccess};
+use gvt_scheduler::{Access, AccessCounts, AccessKind, CopyMode, Observer, Step, VgpuConfig};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::inject::Fault;
 use crate::machine::Machine;
 use crate::model::Model;
-use crate::plan::{Event, Plan};
+use crate::plan::{Action, Event, Plan};
+use crate::side_by_side::workload_time;
 use crate::verify::Verdict;
 
 /// How the pages of a context are copied.
@@ -43,7 +47,7 @@ impl Mode {
         }
     }
 
-    fn config(self) -> VgpuConfig {
+    pub(crate) fn config(self) -> VgpuConfig {
         VgpuConfig {
             copy_mode: match self {
                 Mode::Page => CopyMode::PerPage,
@@ -87,6 +91,9 @@ pub struct Workload {
     pub submission: u64,
     /// The accesses since the workload before, if they are recorded.
     pub accesses: Vec<Access>,
+    /// The same with their steps and times, on a clock on which a workload takes
+    /// [`workload_time`].
+    pub traced: Vec<TracedAccess>,
 }
 
 /// What a replay gives.
@@ -204,10 +211,12 @@ impl<'a> Replay<'a> {
         if self.fault.is_some() && !self.plan.copies_context_pages() {
             return Err(Error::NothingToInject);
         }
+        let clock = Arc::new(VirtualClock::default());
         let mut guests = (0..self.vgpus)
             .map(|id| {
+                let recorder = || Recorder::new(id as u16, clock.clone());
                 let tally = Tally {
-                    record: self.record,
+                    recorder: self.record.then(recorder),
                     ..Tally::default()
                 };
                 let machine = Machine::new(id as u32, self.plan, mode.config(), self.fault, tally)?;
@@ -236,10 +245,13 @@ impl<'a> Replay<'a> {
                         .machine
                         .verify_context(&model, self.plan, &pages, submission)?,
                 );
+                clock.advance(workload_time(written(turn)));
+                let (accesses, traced) = guest.machine.observer_mut().take()?;
                 watch(Workload {
                     vgpu,
                     submission,
-                    accesses: std::mem::take(&mut guest.machine.observer_mut().accesses),
+                    accesses,
+                    traced,
                 })?;
             }
         }
@@ -273,6 +285,15 @@ impl Guest {
     }
 }
 
+/// Bytes of memory that a guest writes.
+fn written(events: &[Event]) -> u64 {
+    let bytes = events.iter().map(|event| match &event.action {
+        Action::Write { data, .. } => data.len() as u64,
+        _ => 0,
+    });
+    bytes.sum()
+}
+
 fn add(sums: &mut BTreeMap<&'static str, Count>, counts: &AccessCounts) {
     for kind in AccessKind::ALL {
         let count = counts.get(kind);
@@ -289,15 +310,36 @@ fn add(sums: &mut BTreeMap<&'static str, Count>, counts: &AccessCounts) {
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     counts: AccessCounts,
-    record: bool,
+    recorder: Option<Recorder<Arc<VirtualClock>>>,
     accesses: Vec<Access>,
+}
+
+impl Tally {
+    /// The accesses since the last call, if they are kept.
+    fn take(&mut self) -> Result<(Vec<Access>, Vec<TracedAccess>)> {
+        let traced = match &mut self.recorder {
+            Some(recorder) => {
+                let trace = recorder.take().map_err(Error::machine("record accesses"))?;
+                trace.accesses().to_vec()
+            }
+            None => Vec::new(),
+        };
+        Ok((std::mem::take(&mut self.accesses), traced))
+    }
 }
 
 impl Observer for Tally {
     fn access(&mut self, access: &Access) {
         self.counts.access(access);
-        if self.record {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.access(access);
             self.accesses.push(*access);
+        }
+    }
+
+    fn step(&mut self, sequence: u64, step: Step) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.step(sequence, step);
         }
     }
 }

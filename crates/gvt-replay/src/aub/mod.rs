@@ -114,6 +114,26 @@ impl Trace {
         Self::from_bytes(include_bytes!("../../data/glmark2-skl.aub.xz"))
     }
 
+    /// Every recording that is bundled, by its name, glmark2 first.
+    pub fn all_bundled() -> Result<Vec<(&'static str, Self)>> {
+        let stored: [(&str, &[u8]); 3] = [
+            (BUNDLED, include_bytes!("../../data/glmark2-skl.aub.xz")),
+            (
+                "ncnn-vulkan-skl.aub.xz",
+                include_bytes!("../../data/ncnn-vulkan-skl.aub.xz"),
+            ),
+            (
+                "h264-vcs-skl.aub.xz",
+                include_bytes!("../../data/h264-vcs-skl.aub.xz"),
+            ),
+        ];
+        let parsed = stored.into_iter().map(|(name, stored)| {
+            let trace = Self::from_bytes(stored).map_err(|error| error.in_trace(name))?;
+            Ok((name, trace))
+        });
+        parsed.collect()
+    }
+
     /// Reads a trace file: plain, xz or gzip.
     pub fn open(path: &Path) -> Result<Self> {
         let file = |source| Error::File {

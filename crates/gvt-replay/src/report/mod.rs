@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use gvt_scheduler::AccessKind;
 use serde::Serialize;
 
+use crate::access_trace::TraceCheck;
 use crate::aub::BUNDLED;
 use crate::contiguity::Contiguity;
 use crate::expected;
@@ -17,7 +18,8 @@ use crate::inject::Fault;
 use crate::plan::Plan;
 use crate::profiles::ProfileFigures;
 use crate::replay::{Count, Outcome};
-use crate::verify::Difference;
+use crate::side_by_side::{Share, SideBySide};
+use crate::verify::{Difference, Verdict};
 
 pub use text::one_line;
 
@@ -80,6 +82,12 @@ pub struct Report {
     pub differences: BTreeMap<&'static str, Vec<VgpuDifference>>,
     /// What each contiguity profile makes of the copies of context pages.
     pub contiguity: Vec<ProfileFigures>,
+    /// What each vGPU had of a GPU that they shared by weights; none where they did not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<Share>,
+    /// Whether the accesses are those of a trace, where there is one to compare them with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_check: Option<TraceCheck>,
     #[serde(skip)]
     outcomes: Vec<Outcome>,
     #[serde(skip)]
@@ -120,15 +128,44 @@ impl Report {
             expected: known.then(|| expected_accesses(&outcomes, vgpus as u64)),
             differences: outcomes
                 .iter()
-                .map(|outcome| (outcome.mode.name(), differences(outcome)))
+                .map(|outcome| (outcome.mode.name(), differences(&outcome.verdicts)))
                 .collect(),
             contiguity,
+            shares: Vec::new(),
+            trace_check: None,
             outcomes,
             copies_context_pages: plan.copies_context_pages(),
             modelled_rings: plan.modelled_rings(),
         }
     }
 }
+
+impl Report {
+    /// Adds what came of vGPUs that shared a GPU.
+    pub fn with_shares(mut self, shared: SideBySide) -> Self {
+        self.verified &= shared.verified();
+        let found = differences(&shared.verdicts);
+        self.differences.insert(SIDE_BY_SIDE, found);
+        self.shares = shared.shares;
+        self
+    }
+
+    /// Adds how the accesses compare with a trace.
+    pub fn with_trace_check(mut self, check: TraceCheck) -> Self {
+        self.trace_check = Some(check);
+        self
+    }
+
+    /// Whether guest memory is what it must be, every vGPU got its share, and the accesses are those
+    /// of the trace they are compared with.
+    pub fn passed(&self) -> bool {
+        let accesses = self.trace_check.as_ref().is_none_or(|check| check.same);
+        self.verified && accesses && self.shares.iter().all(|share| share.fair)
+    }
+}
+
+/// What stands for a mode in [`Report::differences`] where vGPUs shared a GPU.
+const SIDE_BY_SIDE: &str = "side-by-side";
 
 fn expected_accesses(outcomes: &[Outcome], vgpus: u64) -> Accesses {
     let modes = outcomes.iter().map(|outcome| {
@@ -147,8 +184,8 @@ fn expected_accesses(outcomes: &[Outcome], vgpus: u64) -> Accesses {
     modes.collect()
 }
 
-fn differences(outcome: &Outcome) -> Vec<VgpuDifference> {
-    let vgpus = outcome.verdicts.iter().enumerate();
+fn differences(verdicts: &[Verdict]) -> Vec<VgpuDifference> {
+    let vgpus = verdicts.iter().enumerate();
     vgpus
         .flat_map(|(vgpu, verdict)| {
             let first = verdict.first.iter().cloned();

@@ -7,9 +7,11 @@ use std::fmt;
 
 use gvt_scheduler::AccessKind;
 
-use super::{Report, VgpuDifference};
+use super::{Report, VgpuDifference, SIDE_BY_SIDE};
+use crate::access_trace::TraceCheck;
 use crate::relocate::REQUEST_BYTES;
 use crate::replay::{Count, Outcome};
+use crate::side_by_side::{MEASURED, TOLERANCE};
 use crate::timing::{Comparison, CopyTime, NOISY_SPREAD, ROUNDS};
 
 impl fmt::Display for Report {
@@ -30,6 +32,9 @@ impl fmt::Display for Report {
             counted(self.vgpus as u64, "vGPU"),
             one_line(&self.profile)
         )?;
+        if !self.shares.is_empty() {
+            self.write_shares(f)?;
+        }
         for outcome in &self.outcomes {
             self.write_accesses(f, outcome)?;
         }
@@ -68,6 +73,11 @@ impl Report {
                 writeln!(f, "    vGPU {vgpu}, {difference}")?;
             }
         }
+        for VgpuDifference { vgpu, difference } in
+            self.differences.get(SIDE_BY_SIDE).into_iter().flatten()
+        {
+            writeln!(f, "  side by side: vGPU {vgpu}, {difference}")?;
+        }
         for figures in self
             .contiguity
             .iter()
@@ -77,6 +87,34 @@ impl Report {
                 f,
                 "  profile {}: guest memory differs from the model",
                 one_line(&figures.profile)
+            )?;
+        }
+        if let Some(check) = &self.trace_check {
+            write_trace_check(f, check)?;
+        }
+        Ok(())
+    }
+
+    fn write_shares(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\nside by side on one GPU, for {:.0} s of virtual time; a share may be {:.0} % off\n  \
+             vGPU weight  workloads  share  expected        longest wait  recording",
+            MEASURED.as_secs_f64(),
+            TOLERANCE * 100.0
+        )?;
+        for share in &self.shares {
+            writeln!(
+                f,
+                "  {:>4} {:>6} {:>10} {:>6.3} {:>9.3}   {:<4} {:>9.1} ms  {}",
+                share.vgpu,
+                share.weight,
+                share.workloads,
+                share.share,
+                share.expected,
+                if share.fair { "fair" } else { "NOT" },
+                share.longest_wait_ns as f64 / 1e6,
+                one_line(&share.recording)
             )?;
         }
         Ok(())
@@ -229,6 +267,20 @@ fn columns(count: Count) -> [u64; 4] {
         count.writes,
         count.written_bytes,
     ]
+}
+
+fn write_trace_check(f: &mut fmt::Formatter<'_>, check: &TraceCheck) -> fmt::Result {
+    let Some(difference) = &check.first_difference else {
+        return writeln!(f, "  trace: {} accesses, the same", check.accesses);
+    };
+    let shown = |access: &Option<String>| access.clone().unwrap_or_else(|| "nothing".into());
+    writeln!(
+        f,
+        "  trace: access {} is NOT the same: expected {}, made {}",
+        difference.access,
+        shown(&difference.expected),
+        shown(&difference.made)
+    )
 }
 
 fn write_columns<T: fmt::Display>(f: &mut fmt::Formatter<'_>, columns: [T; 4]) -> fmt::Result {
