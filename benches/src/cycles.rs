@@ -3,6 +3,8 @@
 
 //! The clock: time stamp counter cycles on x86-64, nanoseconds elsewhere.
 
+use std::time::{Duration, Instant};
+
 /// What [`now`] counts.
 pub const UNIT: &str = if cfg!(target_arch = "x86_64") {
     "cycles"
@@ -28,10 +30,16 @@ pub fn now() -> u64 {
 #[cfg(not(target_arch = "x86_64"))]
 pub fn now() -> u64 {
     use std::sync::OnceLock;
-    use std::time::Instant;
 
     static START: OnceLock<Instant> = OnceLock::new();
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+/// [`UNIT`]s in a second, as the system's clock counts it.
+pub fn per_second() -> f64 {
+    let begun = Instant::now();
+    let taken = of(|| while begun.elapsed() < Duration::from_millis(100) {});
+    taken as f64 / begun.elapsed().as_secs_f64()
 }
 
 /// [`UNIT`]s of `op`, once.

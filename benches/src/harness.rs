@@ -12,6 +12,7 @@ use crate::compare::{interleave, Candidate, Series};
 use crate::cycles;
 use crate::record::{save, Row};
 use crate::report::number;
+use crate::stats::Measure;
 
 /// A group of benches.
 ///
@@ -76,20 +77,33 @@ impl Bench {
             all = interleave(&mut candidates);
             self.series(section, case, &all);
         }
-        if let Some(criterion) = &mut self.criterion {
-            let mut group = criterion.benchmark_group(format!("{}/{section}", self.name));
-            for candidate in &mut candidates {
-                group.bench_function(BenchmarkId::new(candidate.name(), case), |bencher| {
-                    bencher.iter_custom(|n| {
-                        let start = Instant::now();
-                        candidate.run(n);
-                        start.elapsed()
-                    });
-                });
-            }
-            group.finish();
-        }
+        self.by_itself(section, case, &mut candidates);
         all
+    }
+
+    /// Compares the first candidate with the others as [`compare`](Bench::compare) does, and reports how
+    /// often each does it in a second.
+    pub fn rates(
+        &mut self,
+        section: &str,
+        case: &str,
+        unit: &str,
+        mut candidates: Vec<Candidate<'_>>,
+    ) {
+        let (per_second, all) = match self.compares {
+            true => (cycles::per_second(), interleave(&mut candidates)),
+            false => (0.0, Vec::new()),
+        };
+        self.by_itself(section, case, &mut candidates);
+        for (i, series) in all.iter().enumerate() {
+            let Measure { value, spread } = series.measure();
+            let value = per_second / value;
+            let mut row = Row::new(section, case, series.name, Measure { value, spread }, unit);
+            if i > 0 {
+                row = row.with_ratio(all[0].over(series).measure());
+            }
+            self.row(row);
+        }
     }
 
     /// Reports series of cycles that were taken in turns.
@@ -101,6 +115,23 @@ impl Bench {
                 row = row.with_ratio(all[0].over(series).measure());
             }
             self.row(row);
+        }
+    }
+
+    /// Has criterion measure each candidate, where it is wanted.
+    fn by_itself(&mut self, section: &str, case: &str, candidates: &mut [Candidate<'_>]) {
+        if let Some(criterion) = &mut self.criterion {
+            let mut group = criterion.benchmark_group(format!("{}/{section}", self.name));
+            for candidate in candidates {
+                group.bench_function(BenchmarkId::new(candidate.name(), case), |bencher| {
+                    bencher.iter_custom(|n| {
+                        let start = Instant::now();
+                        candidate.run(n);
+                        start.elapsed()
+                    });
+                });
+            }
+            group.finish();
         }
     }
 

@@ -15,8 +15,9 @@
 //!   the same memory and mappings, [`workload`] the same addresses.
 //! - [`compare`] has them take turns and relates them round by round, so that a change of the
 //!   machine's load hits all; where the rounds do not agree it says `noisy`.
-//! - [`parallel`], [`chain`], [`churn`], [`dirty`] and [`footprint`] measure what is no single read:
-//!   threads (on [`cpus`] of their own), virtqueues, changes of mappings, dirty pages, bytes.
+//! - [`parallel`], [`chain`], [`churn`], [`dirty`], [`gvt`] and [`footprint`] measure what is no single
+//!   read: threads (on [`cpus`] of their own), virtqueues, changes of mappings, dirty pages, GPU
+//!   workloads, bytes.
 //! - [`bars`] is the table of what has to be reached; `ci/bench-bars` measures it.
 //! - The groups (`cargo bench -p benches --bench peers`) go through the [`harness`], which keeps a
 //!   [`record`]; `ci/bench-report` makes `docs/benchmarks.md` of it, see [`report`].
@@ -41,6 +42,7 @@ pub mod cpus;
 pub mod cycles;
 pub mod dirty;
 pub mod footprint;
+pub mod gvt;
 pub mod harness;
 pub mod parallel;
 pub mod record;
