@@ -185,6 +185,89 @@ fn one_mode_and_more_vgpus() {
 }
 
 #[test]
+fn vgpus_share_a_gpu_by_weight() {
+    let h264 = recording("h264-vcs");
+    let output = replay(&[&h264, "--vgpus", "2", "--weights", "2,1", "--json"]);
+    assert_eq!(output.status.code(), Some(0));
+    let report = json(&output);
+    assert_eq!(report["vgpus"], 2);
+    assert_eq!(report["verified"], true);
+    assert_eq!(report["differences"]["side-by-side"], Value::Array(vec![]));
+    let shares = report["shares"].as_array().unwrap();
+    assert_eq!(shares.len(), 2);
+    for (vgpu, expected) in [2.0 / 3.0, 1.0 / 3.0].into_iter().enumerate() {
+        let share = &shares[vgpu];
+        assert_eq!(
+            (&share["vgpu"], &share["fair"]),
+            (&vgpu.into(), &true.into())
+        );
+        let had = share["share"].as_f64().unwrap();
+        assert!((had - expected).abs() < 0.05 * expected, "{share}");
+        assert!(share["workloads"].as_u64().unwrap() > 30, "{share}");
+        assert!(share["longest_wait_ns"].as_u64().unwrap() < 200_000_000);
+        assert_eq!(share["recording"], h264);
+    }
+    // One vGPU for each weight, also where their number is not given.
+    let text = String::from_utf8(replay(&[&h264, "--weights", "1,1,2"]).stdout).unwrap();
+    assert_eq!(text.matches("  fair  ").count(), 3, "{text}");
+    assert!(text.contains("on 3 vGPUs"), "{text}");
+    assert!(text.lines().all(|line| line.len() <= 110), "{text}");
+}
+
+#[test]
+fn shares_are_not_there_without_weights() {
+    let report = json(&replay(&[
+        &recording("h264-vcs"),
+        "--mode",
+        "run",
+        "--json",
+    ]));
+    assert_eq!(report["shares"], Value::Null);
+    assert_eq!(report["trace_check"], Value::Null);
+}
+
+#[test]
+fn a_trace_of_the_accesses_is_written_and_compared() {
+    let file = Scratch::new("accesses.trace", b"");
+    let ncnn = recording("ncnn-vulkan");
+    let traced = |args: &[&str]| replay(&[&[ncnn.as_str(), "--json"], args].concat());
+    let written = traced(&["--mode", "run", "--trace", file.path()]);
+    assert_eq!(written.status.code(), Some(0));
+    let run = &json(&written)["modes"]["run"];
+    let kinds = run.as_object().unwrap().values();
+    let calls =
+        kinds.map(|kind| kind["reads"].as_u64().unwrap() + kind["writes"].as_u64().unwrap());
+    let calls: u64 = calls.sum();
+    assert_eq!(fs::read(&file.0).unwrap().len() as u64, 24 + 24 * calls);
+
+    let same = traced(&["--mode", "run", "--check-trace", file.path()]);
+    assert_eq!(same.status.code(), Some(0));
+    let check = &json(&same)["trace_check"];
+    assert_eq!(
+        (&check["same"], &check["accesses"]),
+        (&true.into(), &calls.into())
+    );
+
+    // Page by page there are other accesses, in guest memory that is as it must be.
+    let other = traced(&["--mode", "page", "--check-trace", file.path()]);
+    assert_eq!(other.status.code(), Some(1));
+    let report = json(&other);
+    assert_eq!(report["verified"], true);
+    let difference = &report["trace_check"]["first_difference"];
+    let expected = difference["expected"].as_str().unwrap();
+    let made = difference["made"].as_str().unwrap();
+    assert!(
+        expected.ends_with(" 81920") && made.ends_with(" 4096"),
+        "{difference}"
+    );
+
+    let over = refused(&[&ncnn, "--check-trace", file.path(), "--trace", file.path()]);
+    assert!(over.contains("--trace would write over"), "{over}");
+    let none = refused(&[&ncnn, "--check-trace", &ncnn]);
+    assert!(none.contains("no trace of accesses"), "{none}");
+}
+
+#[test]
 fn every_fault_ends_unverified() {
     for fault in ["lose-tail", "swap-pages", "stale-skip"] {
         for profile in ["consecutive", "as-found"] {
@@ -338,6 +421,12 @@ fn wrong_arguments_are_refused_in_one_line() {
         ),
         (&["--inject", "nothing"], "lose-tail"),
         (&["--vgpus", "0"], "; see --help"),
+        (&["--weights", "2,17"], "a weight is one of 1 to 16"),
+        (&["--weights", ""], "; see --help"),
+        (
+            &["--vgpus", "3", "--weights", "2,1"],
+            "--vgpus 3 and 2 weights: there must be one for each; see --help",
+        ),
         (
             &["--unknown"],
             "'--unknown' found; tip: to pass '--unknown' as a value, use '-- --unknown'; see --help",
