@@ -446,3 +446,26 @@ fn mix(bytes: &mut [u8], first: usize, page: usize, sequence: u64) {
         *byte = byte.rotate_left(1) ^ (key + 7 * i + 3 * (i >> 8)) as u8;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_is_mixed_as_the_device_says() {
+        for (page, sequence) in [(1, 0), (2, 77), (21, 1_000_003)] {
+            let mut bytes: Vec<u8> = (0..PAGE).map(|at| (at * 13 + 5) as u8).collect();
+            let before = bytes.clone();
+            mix(&mut bytes[RING_CONTEXT..], RING_CONTEXT, page, sequence);
+            assert_eq!(bytes[..RING_CONTEXT], before[..RING_CONTEXT]);
+            for i in RING_CONTEXT..PAGE {
+                let sum = 0x5a + 31 * page + 7 * i + 3 * (i >> 8) + 113 * sequence as usize;
+                assert_eq!(
+                    bytes[i],
+                    before[i].rotate_left(1) ^ (sum % 256) as u8,
+                    "{i}"
+                );
+            }
+        }
+    }
+}

@@ -319,3 +319,16 @@ fn next(pointer: u32) -> u32 {
         pointer => (pointer + 1) % ENTRIES,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_write_pointer_begins_behind_7_and_wraps_behind_5() {
+        let pointers: Vec<_> = std::iter::successors(Some(NOTHING_YET), |at| Some(next(*at)))
+            .take(9)
+            .collect();
+        assert_eq!(pointers, [7, 0, 1, 2, 3, 4, 5, 0, 1]);
+    }
+}

@@ -264,3 +264,53 @@ pub fn physical(at: *const u8) -> io::Result<u64> {
     }
     Ok((entry & FRAME) * PAGE as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    fn memory() -> (Memory, *mut u8) {
+        let at = allocate(PAGES, false).unwrap();
+        let mut rng = SmallRng::seed_from_u64(1);
+        (Memory::new(at, 0x4000_0000, &mut rng), at)
+    }
+
+    #[test]
+    fn whatever_is_not_as_it_is_to_be_is_counted_once() {
+        let (mut memory, at) = memory();
+        let page = memory.take_one();
+        let offset = memory.offset(page) as usize;
+        memory.verify_all();
+        assert_eq!(memory.verified.wrong, 0);
+        // Two bytes come that nobody asked for, three are asked for and do not come.
+        for byte in [7, 4095] {
+            // SAFETY: inside of the memory.
+            unsafe { *at.add(offset + byte) ^= 0x10 };
+        }
+        let asked = memory.read(page)[100..103]
+            .iter()
+            .map(|byte| !byte)
+            .collect::<Vec<_>>();
+        memory.expect(page, 100, &asked);
+        memory.verify("a page", [page]);
+        assert_eq!(memory.verified.wrong, 5);
+        memory.verify_all();
+        assert_eq!(memory.verified.wrong, 5);
+        assert_eq!(memory.verified.bytes, ((2 * PAGES + 1) * PAGE) as u64);
+    }
+
+    #[test]
+    fn pages_are_taken_once() {
+        let (mut memory, _) = memory();
+        let mut rng = SmallRng::seed_from_u64(2);
+        let mut taken = memory.take(20);
+        assert!(taken.windows(2).all(|pair| pair[1].0 == pair[0].0 + 1));
+        taken.extend(memory.take_scattered(PAGES - 40, &mut rng));
+        taken.extend(memory.take(20));
+        taken.sort_unstable();
+        taken.dedup();
+        assert_eq!(taken.len(), PAGES);
+    }
+}

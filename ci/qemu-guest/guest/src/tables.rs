@@ -70,3 +70,53 @@ impl Tables {
 fn index(address: u64, shift: usize) -> usize {
     (address >> shift) as usize % 512
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::SmallRng;
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::memory::{allocate, PAGES};
+
+    /// Walks the tables as the device does. Where it ends.
+    fn walk(memory: &Memory, tables: &Tables, address: u64) -> u64 {
+        let page = |at: u64| {
+            let number = (at - memory.base()) as usize / PAGE;
+            let mut levels = tables.levels.iter();
+            *levels
+                .find(|page| memory.offset(**page) as usize / PAGE == number)
+                .unwrap()
+        };
+        let mut table = tables.root(memory);
+        for depth in (0..tables.levels.len()).rev() {
+            let shift = 12 + 9 * depth;
+            let entry = memory.read_u64(page(table), index(address, shift) * 8);
+            assert_eq!(entry & PRESENT_WRITABLE, PRESENT_WRITABLE, "{depth}");
+            table = entry & !0xfff;
+            if entry & HUGE != 0 || depth == 0 {
+                return table | address & ((1 << shift) - 1);
+            }
+        }
+        unreachable!()
+    }
+
+    #[test]
+    fn addresses_lead_to_their_pages() {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let at = allocate(PAGES, false).unwrap();
+        let mut memory = Memory::new(at, 0x4000_0000, &mut rng);
+        for (levels, base) in [(4, 5 << 39 | 8 << 30 | 5 << 22), (2, 6 << 22)] {
+            let tables = Tables::new(&mut memory, levels, base);
+            let page = memory.take_one();
+            let entry = tables.map(&mut memory, 77, page);
+            assert_eq!(entry, memory.address(tables.levels[levels - 1]) + 77 * 8);
+            for address in [tables.address(77), tables.huge_address(&memory, page)] {
+                assert_eq!(
+                    walk(&memory, &tables, address + 8),
+                    memory.address(page) + 8
+                );
+            }
+        }
+    }
+}
