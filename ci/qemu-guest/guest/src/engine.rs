@@ -110,6 +110,8 @@ impl Engine {
     /// Where its workloads say that they have begun, and that they are done, in the status page.
     pub const STARTED: usize = 0xc8;
     pub const DONE: usize = 0xc0;
+    /// Where some of them write the time stamp.
+    pub const TIMESTAMP: usize = 0xd0;
     const EVENTS: usize = 0x40;
     const POINTER: usize = 0x7c;
 

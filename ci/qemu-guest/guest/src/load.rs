@@ -10,10 +10,8 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rand::Rng;
-use vfio_group::hardware::{HardwareContainer, READ, WRITE};
+use vfio_ioctls::VfioContainer;
 
-use crate::commands::Effect;
 use crate::context::{Context, Shape};
 use crate::engine::{Engine, BLITTER};
 use crate::machine::{Machine, DEADLINE};
@@ -36,7 +34,6 @@ const REVOKED: u64 = 0x9000_0000;
 pub struct Load {
     engine: Engine,
     contexts: [Context; 1],
-    effects: Vec<Effect>,
     pub submissions: u64,
 }
 
@@ -60,7 +57,6 @@ impl Load {
         Load {
             engine,
             contexts: [context],
-            effects: Vec::new(),
             submissions: 0,
         }
     }
@@ -68,10 +64,8 @@ impl Load {
     /// Begins a workload.
     pub fn submit(&mut self, machine: &mut Machine) {
         let [context] = &mut self.contexts;
-        let memory = &mut machine.memory;
-        self.effects = context.long_batch(memory, machine.rng.random());
-        let mut work = context.long_request(memory, &self.engine, TIMES);
-        work.effects.append(&mut self.effects);
+        let (memory, rng) = (&mut machine.memory, &mut machine.rng);
+        let work = context.long_request(memory, &self.engine, TIMES, rng);
         self.engine.prepare(context, work);
         self.engine.submit(&machine.device.bar, &[context], true);
         self.submissions += 1;
@@ -133,7 +127,7 @@ struct Counts {
 }
 
 impl Unmaps {
-    pub fn start(container: Arc<HardwareContainer>, progress: Progress) -> io::Result<Self> {
+    pub fn start(container: Arc<VfioContainer>, progress: Progress) -> io::Result<Self> {
         let counts = Arc::new(Counts::default());
         let counted = counts.clone();
         let pages = memory::allocate(OTHER_PAGES, false)?.expose_provenance();
@@ -186,13 +180,17 @@ impl Unmaps {
 
 /// Unmaps the page that a running batch writes, and looks that nothing comes there any more. How often the
 /// batch did not come to its end.
-pub fn revoke(machine: &mut Machine, load: &mut Load, rounds: usize) -> io::Result<usize> {
-    let container = machine.container()?;
+pub fn revoke(
+    machine: &mut Machine,
+    load: &mut Load,
+    container: &VfioContainer,
+    rounds: usize,
+) -> io::Result<usize> {
     let page = memory::allocate(1, false)?;
     let progress = Progress::of(&load.engine, machine);
     let mut met = 0;
     for round in 0..rounds {
-        map(&container, REVOKED, page)?;
+        map(container, REVOKED, page)?;
         let entry = load.contexts[0].aim(&mut machine.memory, REVOKED);
         machine.page_table_entry_written(entry);
         load.submit(machine);
@@ -202,7 +200,7 @@ pub fn revoke(machine: &mut Machine, load: &mut Load, rounds: usize) -> io::Resu
                 return Err(io::Error::other("the blitter does not begin"));
             }
         }
-        unmap(&container, REVOKED)?;
+        unmap(container, REVOKED)?;
         let ours = [0xa5 ^ round as u8; PAGE];
         // SAFETY: a page of this program, of which nobody has references.
         unsafe { page.cast::<[u8; PAGE]>().write_volatile(ours) };
@@ -226,17 +224,13 @@ pub fn revoke(machine: &mut Machine, load: &mut Load, rounds: usize) -> io::Resu
 }
 
 /// Maps a page that stays what it is for as long as this program runs.
-pub fn map(container: &HardwareContainer, iova: u64, page: *mut u8) -> io::Result<()> {
+pub fn map(container: &VfioContainer, iova: u64, page: *mut u8) -> io::Result<()> {
     // SAFETY: nobody has references into memory that is given to the device.
-    unsafe { container.map(iova, page, PAGE as u64, READ | WRITE) }.map_err(io::Error::other)
+    unsafe { container.vfio_dma_map(iova, PAGE, page) }.map_err(io::Error::other)
 }
 
-fn unmap(container: &HardwareContainer, iova: u64) -> io::Result<()> {
-    match container.unmap(iova, PAGE as u64) {
-        Ok(bytes) if bytes == PAGE as u64 => Ok(()),
-        Ok(bytes) => Err(io::Error::other(format!(
-            "an unmap of a page was of {bytes} bytes"
-        ))),
-        Err(error) => Err(io::Error::other(error)),
-    }
+fn unmap(container: &VfioContainer, iova: u64) -> io::Result<()> {
+    container
+        .vfio_dma_unmap(iova, PAGE)
+        .map_err(io::Error::other)
 }

@@ -4,12 +4,10 @@
 //! The machine: the device with its engines and contexts, and what a driver does with them.
 
 use std::io;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use vfio_group::hardware::HardwareContainer;
 
 use crate::context::{Context, Shape};
 use crate::device::Device;
@@ -37,7 +35,6 @@ const CONTEXTS: u32 = 7;
 /// How often registers are compared.
 const REGISTERS: u64 = 16;
 
-#[derive(Debug)]
 pub struct Machine {
     pub device: Device,
     pub memory: Memory,
@@ -154,13 +151,6 @@ impl Machine {
         let bar = &self.device.bar;
         bar.write(ENTRY_WRITTEN, entry as u32);
         bar.write(ENTRY_WRITTEN + 4, (entry >> 32) as u32);
-    }
-
-    /// The container with the device.
-    pub fn container(&self) -> io::Result<Arc<HardwareContainer>> {
-        let vfio = self.device.vfio.as_ref();
-        let container = vfio.map(|vfio| vfio.container.clone());
-        container.ok_or_else(|| io::Error::other("the device has no IOMMU"))
     }
 
     /// Waits for interrupts until something is done. What else is done meanwhile goes on.

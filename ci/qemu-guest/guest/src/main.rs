@@ -16,7 +16,10 @@ mod tables;
 
 use std::io;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
+
+use vfio_ioctls::VfioContainer;
 
 use crate::device::Device;
 use crate::load::{Load, Progress, Unmaps};
@@ -52,13 +55,20 @@ fn run() -> io::Result<()> {
     let unmaps = number("unmaps")?.unwrap_or(0);
     let seed = number("seed")?.unwrap_or(1);
     let begun = Instant::now();
-    let mut machine = if unmaps > 0 {
-        behind_an_iommu(seed)?
-    } else {
-        with_physical_addresses(seed)?
+    let (device, container) = match unmaps {
+        0 => (Device::uio()?, None),
+        _ => Device::vfio().map(|(device, container)| (device, Some(container)))?,
     };
-    println!("seed {seed}, interrupts by {}", machine.device.irq);
-    let done = drive(&mut machine, submissions, unmaps);
+    println!("seed {seed}, interrupts by {device}");
+    let (memory, address) = match &container {
+        None => with_a_physical_address()?,
+        Some(container) => behind_an_iommu(container)?,
+    };
+    let mut machine = Machine::new(device, memory, address, seed);
+    let done = match container {
+        None => submit(&mut machine, submissions),
+        Some(container) => submit_and_unmap(&mut machine, &container, submissions, unmaps),
+    };
     machine.memory.verify_all();
     let seconds = begun.elapsed().as_secs_f64();
     println!("{} interrupts, {seconds:.1} s", machine.interrupts);
@@ -80,39 +90,19 @@ fn run() -> io::Result<()> {
     Ok(())
 }
 
-/// All that a guest does. Unmaps are for those that have an IOMMU.
-fn drive(machine: &mut Machine, submissions: u64, unmaps: u64) -> io::Result<()> {
-    if unmaps == 0 {
-        return submit(machine, submissions);
-    }
-    submit(machine, submissions / 4)?;
-    machine.device.use_msi()?;
-    println!(
-        "from submission {} on interrupts by {}",
-        machine.submissions, machine.device.irq
-    );
-    submit_and_unmap(machine, submissions, unmaps)
-}
-
 /// A huge page, whose address the kernel tells.
-fn with_physical_addresses(seed: u64) -> io::Result<Machine> {
-    let device = Device::uio()?;
+fn with_a_physical_address() -> io::Result<(*mut u8, u64)> {
     let memory = memory::allocate(PAGES, true)?;
-    let address = memory::physical(memory)?;
-    Ok(Machine::new(device, memory, address, seed))
+    Ok((memory, memory::physical(memory)?))
 }
 
 /// Each page a mapping of its own.
-fn behind_an_iommu(seed: u64) -> io::Result<Machine> {
-    let device = Device::vfio()?;
+fn behind_an_iommu(container: &VfioContainer) -> io::Result<(*mut u8, u64)> {
     let memory = memory::allocate(PAGES, false)?;
-    if let Some(vfio) = &device.vfio {
-        for at in 0..PAGES {
-            let page = memory.wrapping_add(at * PAGE);
-            load::map(&vfio.container, IOVA + (at * PAGE) as u64, page)?;
-        }
+    for at in (0..PAGES).map(|page| page * PAGE) {
+        load::map(container, IOVA + at as u64, memory.wrapping_add(at))?;
     }
-    Ok(Machine::new(device, memory, IOVA, seed))
+    Ok((memory, IOVA))
 }
 
 fn submit(machine: &mut Machine, submissions: u64) -> io::Result<()> {
@@ -122,34 +112,48 @@ fn submit(machine: &mut Machine, submissions: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// The same beside a thread that unmaps other pages, while another engine is never idle. Then pages that
-/// this engine writes are unmapped.
-fn submit_and_unmap(machine: &mut Machine, submissions: u64, unmaps: u64) -> io::Result<()> {
+/// A quarter of it with INTx, the rest with messages beside a thread that unmaps other pages, while another
+/// engine is never idle. Then pages that this engine writes are unmapped.
+fn submit_and_unmap(
+    machine: &mut Machine,
+    container: &Arc<VfioContainer>,
+    submissions: u64,
+    unmaps: u64,
+) -> io::Result<()> {
+    submit(machine, submissions / 4)?;
+    machine.device.use_msi()?;
+    println!(
+        "from submission {} on interrupts by {}",
+        machine.submissions, machine.device
+    );
     let mut load = Load::new(machine);
     load.submit(machine);
     let progress = Progress::of(load.engine(), machine);
     machine.load = Some(load);
-    let thread = Unmaps::start(machine.container()?, progress)?;
-    while machine.submissions < submissions || thread.in_flight() < unmaps {
-        if !thread.is_running() {
-            break;
-        }
+    let thread = Unmaps::start(container.clone(), progress)?;
+    while thread.is_running() && (machine.submissions < submissions || thread.in_flight() < unmaps)
+    {
         machine.step()?;
     }
     let (all, in_flight) = thread.end()?;
     println!("unmaps: {all}, {in_flight} of them while a workload ran");
-    let mut load = machine.load.take().expect("it was put there");
-    while !load.is_done(machine) {
-        machine.wait("blitter", |machine| load.is_done(machine))?;
+    let Some(mut load) = machine.load.take() else {
+        return Ok(());
+    };
+    let ended = end(machine, &mut load, container);
+    machine.load = Some(load);
+    ended
+}
+
+fn end(machine: &mut Machine, load: &mut Load, container: &VfioContainer) -> io::Result<()> {
+    if !load.is_done(machine) {
+        machine.wait("the blitter", |machine| load.is_done(machine))?;
     }
     load.complete(machine);
-    let met = load::revoke(machine, &mut load, REVOKED)?;
+    let met = load::revoke(machine, load, container, REVOKED)?;
     println!("pages unmapped under a running batch: {met} of {REVOKED}");
-    if met == 0 {
-        return Err(io::Error::other(
-            "no batch still ran when its page was gone",
-        ));
+    match met {
+        0 => Err(io::Error::other("no batch met that its page was gone")),
+        _ => Ok(()),
     }
-    machine.load = Some(load);
-    Ok(())
 }

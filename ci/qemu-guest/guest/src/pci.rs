@@ -3,7 +3,7 @@
 
 //! The device on its bus, and its registers.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
@@ -36,7 +36,7 @@ pub struct Bar(*mut u8);
 
 impl Bar {
     /// Maps it from a file of the kernel's.
-    pub fn map(file: &File, offset: u64) -> io::Result<Self> {
+    pub fn map(file: &impl AsRawFd, offset: u64) -> io::Result<Self> {
         // SAFETY: new addresses, for memory that belongs to nobody else.
         let at = unsafe {
             libc::mmap(

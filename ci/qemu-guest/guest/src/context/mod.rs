@@ -3,11 +3,14 @@
 
 //! A context: its image and ring in the GGTT, its page tables, and what a workload makes of them.
 
+mod request;
+
+pub use request::Work;
+
 use rand::rngs::SmallRng;
 use rand::Rng;
 
-use crate::commands::{self, Effect};
-use crate::engine::{Engine, Kind};
+use crate::engine::Kind;
 use crate::memory::{Memory, Page, PAGE};
 use crate::pci::Bar;
 use crate::tables::Tables;
@@ -69,16 +72,6 @@ pub struct Context {
     indirect: Option<Page>,
 }
 
-/// What a workload will do.
-#[derive(Debug)]
-pub struct Work {
-    pub effects: Vec<Effect>,
-    controls: Vec<u32>,
-    timestamp: Option<u32>,
-    /// Of the ring, behind its commands.
-    pub tail: u32,
-}
-
 impl Context {
     pub fn new(
         memory: &mut Memory,
@@ -97,7 +90,7 @@ impl Context {
             true => (4, number << 39 | (number + 3) << 30 | number << 22),
             false => (2, number << 22),
         };
-        let mut context = Context {
+        let context = Context {
             id,
             kind,
             lrca: FIRST + id * STRIDE,
@@ -115,20 +108,18 @@ impl Context {
         context
     }
 
-    fn map_all(&mut self, memory: &mut Memory, bar: &Bar) {
-        let all = self.image.iter().enumerate();
-        let all = all.map(|(at, page)| (at as u32, *page));
-        let ring = self.ring.iter().enumerate();
-        let ring = ring.map(|(at, page)| (RING + at as u32, *page));
-        let indirect = self.indirect.iter().map(|page| (INDIRECT, *page));
-        for (at, page) in all.chain(ring).chain(indirect) {
+    fn map_all(&self, memory: &mut Memory, bar: &Bar) {
+        let image = (0..).zip(&self.image);
+        let ring = (RING..).zip(&self.ring);
+        let indirect = (INDIRECT..).zip(&self.indirect);
+        for (at, page) in image.chain(ring).chain(indirect) {
             let whole = at % 2 == 0;
-            bar.write_ggtt(self.lrca + at, memory.address(page) | 1, whole);
+            bar.write_ggtt(self.lrca + at, memory.address(*page) | 1, whole);
         }
         self.tables.map(memory, BATCH, self.batches[0]);
         self.tables.map(memory, SECOND_BATCH, self.batches[1]);
-        for (at, target) in self.targets.clone().into_iter().enumerate() {
-            self.tables.map(memory, TARGETS + at, target);
+        for (at, target) in self.targets.iter().enumerate() {
+            self.tables.map(memory, TARGETS + at, *target);
         }
     }
 
@@ -200,98 +191,10 @@ impl Context {
 
     /// Some of the image is changed by the driver.
     pub fn change_image(&self, memory: &mut Memory, rng: &mut SmallRng) {
-        if let Some(pages) = self.image.get(2..).filter(|pages| !pages.is_empty()) {
-            memory.fill(pages[rng.random_range(0..pages.len())], rng);
-        }
+        let page = self.image[rng.random_range(2..self.image.len())];
+        memory.fill(page, rng);
         let word = rng.random_range(RING_CONTEXT / 4..PAGE / 4);
         memory.write_u32(self.image[1], word * 4, rng.random());
-    }
-
-    /// Writes a workload into ring and batches: breadcrumbs at both ends, stores in between.
-    pub fn request(&mut self, memory: &mut Memory, engine: &Engine, rng: &mut SmallRng) -> Work {
-        let mut work = self.begin(memory, engine);
-        if let Some(page) = self.indirect {
-            let (value, at) = (rng.random(), rng.random_range(0..PAGE / 4) * 4);
-            let mut line =
-                commands::store_dword(true, engine.scratch_address() + at as u64, value).to_vec();
-            line.push(commands::MI_NOOP);
-            memory.write(page, 0, &commands::bytes(&line));
-            // It runs before the ring.
-            let effect = Effect::new(engine.scratch, at, &value.to_le_bytes());
-            work.effects.insert(0, effect);
-        }
-        let stores = rng.random_range(1..=24);
-        let first = self.stores(memory, &mut work, stores, rng);
-        let second = rng.random_bool(0.3);
-        let mut batch = first;
-        if second {
-            batch.extend(commands::batch_start(
-                true,
-                self.tables.address(SECOND_BATCH),
-            ));
-            let mut nested = self.stores(memory, &mut work, 4, rng);
-            nested.push(commands::MI_BATCH_BUFFER_END);
-            memory.write(self.batches[1], 0, &commands::bytes(&nested));
-        }
-        batch.push(commands::MI_BATCH_BUFFER_END);
-        memory.write(self.batches[0], 0, &commands::bytes(&batch));
-        self.emit(
-            memory,
-            &commands::batch_start(false, self.tables.address(BATCH)),
-        );
-        if rng.random_bool(0.2) {
-            // Bit 3, under its mask.
-            let value = 0x0008_0000 | rng.random_range(0..2) << 3;
-            self.emit(
-                memory,
-                &commands::load_register(self.kind.base + 0x244, value),
-            );
-            work.controls.push(value);
-        }
-        if rng.random_bool(0.1) {
-            let value = rng.random();
-            self.emit(
-                memory,
-                &commands::load_register(self.kind.base + 0x3a8, value),
-            );
-            work.timestamp = Some(value);
-        }
-        if self.kind.render && rng.random_bool(0.2) {
-            let began = self.timestamp(memory);
-            self.emit(memory, &commands::pipe_control_timestamp(0xd0));
-            let bytes = u64::from(began).to_le_bytes();
-            work.effects.push(Effect::new(engine.status, 0xd0, &bytes));
-        }
-        self.finish(memory, engine, &mut work);
-        work
-    }
-
-    /// A workload that runs a batch many times.
-    pub fn long_request(&mut self, memory: &mut Memory, engine: &Engine, times: usize) -> Work {
-        let mut work = self.begin(memory, engine);
-        for _ in 0..times {
-            self.emit(
-                memory,
-                &commands::batch_start(false, self.tables.address(BATCH)),
-            );
-        }
-        self.finish(memory, engine, &mut work);
-        work
-    }
-
-    /// Writes the batch of [`long_request`](Context::long_request): it stores to the first target all over.
-    pub fn long_batch(&mut self, memory: &mut Memory, seed: u32) -> Vec<Effect> {
-        let mut batch = Vec::new();
-        let mut effects = Vec::new();
-        for number in 0..LONG_BATCH {
-            let (at, value) = ((number * 16 + 4) % PAGE, seed.wrapping_add(number as u32));
-            let address = self.tables.address(TARGETS) + at as u64;
-            batch.extend(commands::store_dword(false, address, value));
-            effects.push(Effect::new(self.targets[0], at, &value.to_le_bytes()));
-        }
-        batch.push(commands::MI_BATCH_BUFFER_END);
-        memory.write(self.batches[0], 0, &commands::bytes(&batch));
-        effects
     }
 
     /// The first target is where the device finds that address. Where it finds the entry.
@@ -339,93 +242,6 @@ impl Context {
         }
     }
 
-    fn begin(&mut self, memory: &mut Memory, engine: &Engine) -> Work {
-        let started = engine.next_seqno().to_le_bytes();
-        self.emit(memory, &[commands::MI_ARB_CHECK, commands::MI_NOOP]);
-        let value = engine.next_seqno();
-        let store = commands::store_qword(true, engine.started_address(), value);
-        self.emit(memory, &store);
-        Work {
-            effects: vec![Effect::new(engine.status, Engine::STARTED, &started)],
-            controls: Vec::new(),
-            timestamp: None,
-            tail: 0,
-        }
-    }
-
-    fn finish(&mut self, memory: &mut Memory, engine: &Engine, work: &mut Work) {
-        let seqno = engine.next_seqno();
-        let done = Effect::new(engine.status, Engine::DONE, &seqno.to_le_bytes());
-        work.effects.push(done);
-        let address = engine.done_address();
-        match (self.kind.render, seqno % 2) {
-            (true, 0) => self.emit(memory, &commands::pipe_control(address, seqno)),
-            (true, _) => {
-                let offset = Engine::DONE as u32;
-                self.emit(memory, &commands::pipe_control_index(offset, seqno));
-            }
-            (false, _) => self.emit(memory, &commands::flush_dw(address, seqno)),
-        }
-        self.emit(memory, &[commands::MI_USER_INTERRUPT, commands::MI_NOOP]);
-        if self.tail % 8 != 0 {
-            self.emit(memory, &[commands::MI_NOOP]);
-        }
-        work.tail = self.tail as u32;
-        memory.write_u32(self.image[1], TAIL, work.tail);
-    }
-
-    /// Commands that store to the targets, or anywhere in them by the large page.
-    fn stores(
-        &self,
-        memory: &Memory,
-        work: &mut Work,
-        count: usize,
-        rng: &mut SmallRng,
-    ) -> Vec<u32> {
-        let mut batch = Vec::new();
-        for _ in 0..count {
-            let target = rng.random_range(0..self.targets.len());
-            let page = self.targets[target];
-            let base = match rng.random_bool(0.2) {
-                true => self.tables.huge_address(memory, page),
-                false => self.tables.address(TARGETS + target),
-            };
-            let at = rng.random_range(0..PAGE / 8) * 8;
-            let value: u64 = rng.random();
-            if rng.random() {
-                batch.extend(commands::store_qword(false, base + at as u64, value));
-                work.effects
-                    .push(Effect::new(page, at, &value.to_le_bytes()));
-            } else {
-                let value = value as u32;
-                batch.extend(commands::store_dword(false, base + at as u64, value));
-                work.effects
-                    .push(Effect::new(page, at, &value.to_le_bytes()));
-            }
-        }
-        batch
-    }
-
-    /// Writes a command at the tail. None goes around the end of the ring.
-    fn emit(&mut self, memory: &mut Memory, command: &[u32]) {
-        let size = self.ring.len() * PAGE;
-        if self.tail + command.len() * 4 > size {
-            while self.tail < size {
-                self.write_ring(memory, commands::MI_NOOP);
-            }
-            self.tail = 0;
-        }
-        for dword in command {
-            self.write_ring(memory, *dword);
-        }
-        self.tail %= size;
-    }
-
-    fn write_ring(&mut self, memory: &mut Memory, dword: u32) {
-        memory.write_u32(self.ring[self.tail / PAGE], self.tail % PAGE, dword);
-        self.tail += 4;
-    }
-
     fn timestamp(&self, memory: &mut Memory) -> u32 {
         self.field(memory, TIMESTAMP)
     }
@@ -435,9 +251,6 @@ impl Context {
         u32::from_le_bytes(bytes.try_into().expect("four bytes"))
     }
 }
-
-/// Stores of a long batch: what fits into its page.
-const LONG_BATCH: usize = PAGE / 16 - 1;
 
 /// What the simulated engine does to the bytes of an image, byte `first` of page `page` and those behind it.
 fn mix(bytes: &mut [u8], first: usize, page: usize, sequence: u64) {
