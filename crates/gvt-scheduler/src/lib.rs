@@ -19,13 +19,13 @@
 //! | step | guest memory |
 //! |---|---|
 //! | create | the ring context is read field by field; written entries of known page tables are read again, tables of a new root are read whole and the pages they map are pinned through [`page_pin::PinPages`] |
-//! | scan | the commands between head and tail of the ring and the indirect context batch are copied |
+//! | scan | the commands between head and tail of the ring and the indirect context batch are copied, and judged by a [`CommandAuditor`], which may read and keep batches in the GGTT |
 //! | populate | the context is copied into the [`ShadowImage`]: fields, the rest of page 1, and the other pages in [`Runs`] |
-//! | prepare | the execlist is scheduled in; an event goes to the status page |
-//! | (engine) | an [`Engine`] executes the workload on the image |
+//! | prepare | entries of page tables that were written meanwhile are read again; the execlist is scheduled in; an event goes to the status page |
+//! | execute | an [`Engine`] executes the workload on the image; what its commands read and write goes through the GGTT and the shadow of the page tables ([`EngineMemory`]) |
 //! | complete | pages, head, context control, time stamp and the rest of page 1 are written back; the execlist is scheduled out with up to two events |
 //!
-//! The last four are [`Vgpu::run_next`]. The commands are scanned at once if the engine's queue is
+//! Those from populate on are [`Vgpu::run_next`]. The commands are scanned at once if the engine's queue is
 //! empty, otherwise when it is the workload's turn. Whose turn it is among several vGPUs is for
 //! [`policy`] to say, which the caller asks.
 //!
@@ -69,27 +69,44 @@
 //! # }
 //! ```
 //!
+//! # Engines
+//! [`SimulatedEngine`] executes the MI commands with which batches are started, memory is written and the
+//! driver is told, and documents what it makes of a context, to the byte. [`RecordingEngine`] keeps what another
+//! engine is given. Whatever executes, interrupts that commands ask for are in
+//! [`Completion::user_interrupts`], so only a workload that has ended well has any.
+//!
+//! # Guests that break the rules
+//! Commands are judged before an engine gets them, by [`MiAuditor`] unless [`Vgpu::set_auditor`] says
+//! otherwise. A guest whose commands are refused, or whose buffers have no translation, is not served any
+//! more: the vGPU is in [failsafe mode](Vgpu::failsafe) until the device is [reset](Vgpu::reset).
+//!
 //! # Gotchas
 //! - Nothing traps: a user-space process sees no writes of the guest to its page tables, so the caller
-//!   says where it wrote ([`Vgpu::page_table_written`]). A write that goes unsaid is not seen until the
-//!   root is released and used again.
+//!   says where it wrote: now and then in one go ([`Vgpu::page_table_written`]), or each write as it is
+//!   trapped ([`Vgpu::page_table_trapped`]). A write that goes unsaid, an engine's for one, is not seen until
+//!   the root is released and used again.
 //! - The pages of a context that runs twice in a row are read once, as in the kernel since 5.8. A
 //!   guest that changes them in between without touching the GGTT is not seen;
 //!   [`VgpuConfig::skip_unchanged`] turns that off.
 //! - Roots of page tables stay known until [`Vgpu::release_page_tables`], those of a refused submission
 //!   too. Their shadow takes host memory in proportion: 4 KiB for a table, of which there are at most
-//!   [`VgpuConfig::max_page_tables`], and some 100 bytes for a page that is mapped.
+//!   [`VgpuConfig::max_page_tables`], and some 200 bytes for a page that is mapped.
 //! - A queue takes [`VgpuConfig::max_queued`] workloads: the caller runs what was submitted.
 //! - An unmap notice must not wait for the thread that runs a workload: the vGPU is one `&mut` object,
 //!   so hand [`Vgpu::release_pins`] to its owner.
 //!
 //! # Where it differs from the kernel
-//! - Accesses that fail are errors (`EFAULT`); the kernel ignores most of them.
+//! - Accesses that fail are errors (`EFAULT`); the kernel ignores most of them, as does
+//!   [`ErrorMode::Kernel`]. They are no reason for failsafe mode.
 //! - The last page of a context is always copied. The kernel's loop loses it when it is not adjacent to
 //!   the page before; [`CopyMode::UpstreamTail`] does so for comparison.
-//! - There is no command parser, so its reads are not made: registers of the context that a command
-//!   loads (one dword each, generation 9), privileged batches; nor are the PDPs written back after a
-//!   command that loads them.
+//! - The command parser's tables of registers and of the commands of the pipelines are left out, and so are
+//!   its reads of registers of the context that a command loads (one dword each, generation 9). A batch in
+//!   the GGTT is read page by page, once; the kernel reads each command of it, and then the whole. A command that
+//!   loads PDPs changes nothing, and they are not written back.
+//! - Requests for an interrupt stay in the copied ring: the engine says how many it has executed. The kernel
+//!   takes them out, as its GPU would interrupt the host.
+//! - In failsafe mode nothing runs that was queued; the kernel lets other engines go on.
 //! - A submission queues both of its workloads or none; the kernel keeps the first if the second fails.
 //! - A HEAD or TAIL beyond the ring is refused (`EINVAL`).
 //! - A skip ends with a GGTT write to any page of the context, not only to its first one.
@@ -99,11 +116,13 @@
 //! - A page table entry that cannot be shadowed when it is read again (page of 1 GiB, page that cannot be
 //!   pinned, too many tables) is not present, and is an error of every submission whose root reaches it,
 //!   which reads it once more, until it is mended. Other submissions are not concerned.
+//! - A page that is mapped in two sizes is pinned and mapped for the device in each; the kernel maps it anew in
+//!   the new size, below whoever uses the old one.
 //! - A mapped page that was lost to an unmap ([`Vgpu::release_pins`]) is pinned again by the next
-//!   submission whose root maps it, or refuses that (`ENXIO`).
+//!   workload whose root maps it, when it is created or runs, or refuses that (`ENXIO`).
 //! - The workloads of a queue are limited (`EBUSY`), and so are page tables (`ENOMEM`).
-//! - Left out besides: failsafe mode, register tables, out-of-sync page tables,
-//!   the host's observation registers.
+//! - Left out besides: register tables, out-of-sync page tables, the host's observation registers, pins of
+//!   what the GGTT maps.
 
 #![forbid(unsafe_code)]
 
@@ -139,7 +158,7 @@ pub use execlist::CsbEvent;
 pub use ggtt::{Ggtt, GmWindow, GmWindows, HalfEntry};
 pub use guest_dma::{ErrorMode, GuestDma};
 pub use observe::{Access, AccessCounts, AccessKind, Counts, Observer, Step};
-pub use ppgtt::PageTableRoot;
+pub use ppgtt::{DeviceMap, PageTableRoot};
 pub use regs::{interrupt_register, ring_context, ring_register, EngineId, Generation, PAGE_SIZE};
 pub use ring::Ring;
 pub use vgpu::{Completion, FailsafeReason, Submission, Vgpu, VgpuConfig};

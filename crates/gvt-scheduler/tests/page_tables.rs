@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 
 use common::{Context, Guest, Trace};
 use gvt_scheduler::{
-    ring_context, AccessKind, AddressingMode, ContextDescriptor, EngineId, Error, PageTableRoot,
-    SimulatedEngine, VgpuConfig,
+    ring_context, AccessKind, AddressingMode, Cause, ContextDescriptor, DeviceMap, EngineId, Error,
+    PageTableRoot, SimulatedEngine, VgpuConfig,
 };
 use page_pin::PinPages;
 use proptest::prelude::*;
@@ -542,6 +542,41 @@ fn a_workload_whose_pages_stay_unmapped_is_refused() {
     tables.write(0x203, 3, to(0x900));
     tables.submit(root).unwrap();
     assert_eq!(tables.pinned(), [(0x900, 1)]);
+}
+
+/// The device sees each guest page 1 TiB further up.
+struct Shifted;
+
+impl DeviceMap<Pinned> for Shifted {
+    fn map(&self, gfn: u64, pages: usize, pinned: &Pinned) -> Result<u64, Cause> {
+        assert_eq!(pinned.1, (gfn, pages));
+        Ok((gfn << 12) + (1 << 40))
+    }
+
+    fn unmap(&self, _: u64, _: usize) {}
+}
+
+#[test]
+fn a_device_reaches_pages_at_its_own_addresses() {
+    let mut tables = four_tables();
+    let root = four_level(0x200);
+    tables.submit(root).unwrap();
+    // Without an IOMMU these are the guest's.
+    let vgpu = &mut tables.guest.vgpu;
+    assert_eq!(vgpu.device_address(root, 0x3abc), Some(0x90_0abc));
+    assert_eq!(vgpu.frame_at_device_address(0x90_0abc), Some(0x900));
+
+    vgpu.set_device_map(Shifted);
+    assert_eq!((vgpu.shadowed_tables(), vgpu.pinned_leaves()), (0, 0));
+    tables.submit(root).unwrap();
+    let vgpu = &mut tables.guest.vgpu;
+    let address = vgpu.device_address(root, 0x3abc).unwrap();
+    assert_eq!(address, (1 << 40) + 0x90_0abc);
+    assert_eq!(vgpu.frame_at_device_address(address), Some(0x900));
+    assert_eq!(vgpu.frame_at_device_address(0x90_0abc), None);
+    vgpu.release_pins(0x900 << 12, 0x1000);
+    assert_eq!(vgpu.device_address(root, 0x3abc), None);
+    assert_eq!(vgpu.frame_at_device_address(address), None);
 }
 
 #[test]

@@ -110,6 +110,13 @@ impl TableKey {
 }
 
 impl Leaf {
+    /// Before and behind all others.
+    pub(super) const LEAST: Leaf = Leaf { gfn: 0, pages: 0 };
+    pub(super) const GREATEST: Leaf = Leaf {
+        gfn: u64::MAX,
+        pages: usize::MAX,
+    };
+
     pub(super) fn translate(self, gma: u64) -> GuestAddress {
         let offset = gma & ((self.pages as u64) << 12).wrapping_sub(1);
         GuestAddress(self.gfn << 12 | offset)

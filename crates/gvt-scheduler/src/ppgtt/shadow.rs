@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use vm_memory::GuestAddress;
 
 use crate::error::{Error, Result};
+use crate::ppgtt::device::SharedMap;
 use crate::ppgtt::entry::{Entry, Leaf, TableKey, TableKind, TABLE_ENTRIES};
 use crate::ppgtt::leaf::LeafPins;
 use crate::ppgtt::root::{PageTableRoot, RootTables};
@@ -50,14 +51,15 @@ pub(super) struct Unsettled {
 }
 
 impl<G> Ppgtt<G> {
-    /// No tables yet, and never more than `limit` tables and roots.
-    pub(crate) fn new(limit: usize) -> Self {
+    /// No tables yet, and never more than `limit` tables and roots. Pages are pinned for a device that
+    /// reaches them by `map`.
+    pub(crate) fn new(limit: usize, map: SharedMap<G>) -> Self {
         Self {
             tables: BTreeMap::new(),
             roots: BTreeSet::new(),
             written: BTreeSet::new(),
             failed: BTreeMap::new(),
-            leaves: LeafPins::default(),
+            leaves: LeafPins::new(map),
             limit,
         }
     }
@@ -137,6 +139,22 @@ impl<G> Ppgtt<G> {
 
     /// Walks the shadow; no access to guest memory.
     pub(crate) fn translate(&self, root: PageTableRoot, gma: u64) -> Option<GuestAddress> {
+        self.walk(root, gma).map(|leaf| leaf.translate(gma))
+    }
+
+    /// The device's address of the page behind `gma`, while that is pinned.
+    pub(crate) fn device_address(&self, root: PageTableRoot, gma: u64) -> Option<u64> {
+        let leaf = self.walk(root, gma)?;
+        self.leaves
+            .address(leaf, leaf.translate(gma).0 - (leaf.gfn << 12))
+    }
+
+    /// The guest frame that the device reaches at `address`.
+    pub(crate) fn frame_at(&self, address: u64) -> Option<u64> {
+        self.leaves.frame_at(address)
+    }
+
+    fn walk(&self, root: PageTableRoot, gma: u64) -> Option<Leaf> {
         let mut key = root.table_of(gma)?;
         loop {
             let table = self.tables.get(&key)?;
@@ -144,7 +162,7 @@ impl<G> Ppgtt<G> {
             match key.kind.decode(entry).ok()? {
                 Entry::NotPresent => return None,
                 Entry::Table(child) => key = child,
-                Entry::Leaf(leaf) => return Some(leaf.translate(gma)),
+                Entry::Leaf(leaf) => return Some(leaf),
             }
         }
     }

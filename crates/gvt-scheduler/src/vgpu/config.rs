@@ -36,7 +36,7 @@ pub struct VgpuConfig {
     /// for a caller that is late.
     pub max_queued: usize,
     /// Page tables and roots that may be shadowed; one beyond is `ENOMEM`. A table takes 4 KiB, so
-    /// that 16384 of them are 64 MiB and map 32 GiB in small pages. Pins come on top, of some 100 bytes
+    /// that 16384 of them are 64 MiB and map 32 GiB in small pages. Pins come on top, of some 200 bytes
     /// for a page: there are as many as guest memory has pages that can be pinned.
     pub max_page_tables: usize,
 }

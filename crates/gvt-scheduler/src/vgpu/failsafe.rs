@@ -10,7 +10,6 @@ use page_pin::PinPages;
 use crate::error::Error;
 use crate::guest_dma::GuestDma;
 use crate::observe::Observer;
-use crate::ppgtt::Ppgtt;
 use crate::regs::EngineId;
 use crate::vgpu::engine_state::EngineState;
 use crate::vgpu::Vgpu;
@@ -73,7 +72,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         }
         log::warn!("a vGPU enters failsafe mode: {reason}");
         self.failsafe = Some(reason);
-        self.ppgtt = Ppgtt::new(self.config.max_page_tables);
+        self.drop_page_tables();
         for state in &mut self.engines {
             state.queue.clear();
             state.skip.forget();
@@ -85,7 +84,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     pub fn reset(&mut self) {
         self.failsafe = None;
         self.ggtt.clear();
-        self.ppgtt = Ppgtt::new(self.config.max_page_tables);
+        self.drop_page_tables();
         self.registers.clear();
         self.engines = EngineId::ALL
             .map(|engine| EngineState::new(engine.context_pages(self.config.generation)));

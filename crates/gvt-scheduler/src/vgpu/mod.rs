@@ -16,6 +16,7 @@ pub use outcome::{Completion, Submission};
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
 use page_pin::PinPages;
 use vm_memory::GuestAddress;
@@ -26,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::ggtt::{Ggtt, HalfEntry};
 use crate::guest_dma::{GuestDma, Port};
 use crate::observe::Observer;
-use crate::ppgtt::{PageTableRoot, Ppgtt, Update};
+use crate::ppgtt::{DeviceMap, PageTableRoot, Ppgtt, SharedMap, Update};
 use crate::regs::{ring_register, EngineId, REGISTER_SPACE};
 use crate::vgpu::engine_state::EngineState;
 use crate::workload::Commands;
@@ -47,6 +48,7 @@ pub struct Vgpu<M, P: PinPages = (), O = ()> {
     config: VgpuConfig,
     ggtt: Ggtt,
     ppgtt: Ppgtt<P::Pinned>,
+    device_map: SharedMap<P::Pinned>,
     registers: HashMap<u32, u32>,
     engines: [EngineState; EngineId::ALL.len()],
     next_sequence: u64,
@@ -63,7 +65,8 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             Some(windows) => Ggtt::with_windows(config.ggtt_entries, windows),
             None => Ggtt::new(config.ggtt_entries),
         };
-        let ppgtt = Ppgtt::new(config.max_page_tables);
+        let device_map: SharedMap<P::Pinned> = Arc::new(());
+        let ppgtt = Ppgtt::new(config.max_page_tables, device_map.clone());
         let engines =
             EngineId::ALL.map(|engine| EngineState::new(engine.context_pages(config.generation)));
         Self {
@@ -73,6 +76,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             config,
             ggtt,
             ppgtt,
+            device_map,
             registers: HashMap::new(),
             engines,
             next_sequence: 0,
@@ -86,6 +90,13 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// Puts another auditor in the place of the [`MiAuditor`]; `()` lets all commands pass.
     pub fn set_auditor(&mut self, auditor: impl CommandAuditor + Send + Sync + 'static) {
         self.auditor = Box::new(auditor);
+    }
+
+    /// Says where the device reaches pages that are pinned. Page tables that are shadowed are dropped with
+    /// their pins, and shadowed again when they are used.
+    pub fn set_device_map(&mut self, map: impl DeviceMap<P::Pinned> + Send + Sync + 'static) {
+        self.device_map = Arc::new(map);
+        self.drop_page_tables();
     }
 
     /// The GGTT, as the guest has written it.
@@ -252,6 +263,17 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         self.ppgtt.translate(root, gma)
     }
 
+    /// Where the device reaches what an address of a context maps, while that is pinned: what belongs into
+    /// the page tables of a real device.
+    pub fn device_address(&self, root: PageTableRoot, gma: u64) -> Option<u64> {
+        self.ppgtt.device_address(root, gma)
+    }
+
+    /// The guest frame, of 4 KiB, that the device reaches at `address`; `None` if page tables map none there.
+    pub fn frame_at_device_address(&self, address: u64) -> Option<u64> {
+        self.ppgtt.frame_at(address)
+    }
+
     /// Number of page tables that are shadowed.
     pub fn shadowed_tables(&self) -> usize {
         self.ppgtt.tables()
@@ -285,6 +307,10 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// How the vGPU was made.
     pub fn config(&self) -> &VgpuConfig {
         &self.config
+    }
+
+    fn drop_page_tables(&mut self) {
+        self.ppgtt = Ppgtt::new(self.config.max_page_tables, self.device_map.clone());
     }
 
     fn ggtt_written(&mut self, index: u32) {
