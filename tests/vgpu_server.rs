@@ -842,6 +842,33 @@ fn a_guest_whose_memory_is_gone_meets_an_engine_that_hangs() {
 }
 
 #[test]
+fn a_guest_that_breaks_the_rules_is_served_again_after_a_reset_of_the_device() {
+    const SEMAPHORE_WAIT: u32 = 0x0e00_0002;
+    let server = Server::start(&["--once"]);
+    let mut guest = Guest::new(&server);
+    let (engine, lrca) = (EngineId::Bcs, 10);
+    guest.use_eventfd(MSI);
+    for (command, works) in [(SEMAPHORE_WAIT, false), (0, false), (0, true)] {
+        if works {
+            assert_eq!(guest.call(command::DEVICE_RESET, &[], &[]).errno(), 0);
+        }
+        let context = guest.make_context(engine, lrca, 2);
+        guest.enable_interrupts(engine);
+        guest.dwords(lrca - 1, &[command]);
+        guest.submit(engine, context);
+        if works {
+            assert_eq!(guest.interrupts(), 1);
+        } else {
+            guest.reset_engines();
+            assert_eq!(guest.pending(), 0);
+        }
+    }
+    drop(guest);
+    let words = server.last_words();
+    assert!(words.contains(" 1 completions"), "{words}");
+}
+
+#[test]
 fn what_is_no_register_is_refused_or_empty() {
     let server = Server::start(&[]);
     let mut guest = Guest::new(&server);

@@ -138,10 +138,8 @@ impl Engine {
         *shared.lock() = published(id, &vgpu);
         let worker = Worker {
             id,
-            table: table.clone(),
             vgpu,
             inbox,
-            posts: posts.clone(),
             shared: shared.clone(),
             interrupts: interrupts.clone(),
             counters: counters.clone(),
@@ -259,11 +257,8 @@ type EngineVgpu = Vgpu<TableHandle, Pins, DmaBytes>;
 
 struct Worker {
     id: EngineId,
-    table: DmaTable,
     vgpu: EngineVgpu,
     inbox: Receiver<Message>,
-    /// For notices of unmaps.
-    posts: SyncSender<Message>,
     shared: Arc<Shared>,
     interrupts: Arc<Interrupts>,
     counters: Arc<Counters>,
@@ -293,15 +288,7 @@ impl Worker {
             Message::Unmapped { iova, size } => self.vgpu.release_pins(iova, size),
             Message::Reset(reset, done) => {
                 match reset {
-                    Reset::Device => {
-                        self.vgpu = vgpu(
-                            self.id,
-                            &self.table,
-                            &self.posts,
-                            &self.shared,
-                            &self.counters,
-                        );
-                    }
+                    Reset::Device => self.vgpu.reset(),
                     Reset::Engine => self.vgpu.reset_engine(self.id),
                 }
                 *self.shared.lock() = published(self.id, &self.vgpu);
