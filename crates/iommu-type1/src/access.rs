@@ -127,13 +127,13 @@ impl Space {
         need: Need,
     ) -> Option<InlineSlice<'a>> {
         let mapping = match self.table.lookup(iova, inside) {
-            Found::Page(word) => {
+            Found::Page(word, beside) => {
                 // SAFETY: found at this page by an access that runs as long as the slice lives.
                 let slice = unsafe { word.slice(iova, len, need) };
                 if slice.is_some() {
                     return slice;
                 }
-                self.table.find(iova, inside)
+                beside.mapping()
             }
             Found::Mapping(mapping) => mapping,
         };

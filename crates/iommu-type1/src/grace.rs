@@ -191,7 +191,15 @@ impl Slot {
         }
         let (count, after) = (before + 1, before + 2);
         let fenced = self.fenced.load(Ordering::Relaxed);
-        if fenced == 0 {
+        if fenced == ALWAYS_FENCED {
+            announce(&self.count, count);
+        } else if fenced > 0 {
+            unlikely();
+            // Before the barrier: who sees the slot fenced has unlinked before it.
+            self.fenced.store(fenced - 1, Ordering::Relaxed);
+            announce(&self.count, count);
+        } else {
+            unlikely();
             // The kernel's barrier may come here as well as behind the announcement.
             membarrier::here();
             // Release as in `announce`.
@@ -202,12 +210,6 @@ impl Slot {
                 // announcement, which a later unmap then takes for fenced.
                 fence(Ordering::SeqCst);
             }
-        } else {
-            if fenced != ALWAYS_FENCED {
-                // Before the barrier: who sees the slot fenced has unlinked before it.
-                self.fenced.store(fenced - 1, Ordering::Relaxed);
-            }
-            announce(&self.count, count);
         }
         Running { slot: self, after }
     }
@@ -257,6 +259,11 @@ impl Slot {
 
 /// Whether an exchange is a full barrier too, and cheaper than a store and a fence.
 pub(crate) const EXCHANGE_IS_BARRIER: bool = cfg!(all(target_arch = "x86_64", not(loom)));
+
+/// Says of the branch that calls it that it is to lie apart: what an access does by default is in a row.
+#[cold]
+#[inline]
+fn unlikely() {}
 
 /// The store and the full barrier behind it.
 #[inline]

@@ -79,10 +79,32 @@ impl Pages {
 
 /// How a look-up ends.
 pub(crate) enum Found<'a> {
-    /// All there is to know of the page.
-    Page(PageWord),
+    /// All there is to know of the page, or else its mapping.
+    Page(PageWord, Beside<'a>),
     /// The only mapping that may contain the address.
     Mapping(Option<&'a Mapping>),
+}
+
+/// The word beside a page's.
+#[derive(Clone, Copy)]
+pub(crate) struct Beside<'a> {
+    /// Allocated for all of the lifetime.
+    node: *const Node,
+    index: usize,
+    _inside: Inside<'a>,
+}
+
+impl<'a> Beside<'a> {
+    /// The only mapping that may contain the address.
+    #[inline]
+    pub(crate) fn mapping(self) -> Option<&'a Mapping> {
+        // SAFETY: `node` is a node of level 0, which has no nodes below; what it has is allocated while
+        // the access runs that has found it.
+        unsafe {
+            let raw = Node::load(self.node, self.index);
+            raw.cast::<Mapping>().cast_const().as_ref()
+        }
+    }
 }
 
 /// What a removal has made unreachable. Accesses that are running may still see it: it must be kept
@@ -128,7 +150,7 @@ impl Table {
 
     /// What an access at `iova` needs, which stays while it runs.
     #[inline]
-    pub(crate) fn lookup<'a>(&self, iova: u64, _inside: Inside<'a>) -> Found<'a> {
+    pub(crate) fn lookup<'a>(&self, iova: u64, inside: Inside<'a>) -> Found<'a> {
         let address = address(iova);
         let mut raw = self.root.load(Ordering::Acquire);
         while is_node(raw) {
@@ -136,7 +158,13 @@ impl Table {
             // SAFETY: by the invariants of `Table` the node is allocated while this access runs.
             unsafe {
                 if is_leaf(raw) {
-                    return Found::Page(Node::load_page(node(raw), iova, index));
+                    let node = node(raw);
+                    let beside = Beside {
+                        node,
+                        index,
+                        _inside: inside,
+                    };
+                    return Found::Page(Node::load_page(node, iova, index), beside);
                 }
                 raw = Node::load(node(raw), index);
             }
@@ -517,7 +545,10 @@ mod tests {
             let expected = expected.map(|raw| unsafe { &*raw });
             self.grace
                 .enter_shared(|inside| match self.table.lookup(iova, inside) {
-                    Found::Page(word) => {
+                    Found::Page(word, beside) => {
+                        let found = beside.mapping();
+                        let found = found.filter(|mapping| mapping.range.contains(iova));
+                        assert_eq!(found.map(ptr::from_ref), expected.map(ptr::from_ref));
                         let of_mapping =
                             expected.map(|mapping| mapping.page_word(iova >> page_shift()));
                         assert_eq!(
