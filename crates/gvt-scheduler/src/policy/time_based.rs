@@ -32,7 +32,7 @@ impl fmt::Display for VgpuId {
 ///   is left of it adds up, and a workload that outlasts it makes debt; after [`STAGES`] periods both
 ///   are forgotten.
 /// - Each decision goes through the started vGPUs, that of least recent turn first, and takes the first
-///   that has a workload and either was started less than [`START_PRIORITY`] ago or has time left. It
+///   that has a workload and either was started less than [`START_PRIORITY`](crate::policy::START_PRIORITY) ago or has time left. It
 ///   is the last from then on, unless it came first because it is new. A vGPU begins in front.
 /// - Nobody is charged while nobody can be chosen. Who has its turn is charged until the next
 ///   decision, also if it has nothing to do.
@@ -41,7 +41,7 @@ impl fmt::Display for VgpuId {
 ///
 /// What the rules imply: a vGPU that is always busy gets its share of the sum of weights of *started*
 /// vGPUs, and no more when others are idle; and of two new ones that are always busy the second has
-/// all of the first [`START_PRIORITY`]. An error is one of the caller's own making.
+/// all of the first [`START_PRIORITY`](crate::policy::START_PRIORITY). An error is one of the caller's own making.
 ///
 /// ```
 /// use gvt_scheduler::policy::{TimeBased, VirtualClock, Weight, START_PRIORITY, TICK};
