@@ -446,7 +446,7 @@ impl DmaTable {
     /// Ends every access that waits for the client (ECANCELED), as for a reset that cannot wait: the thread that
     /// serves the socket is the one that brings the answers. Accesses that begin later are not concerned.
     pub fn cancel_messages(&self) {
-        self.0.messages.unmapped(0, u64::MAX);
+        self.0.messages.cancel();
     }
 
     /// Whether all of a range is memory without a file that permits `need`.

@@ -136,6 +136,9 @@ pub enum AccessError {
     /// The client has unmapped the range meanwhile.
     #[error("the client has unmapped the range")]
     Unmapped,
+    /// The device does not wait for the client any longer ([`DmaTable::cancel_messages`](crate::DmaTable::cancel_messages)).
+    #[error("the device does not wait any longer")]
+    Canceled,
     /// The client did not answer in time.
     #[error("no answer of the client for {0:.1?}")]
     Deadline(Duration),
@@ -198,7 +201,7 @@ impl AccessError {
             AccessError::Space(error) => error.errno(),
             AccessError::Permission => libc::EPERM,
             AccessError::Disconnected => libc::ENOTCONN,
-            AccessError::Unmapped => libc::ECANCELED,
+            AccessError::Unmapped | AccessError::Canceled => libc::ECANCELED,
             AccessError::Deadline(_) => libc::ETIMEDOUT,
             AccessError::Client(errno) => *errno,
             AccessError::BadReply => libc::EPROTO,

@@ -138,10 +138,19 @@ impl MessageDma {
 
     /// The range is unmapped: nothing more is sent for it, and nobody waits for it any longer.
     pub(crate) fn unmapped(&self, first: u64, last: u64) {
+        self.end(first, last, || AccessError::Unmapped);
+    }
+
+    /// Nobody waits any longer for what was asked by now.
+    pub(crate) fn cancel(&self) {
+        self.end(0, u64::MAX, || AccessError::Canceled);
+    }
+
+    fn end(&self, first: u64, last: u64, why: impl Fn() -> AccessError) {
         let mut state = self.lock();
         for request in state.requests.values_mut() {
             if (first..=last).contains(&request.iova) {
-                request.answer.get_or_insert(Err(AccessError::Unmapped));
+                request.answer.get_or_insert_with(|| Err(why()));
             }
         }
         let State {

@@ -171,7 +171,7 @@ fn what_waits_for_the_client_can_be_ended() {
     assert!(matches!(
         error,
         Error::Access {
-            cause: AccessError::Unmapped,
+            cause: AccessError::Canceled,
             ..
         }
     ));

@@ -1,0 +1,94 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The example as a program.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
+
+use vfio_user_dma::Capabilities;
+
+use crate::common::Client;
+
+/// The example lies beside the tests; with `cargo test --test` it is not built, so it is then built here.
+fn example() -> &'static Path {
+    static EXAMPLE: OnceLock<PathBuf> = OnceLock::new();
+    EXAMPLE.get_or_init(|| {
+        let test = std::env::current_exe().unwrap();
+        let profile = test.parent().and_then(Path::parent).unwrap();
+        let example = profile.join("examples/vgpu-server");
+        if !example.exists() {
+            let mut build = Command::new(env!("CARGO"));
+            build.args(["build", "--example", "vgpu-server", "--target-dir"]);
+            build.arg(profile.parent().unwrap());
+            if !cfg!(debug_assertions) {
+                build.arg("--release");
+            }
+            assert!(build.status().unwrap().success());
+        }
+        example
+    })
+}
+
+/// A server that runs.
+pub struct Server {
+    pub process: Child,
+    pub socket: PathBuf,
+    output: BufReader<ChildStdout>,
+}
+
+impl Server {
+    pub fn start(args: &[&str]) -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vgpu-server-{}-{number}.sock", std::process::id());
+        Server::start_at(std::env::temp_dir().join(name), args)
+    }
+
+    pub fn start_at(socket: PathBuf, args: &[&str]) -> Self {
+        let mut process = Command::new(example())
+            .arg("--socket")
+            .arg(&socket)
+            .args(args)
+            .stdout(Stdio::piped())
+            // What is refused is logged there.
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(process.stdout.take().unwrap());
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        assert!(line.contains("listening"), "{line}");
+        Server {
+            process,
+            socket,
+            output,
+        }
+    }
+
+    pub fn connect(&self) -> Client {
+        let mut client = Client::new(UnixStream::connect(&self.socket).unwrap());
+        assert_eq!(client.version(Capabilities::default()).errno(), 0);
+        client
+    }
+
+    /// What it says at its end, by itself.
+    pub fn last_words(mut self) -> String {
+        let mut words = String::new();
+        self.output.read_to_string(&mut words).unwrap();
+        assert!(self.process.wait().unwrap().success());
+        words
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
