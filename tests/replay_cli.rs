@@ -211,7 +211,6 @@ fn vgpus_share_a_gpu_by_weight() {
     let text = String::from_utf8(replay(&[&h264, "--weights", "1,1,2"]).stdout).unwrap();
     assert_eq!(text.matches("  fair  ").count(), 3, "{text}");
     assert!(text.contains("on 3 vGPUs"), "{text}");
-    assert!(text.lines().all(|line| line.len() <= 110), "{text}");
 }
 
 #[test]

@@ -91,6 +91,11 @@ impl Scheme {
         },
     ];
 
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
+        self.name
+    }
+
     fn config(self) -> VgpuConfig {
         VgpuConfig {
             copy_mode: self.copy_mode,

@@ -82,14 +82,14 @@ impl Bench {
     }
 
     /// Compares the first candidate with the others as [`compare`](Bench::compare) does, and reports how
-    /// often each does it in a second.
+    /// often each does it in a second; returns what each showed in cycles.
     pub fn rates(
         &mut self,
         section: &str,
         case: &str,
         unit: &str,
         mut candidates: Vec<Candidate<'_>>,
-    ) {
+    ) -> Vec<Series> {
         let (per_second, all) = match self.compares {
             true => (cycles::per_second(), interleave(&mut candidates)),
             false => (0.0, Vec::new()),
@@ -104,6 +104,7 @@ impl Bench {
             }
             self.row(row);
         }
+        all
     }
 
     /// Reports series of cycles that were taken in turns.
