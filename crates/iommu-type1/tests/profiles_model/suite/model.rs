@@ -1,214 +1,92 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The four profiles against a naive model of each: maps, unmaps, replacements, copies, memory that is
-//! taken away and given back, dirty pages, and lists that are held meanwhile, by one thread.
-//!
-//! The model has an entry a page and knows which mapping it is a part of.
+//! A naive model of each profile: an entry a page, which knows which mapping it is a part of.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::time::Duration;
 
-use iommu_type1::{
-    page_size, Backing, Error, IoAddressSpace, PermissionPolicy, Profile, ScatterList,
-    UnmapOptions, UnmapPolicy,
-};
-use proptest::prelude::*;
+use iommu_type1::{page_size, Profile, UnmapPolicy};
 use vm_memory::Permissions;
-
 use Permissions::{Read, ReadWrite, Write};
 
-const LIMIT: usize = 7;
-/// Pages of the region that is used; the second half is the top of the 64-bit space.
-const PAGES: u64 = 16;
-
-fn address(page: u64) -> u64 {
-    let p = page_size();
-    if page < PAGES / 2 {
-        0x7000_0000 + page * p
-    } else {
-        (page * p).wrapping_sub(PAGES * p)
-    }
-}
-
-type Range = (u64, u64);
-
-#[derive(Clone, Debug)]
-enum Op {
-    Map(Range, Permissions),
-    Unmap(Range, UnmapPolicy),
-    UnmapBatch(Range, Range, UnmapPolicy),
-    UnmapAll,
-    Replace(Range, Permissions, UnmapPolicy),
-    Invalidate(Range),
-    InvalidateAll,
-    Resume(Range),
-    Copy(Range, u64, Permissions),
-    Read(u64, usize),
-    Write(u64, usize, u8),
-    Pin(u64, Permissions),
-    Hold(u64, usize),
-    Release(prop::sample::Index),
-    SetTracking(bool),
-    TakeDirty(Range),
-}
-
-fn page() -> impl Strategy<Value = u64> {
-    (0..PAGES).prop_map(address)
-}
-
-/// Mostly whole pages.
-fn range() -> impl Strategy<Value = Range> {
-    let odd = || prop_oneof![25 => Just(0), 1 => 1..page_size()];
-    let near = (page(), odd(), 0..6_u64, odd())
-        .prop_map(|(at, past, n, odd)| (at.wrapping_add(past), n * page_size() + odd));
-    let rest = prop_oneof![
-        Just((0, u64::MAX)),
-        Just((u64::MAX, page_size())),
-        Just((0, 0_u64.wrapping_sub(page_size()))),
-        // Beyond the end.
-        (PAGES - 2..PAGES).prop_map(|page| (address(page), 4 * page_size())),
-        Just((address(0), (PAGES / 2) * page_size())),
-    ];
-    prop_oneof![12 => near, 1 => rest]
-}
-
-fn prot() -> impl Strategy<Value = Permissions> {
-    prop_oneof![
-        8 => Just(ReadWrite),
-        2 => Just(Read),
-        2 => Just(Write),
-        1 => Just(Permissions::No),
-    ]
-}
-
-fn policy() -> impl Strategy<Value = UnmapPolicy> {
-    prop_oneof![Just(UnmapPolicy::Revoked), Just(UnmapPolicy::Restore)]
-}
-
-fn byte() -> impl Strategy<Value = u64> {
-    (page(), 0..page_size()).prop_map(|(at, offset)| at + offset)
-}
-
-fn len() -> impl Strategy<Value = usize> {
-    prop_oneof![0..64_usize, 0..3 * page_size() as usize]
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    prop_oneof![
-        14 => (range(), prot()).prop_map(|(range, prot)| Op::Map(range, prot)),
-        8 => (range(), policy()).prop_map(|(range, policy)| Op::Unmap(range, policy)),
-        2 => (range(), range(), policy())
-            .prop_map(|(one, other, policy)| Op::UnmapBatch(one, other, policy)),
-        1 => Just(Op::UnmapAll),
-        5 => (range(), prot(), policy())
-            .prop_map(|(range, prot, policy)| Op::Replace(range, prot, policy)),
-        4 => range().prop_map(Op::Invalidate),
-        1 => Just(Op::InvalidateAll),
-        5 => range().prop_map(Op::Resume),
-        5 => (range(), page(), prot()).prop_map(|(range, to, prot)| Op::Copy(range, to, prot)),
-        8 => (byte(), len()).prop_map(|(at, len)| Op::Read(at, len)),
-        12 => (byte(), len(), any::<u8>()).prop_map(|(at, len, seed)| Op::Write(at, len, seed)),
-        3 => (page(), prot()).prop_map(|(at, prot)| Op::Pin(at, prot)),
-        4 => (byte(), len()).prop_map(|(at, len)| Op::Hold(at, len)),
-        4 => any::<prop::sample::Index>().prop_map(Op::Release),
-        2 => (0..4_u8).prop_map(|n| Op::SetTracking(n > 0)),
-        6 => range().prop_map(Op::TakeDirty),
-    ]
-}
-
-/// Ranges that an op is about are drawn from what is mapped now and then: else replacements, resumptions
-/// and exact unmaps would hardly ever succeed.
-fn aim(op: Op, model: &Model, pick: prop::sample::Index) -> Op {
-    let ranges: Vec<Range> = model.mappings.iter().map(Mapped::range).collect();
-    if ranges.is_empty() || pick.index(4) == 0 {
-        return op;
-    }
-    let range = ranges[pick.index(ranges.len())];
-    match op {
-        Op::Replace(_, prot, policy) => Op::Replace(range, prot, policy),
-        Op::Invalidate(_) => Op::Invalidate(range),
-        Op::Resume(_) => Op::Resume(range),
-        op => op,
-    }
-}
+use super::op::{Range, LIMIT};
 
 /// Memory that several mappings may have.
-type Memory = Rc<RefCell<Vec<u8>>>;
+pub(crate) type Memory = Rc<RefCell<Vec<u8>>>;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum State {
+pub(crate) enum State {
     Live,
     Revoked,
     Invalid,
 }
 
 #[derive(Clone)]
-struct Mapped {
+pub(crate) struct Mapped {
     /// Which one it is, also when others stand in its place.
-    id: usize,
-    first: u64,
-    last: u64,
-    memory: Memory,
-    offset: usize,
-    prot: Permissions,
-    state: State,
+    pub(crate) id: usize,
+    pub(crate) first: u64,
+    pub(crate) last: u64,
+    pub(crate) memory: Memory,
+    pub(crate) offset: usize,
+    pub(crate) prot: Permissions,
+    pub(crate) state: State,
 }
 
 impl Mapped {
-    fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.last - self.first + 1
     }
 
-    fn range(&self) -> Range {
+    pub(crate) fn range(&self) -> Range {
         (self.first, self.size())
     }
 
-    fn overlaps(&self, first: u64, last: u64) -> bool {
+    pub(crate) fn overlaps(&self, first: u64, last: u64) -> bool {
         self.first <= last && first <= self.last
     }
 
-    fn is_inside(&self, first: u64, last: u64) -> bool {
+    pub(crate) fn is_inside(&self, first: u64, last: u64) -> bool {
         first <= self.first && self.last <= last
     }
 
-    fn index(&self, at: u64) -> usize {
+    pub(crate) fn index(&self, at: u64) -> usize {
         self.offset + (at - self.first) as usize
     }
 }
 
 /// What a list refers to.
-struct Held {
-    ids: BTreeSet<usize>,
+pub(crate) struct Held {
+    pub(crate) ids: BTreeSet<usize>,
 }
 
-struct Model {
-    profile: Profile,
-    strict: bool,
+pub(crate) struct Model {
+    pub(crate) profile: Profile,
+    pub(crate) strict: bool,
     /// By address, those without memory and those revoked included.
-    mappings: Vec<Mapped>,
+    pub(crate) mappings: Vec<Mapped>,
     /// Those that others stand in place of.
-    replaced: Vec<Mapped>,
-    held: Vec<Held>,
-    tracking: bool,
+    pub(crate) replaced: Vec<Mapped>,
+    pub(crate) held: Vec<Held>,
+    pub(crate) tracking: bool,
     /// Addresses of pages.
-    dirty: BTreeSet<u64>,
-    next: usize,
+    pub(crate) dirty: BTreeSet<u64>,
+    pub(crate) next: usize,
 }
 
-type Outcome<T> = Result<T, i32>;
+pub(crate) type Outcome<T> = Result<T, i32>;
 
 /// Bytes unmapped, and bytes left at the deadline.
-type Unmapped = (u64, u64);
+pub(crate) type Unmapped = (u64, u64);
 
-fn is_aligned(value: u64) -> bool {
+pub(crate) fn is_aligned(value: u64) -> bool {
     value % page_size() == 0
 }
 
 impl Model {
-    fn new(profile: Profile, strict: bool) -> Self {
+    pub(crate) fn new(profile: Profile, strict: bool) -> Self {
         Model {
             profile,
             strict,
@@ -221,11 +99,11 @@ impl Model {
         }
     }
 
-    fn entries(&self) -> usize {
+    pub(crate) fn entries(&self) -> usize {
         self.mappings.len() + self.replaced.len()
     }
 
-    fn cut_errno(&self) -> i32 {
+    pub(crate) fn cut_errno(&self) -> i32 {
         match self.profile {
             Profile::Iommufd => libc::ENOENT,
             _ => libc::EINVAL,
@@ -233,7 +111,7 @@ impl Model {
     }
 
     /// The last byte of a range to map.
-    fn check_map(&self, (iova, size): Range, prot: Permissions) -> Outcome<u64> {
+    pub(crate) fn check_map(&self, (iova, size): Range, prot: Permissions) -> Outcome<u64> {
         let last = iova.checked_add(size.wrapping_sub(1));
         let aligned = is_aligned(iova) && is_aligned(size);
         if self.profile == Profile::Iommufd {
@@ -256,7 +134,7 @@ impl Model {
     }
 
     /// First and last byte of a range to unmap.
-    fn check_unmap(&self, (iova, size): Range) -> Outcome<(u64, u64)> {
+    pub(crate) fn check_unmap(&self, (iova, size): Range) -> Outcome<(u64, u64)> {
         if self.profile == Profile::Iommufd {
             if (iova, size) == (0, u64::MAX) {
                 return Ok((0, u64::MAX));
@@ -274,7 +152,7 @@ impl Model {
         Ok((iova, last))
     }
 
-    fn overlapping(&self, first: u64, last: u64) -> Vec<Mapped> {
+    pub(crate) fn overlapping(&self, first: u64, last: u64) -> Vec<Mapped> {
         let mapped = self.mappings.iter();
         mapped
             .filter(|mapped| mapped.overlaps(first, last))
@@ -282,7 +160,7 @@ impl Model {
             .collect()
     }
 
-    fn add(&mut self, mapped: Mapped) {
+    pub(crate) fn add(&mut self, mapped: Mapped) {
         let mapped = Mapped {
             id: self.next,
             ..mapped
@@ -292,7 +170,7 @@ impl Model {
         self.mappings.sort_by_key(|mapped| mapped.first);
     }
 
-    fn fresh(range: Range, prot: Permissions) -> Mapped {
+    pub(crate) fn fresh(range: Range, prot: Permissions) -> Mapped {
         Mapped {
             id: 0,
             first: range.0,
@@ -304,7 +182,7 @@ impl Model {
         }
     }
 
-    fn part(of: &Mapped, first: u64, last: u64) -> Mapped {
+    pub(crate) fn part(of: &Mapped, first: u64, last: u64) -> Mapped {
         Mapped {
             first,
             last,
@@ -314,7 +192,7 @@ impl Model {
     }
 
     /// The parts of a mapping outside of a range.
-    fn outside(of: &Mapped, first: u64, last: u64) -> Vec<Mapped> {
+    pub(crate) fn outside(of: &Mapped, first: u64, last: u64) -> Vec<Mapped> {
         let mut parts = Vec::new();
         if of.first < first {
             parts.push(Model::part(of, of.first, first - 1));
@@ -325,18 +203,18 @@ impl Model {
         parts
     }
 
-    fn is_leased(&self, id: usize) -> bool {
+    pub(crate) fn is_leased(&self, id: usize) -> bool {
         self.held.iter().any(|held| held.ids.contains(&id))
     }
 
     /// Forgets marks of pages that are not mapped any more.
-    fn trim_dirty(&mut self) {
+    pub(crate) fn trim_dirty(&mut self) {
         let mappings = &self.mappings;
         self.dirty
             .retain(|page| mappings.iter().any(|mapped| mapped.overlaps(*page, *page)));
     }
 
-    fn map(&mut self, new: Mapped) -> Outcome<()> {
+    pub(crate) fn map(&mut self, new: Mapped) -> Outcome<()> {
         if self.profile == Profile::Iotlb {
             return self.update(vec![new]);
         }
@@ -355,7 +233,7 @@ impl Model {
     }
 
     /// Maps over what is there, one behind the other.
-    fn update(&mut self, new: Vec<Mapped>) -> Outcome<()> {
+    pub(crate) fn update(&mut self, new: Vec<Mapped>) -> Outcome<()> {
         let (first, last) = (new[0].first, new[new.len() - 1].last);
         let there = self.overlapping(first, last);
         if there.iter().any(|mapped| mapped.state == State::Revoked) {
@@ -372,7 +250,7 @@ impl Model {
     }
 
     /// Puts `new`, and `parts` of what was there, in the place of what was there.
-    fn exchange(
+    pub(crate) fn exchange(
         &mut self,
         there: &[Mapped],
         parts: Vec<Mapped>,
@@ -408,7 +286,7 @@ impl Model {
     }
 
     /// The mappings that an unmap of a range takes away.
-    fn select(&self, first: u64, last: u64) -> Outcome<Vec<Mapped>> {
+    pub(crate) fn select(&self, first: u64, last: u64) -> Outcome<Vec<Mapped>> {
         let there = self.overlapping(first, last);
         match self.profile {
             Profile::Type1v1 => Ok(match there.first() {
@@ -421,7 +299,7 @@ impl Model {
     }
 
     /// Cuts mappings at the ends of a range.
-    fn cut(&mut self, first: u64, last: u64) -> Outcome<()> {
+    pub(crate) fn cut(&mut self, first: u64, last: u64) -> Outcome<()> {
         let mut there = self.overlapping(first, last);
         there.retain(|mapped| !mapped.is_inside(first, last));
         if there.iter().any(|mapped| mapped.state != State::Live) {
@@ -450,7 +328,7 @@ impl Model {
         Ok(())
     }
 
-    fn unmap(&mut self, ranges: &[Range], policy: UnmapPolicy) -> Outcome<Unmapped> {
+    pub(crate) fn unmap(&mut self, ranges: &[Range], policy: UnmapPolicy) -> Outcome<Unmapped> {
         let ranges = ranges.iter().map(|range| self.check_unmap(*range));
         let ranges = ranges.collect::<Outcome<Vec<_>>>()?;
         for (first, last) in &ranges {
@@ -470,7 +348,7 @@ impl Model {
         Ok(self.remove(&ids, &ranges, policy))
     }
 
-    fn remove(
+    pub(crate) fn remove(
         &mut self,
         ids: &BTreeSet<usize>,
         ranges: &[(u64, u64)],
@@ -520,7 +398,12 @@ impl Model {
         (unmapped, left)
     }
 
-    fn replace(&mut self, range: Range, prot: Permissions, policy: UnmapPolicy) -> Outcome<()> {
+    pub(crate) fn replace(
+        &mut self,
+        range: Range,
+        prot: Permissions,
+        policy: UnmapPolicy,
+    ) -> Outcome<()> {
         let last = self.check_map(range, prot)?;
         let there = self.overlapping(range.0, last);
         if there.iter().any(|mapped| mapped.state != State::Live) {
@@ -539,11 +422,11 @@ impl Model {
         self.exchange(&there, Vec::new(), new, policy)
     }
 
-    fn has_vaddr(&self) -> bool {
+    pub(crate) fn has_vaddr(&self) -> bool {
         matches!(self.profile, Profile::Type1v1 | Profile::Type1v2)
     }
 
-    fn invalidate(&mut self, range: Option<Range>) -> Outcome<u64> {
+    pub(crate) fn invalidate(&mut self, range: Option<Range>) -> Outcome<u64> {
         if !self.has_vaddr() {
             return Err(libc::EINVAL);
         }
@@ -581,7 +464,7 @@ impl Model {
         Ok(bytes)
     }
 
-    fn resume(&mut self, range: Range) -> Outcome<()> {
+    pub(crate) fn resume(&mut self, range: Range) -> Outcome<()> {
         if !self.has_vaddr() {
             return Err(libc::EINVAL);
         }
@@ -606,7 +489,12 @@ impl Model {
 
     /// Copies inside of the space, one mapping after the other or none.
     /// The last byte of a range to copy.
-    fn check_copy(&self, (iova, size): Range, to: u64, prot: Permissions) -> Outcome<u64> {
+    pub(crate) fn check_copy(
+        &self,
+        (iova, size): Range,
+        to: u64,
+        prot: Permissions,
+    ) -> Outcome<u64> {
         if self.profile != Profile::Iommufd {
             return self.check_map((iova, size), prot);
         }
@@ -620,7 +508,7 @@ impl Model {
     }
 
     /// Whether there is room for one mapping.
-    fn check_room(&self, first: u64, last: u64) -> Outcome<()> {
+    pub(crate) fn check_room(&self, first: u64, last: u64) -> Outcome<()> {
         if self.profile == Profile::Iotlb {
             return Ok(());
         }
@@ -637,7 +525,7 @@ impl Model {
         Ok(())
     }
 
-    fn copy(&mut self, range: Range, to: u64, prot: Permissions) -> Outcome<()> {
+    pub(crate) fn copy(&mut self, range: Range, to: u64, prot: Permissions) -> Outcome<()> {
         let last = self.check_copy(range, to, prot)?;
         let there = self.overlapping(range.0, last);
         if there.iter().any(|mapped| mapped.state != State::Live) {
@@ -695,11 +583,11 @@ impl Model {
         Ok(())
     }
 
-    fn find(&self, at: u64) -> Option<&Mapped> {
+    pub(crate) fn find(&self, at: u64) -> Option<&Mapped> {
         self.mappings.iter().find(|mapped| mapped.overlaps(at, at))
     }
 
-    fn refusal(&self, at: u64, allows: impl Fn(&Mapped) -> bool) -> Option<i32> {
+    pub(crate) fn refusal(&self, at: u64, allows: impl Fn(&Mapped) -> bool) -> Option<i32> {
         match self.find(at) {
             None => Some(match self.profile {
                 Profile::Iommufd => libc::ENOENT,
@@ -712,7 +600,7 @@ impl Model {
         }
     }
 
-    fn permits(&self, mapped: &Mapped, write: bool) -> bool {
+    pub(crate) fn permits(&self, mapped: &Mapped, write: bool) -> bool {
         match (write, self.strict) {
             (false, true) => mapped.prot.allow(Read),
             (true, true) => mapped.prot.allow(Write),
@@ -722,7 +610,7 @@ impl Model {
     }
 
     /// Byte by byte until one refuses: its errno and how many came before.
-    fn access(
+    pub(crate) fn access(
         &mut self,
         iova: u64,
         len: usize,
@@ -746,7 +634,7 @@ impl Model {
         Ok(())
     }
 
-    fn hold(&mut self, iova: u64, len: usize) -> Result<(), (i32, usize)> {
+    pub(crate) fn hold(&mut self, iova: u64, len: usize) -> Result<(), (i32, usize)> {
         if iova as u128 + len as u128 > 1 << 64 {
             return Err((libc::EOVERFLOW, 0));
         }
@@ -763,7 +651,7 @@ impl Model {
         Ok(())
     }
 
-    fn take_dirty(&mut self, range: Range) -> Outcome<Vec<u64>> {
+    pub(crate) fn take_dirty(&mut self, range: Range) -> Outcome<Vec<u64>> {
         let (iova, size) = range;
         if !is_aligned(iova) || !is_aligned(size) || size == 0 {
             return Err(libc::EINVAL);
@@ -779,233 +667,5 @@ impl Model {
         let taken: Vec<u64> = self.dirty.range(iova..=last).copied().collect();
         self.dirty.retain(|page| *page < iova || *page > last);
         Ok(taken)
-    }
-}
-
-/// The space that is tested.
-struct Real {
-    space: IoAddressSpace,
-    held: Vec<ScatterList>,
-}
-
-/// Too much to be memory: no such request comes as far as its memory.
-const HUGE: u64 = 1 << 30;
-
-fn memory(size: u64) -> Option<Backing> {
-    (size > 0 && size < HUGE).then(|| Backing::anonymous(size as usize).unwrap())
-}
-
-fn unmapped(result: Result<u64, Error>) -> Outcome<Unmapped> {
-    match result {
-        Ok(bytes) => Ok((bytes, 0)),
-        Err(Error::Deadline {
-            unmapped,
-            left,
-            holders,
-        }) => {
-            assert!(!holders.is_empty());
-            Ok((unmapped, if left == 0 { u64::MAX } else { left }))
-        }
-        Err(error) => Err(error.errno()),
-    }
-}
-
-fn errno<T>(result: Result<T, Error>) -> Outcome<T> {
-    result.map_err(|error| error.errno())
-}
-
-fn step(real: &mut Real, model: &mut Model, op: Op) -> Result<(), TestCaseError> {
-    let options = |policy| UnmapOptions::new().deadline(Duration::ZERO).policy(policy);
-    let space = &real.space;
-    match op {
-        Op::Map(range, prot) => {
-            let Some(backing) = memory(range.1) else {
-                return Ok(());
-            };
-            let wanted = model.check_map(range, prot);
-            let wanted = wanted.and_then(|_| model.map(Model::fresh(range, prot)));
-            prop_assert_eq!(errno(space.map(range.0, backing, prot)), wanted);
-        }
-        Op::Unmap(range, policy) => {
-            let result = unmapped(space.unmap_with(range.0, range.1, options(policy)));
-            prop_assert_eq!(result, model.unmap(&[range], policy));
-        }
-        Op::UnmapBatch(one, other, policy) => {
-            let result = unmapped(space.unmap_batch_with(&[one, other], options(policy)));
-            prop_assert_eq!(result, model.unmap(&[one, other], policy));
-        }
-        Op::UnmapAll => {
-            let ids = model.mappings.iter().map(|mapped| mapped.id).collect();
-            let wanted = model.remove(&ids, &[(0, u64::MAX)], UnmapPolicy::Revoked);
-            prop_assert_eq!(unmapped(space.unmap_all()), Ok(wanted));
-        }
-        Op::Replace(range, prot, policy) => {
-            let Some(backing) = memory(range.1) else {
-                return Ok(());
-            };
-            let result = space.replace_with(range.0, backing, prot, options(policy));
-            prop_assert_eq!(errno(result), model.replace(range, prot, policy));
-        }
-        Op::Invalidate(range) => {
-            let result = errno(space.invalidate_vaddr(range.0, range.1));
-            prop_assert_eq!(result, model.invalidate(Some(range)));
-        }
-        Op::InvalidateAll => {
-            let result = errno(space.invalidate_all_vaddr());
-            prop_assert_eq!(result, model.invalidate(None));
-        }
-        Op::Resume(range) => {
-            let Some(backing) = memory(range.1) else {
-                return Ok(());
-            };
-            let result = errno(space.resume_vaddr(range.0, range.1, backing));
-            prop_assert_eq!(result, model.resume(range));
-        }
-        Op::Copy(range, to, prot) => {
-            let result = errno(space.copy_to(range.0, range.1, space, to, prot));
-            prop_assert_eq!(result, model.copy(range, to, prot));
-        }
-        Op::Read(at, len) => {
-            let (mut found, mut expected) = (vec![0xee; len], vec![0xee; len]);
-            let wanted = model.access(at, len, false, |i, byte| expected[i] = *byte);
-            let result = space.read(at, &mut found);
-            prop_assert_eq!(result.map_err(|e| (e.errno(), e.completed())), wanted);
-            prop_assert_eq!(found, expected);
-        }
-        Op::Write(at, len, seed) => {
-            let data: Vec<u8> = (0..len).map(|i| seed.wrapping_add(i as u8)).collect();
-            let wanted = model.access(at, len, true, |i, byte| *byte = data[i]);
-            let result = space.write(at, &data);
-            prop_assert_eq!(result.map_err(|e| (e.errno(), e.completed())), wanted);
-        }
-        Op::Pin(at, prot) => {
-            let pinner = space.pinner(
-                "model",
-                iommu_type1::Interest::Holder,
-                std::sync::Arc::new(|_, _| ()),
-            );
-            let result = errno(pinner.pin_pages(at, 1, prot)).map(drop);
-            let refusal = match model.profile {
-                Profile::Type1v1 => Some(libc::EACCES),
-                _ => model.refusal(at, |mapped| mapped.prot.allow(prot)),
-            };
-            // Whoever has pinned a page may have written it.
-            if refusal.is_none() && model.tracking && model.profile == Profile::Type1v2 {
-                model.dirty.insert(at);
-            }
-            prop_assert_eq!(result, refusal.map_or(Ok(()), Err));
-        }
-        Op::Hold(at, len) => {
-            let result = space.scatter(at, len, ReadWrite);
-            let errno = result.as_ref().map(|_| ());
-            let errno = errno.map_err(|e| (e.errno(), e.completed()));
-            prop_assert_eq!(errno, model.hold(at, len));
-            real.held.extend(result);
-        }
-        Op::Release(index) if !model.held.is_empty() => {
-            let index = index.index(model.held.len());
-            real.held.swap_remove(index);
-            model.held.swap_remove(index);
-        }
-        Op::Release(_) => {}
-        Op::SetTracking(true) => {
-            let result = errno(space.start_dirty_tracking());
-            if model.profile == Profile::Type1v1 {
-                prop_assert_eq!(result, Err(libc::EACCES));
-            } else {
-                prop_assert_eq!(result, Ok(()));
-                if !model.tracking {
-                    model.dirty.clear();
-                }
-                model.tracking = true;
-            }
-        }
-        Op::SetTracking(false) => {
-            space.stop_dirty_tracking();
-            model.tracking = false;
-            model.dirty.clear();
-        }
-        Op::TakeDirty(range) => {
-            let result = errno(space.take_dirty(range.0, range.1));
-            let pages = result.map(|dirty| {
-                let mut pages: Vec<_> = dirty.iter().collect();
-                pages.sort_unstable();
-                pages
-            });
-            prop_assert_eq!(pages, model.take_dirty(range));
-        }
-    }
-    Ok(())
-}
-
-/// As many entries, and every byte that can be read, is what the model has.
-fn compare(real: &Real, model: &mut Model) -> Result<(), TestCaseError> {
-    prop_assert_eq!(real.space.mappings(), model.entries());
-    let mappings: BTreeMap<u64, Mapped> = model
-        .mappings
-        .iter()
-        .map(|mapped| (mapped.first, mapped.clone()))
-        .collect();
-    for (first, mapped) in mappings {
-        let mut found = vec![0; mapped.size() as usize];
-        let mut expected = found.clone();
-        let wanted = model.access(first, found.len(), false, |i, byte| expected[i] = *byte);
-        let result = real.space.read(first, &mut found);
-        prop_assert_eq!(result.map_err(|e| (e.errno(), e.completed())), wanted);
-        prop_assert_eq!(found, expected);
-    }
-    Ok(())
-}
-
-fn profile() -> impl Strategy<Value = Profile> {
-    prop_oneof![
-        1 => Just(Profile::Type1v1),
-        1 => Just(Profile::Type1v2),
-        1 => Just(Profile::Iommufd),
-        2 => Just(Profile::Iotlb),
-    ]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2048))]
-
-    #[test]
-    fn every_profile_equals_its_naive_model(
-        profile in profile(),
-        other_policy in any::<bool>(),
-        is_tracked in any::<bool>(),
-        ops in prop::collection::vec((op(), any::<prop::sample::Index>()), 1..60)
-    ) {
-        let strict = matches!(profile, Profile::Iommufd | Profile::Iotlb) != other_policy;
-        let mut builder = IoAddressSpace::builder()
-            .entry_limit(LIMIT)
-            .unmap_deadline(Duration::ZERO)
-            .profile(profile);
-        if other_policy {
-            builder = builder.permission_policy(match strict {
-                true => PermissionPolicy::Strict,
-                false => PermissionPolicy::WriteNeedsRead,
-            });
-        }
-        let mut real = Real { space: builder.build(), held: Vec::new() };
-        let mut model = Model::new(profile, strict);
-        step(&mut real, &mut model, Op::SetTracking(is_tracked))?;
-        for (op, pick) in ops {
-            let op = aim(op, &model, pick);
-            step(&mut real, &mut model, op)?;
-            compare(&real, &mut model)?;
-        }
-
-        // Whatever was not taken on the way.
-        for mapped in model.mappings.clone() {
-            step(&mut real, &mut model, Op::TakeDirty(mapped.range()))?;
-        }
-
-        // Nothing stays behind.
-        real.held.clear();
-        real.space.unmap_all().unwrap();
-        let stats = real.space.stats();
-        prop_assert_eq!((stats.mappings, stats.leaving, stats.leases, stats.table_bytes), (0, 0, 0, 0));
-        prop_assert_eq!(stats.dirty_bytes, 0);
     }
 }
