@@ -3,7 +3,6 @@
 
 //! Copying contexts: from the guest's object in the GGTT to the shadow image and back.
 
-mod page_buffer;
 mod runs;
 mod scatter;
 mod shadow_image;

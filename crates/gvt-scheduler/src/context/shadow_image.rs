@@ -5,7 +5,6 @@
 
 use std::fmt;
 
-use crate::context::page_buffer::PageBuffer;
 use crate::regs::{ring_context, PAGE_SIZE};
 
 /// A context's page 1 and pages `2..n` in host memory.
@@ -26,7 +25,7 @@ use crate::regs::{ring_context, PAGE_SIZE};
 #[derive(Clone)]
 pub struct ShadowImage {
     page1: Box<[u8; PAGE_SIZE]>,
-    pages: PageBuffer,
+    pages: Vec<u8>,
 }
 
 impl ShadowImage {
@@ -34,7 +33,7 @@ impl ShadowImage {
     pub fn new(n: usize) -> Self {
         Self {
             page1: Box::new([0; PAGE_SIZE]),
-            pages: PageBuffer::zeroed(n.saturating_sub(2)),
+            pages: vec![0; n.saturating_sub(2).saturating_mul(PAGE_SIZE)],
         }
     }
 
