@@ -83,6 +83,11 @@ impl Series {
         Series { name, samples }
     }
 
+    /// Has the samples of further rounds, too.
+    pub fn append(&mut self, mut more: Series) {
+        self.samples.append(&mut more.samples);
+    }
+
     /// The median.
     pub fn measure(&self) -> Measure {
         Measure::of(&self.samples)

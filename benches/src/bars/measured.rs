@@ -75,25 +75,57 @@ impl Rig {
     }
 }
 
-/// The handle of the space with this barrier, and a peer in turns with it.
-fn handle_and(
+/// How often candidates are made and measured: where their memory lies makes a difference of some per cent,
+/// which is not to decide.
+const MAKINGS: usize = 3;
+
+/// The first is ours, by a user of a space with this barrier, who is given time to go without.
+fn interleave_often<'a>(
+    barrier: ReaderBarrier,
+    make: impl Fn() -> Vec<Candidate<'a>>,
+) -> Vec<Series> {
+    const UNTIL_UNFENCED: u64 = 1 << 17;
+    let mut all: Vec<Series> = Vec::new();
+    for _ in 0..MAKINGS {
+        let mut candidates = make();
+        if barrier == ReaderBarrier::Membarrier {
+            candidates[0].run(UNTIL_UNFENCED);
+        }
+        let series = interleave(&mut candidates);
+        if all.is_empty() {
+            all = series;
+        } else {
+            all.iter_mut()
+                .zip(series)
+                .for_each(|(all, more)| all.append(more));
+        }
+    }
+    all
+}
+
+/// The handle of the space with this barrier, and peers in turns with it.
+fn handle_and<const N: usize>(
     rig: &Rig,
     barrier: ReaderBarrier,
     mappings: u64,
     pattern: Pattern,
     size: usize,
-    peer: Reader,
-) -> (Series, Series) {
+    peers: [Reader; N],
+) -> (Series, [Series; N]) {
     let world = rig.world(mappings);
     let work = Workload::new(&world.layout, pattern, size);
-    let mut candidates =
-        [Reader::handle(barrier), peer].map(|reader| reader.reading(&world, &work));
-    let all = interleave(&mut candidates);
-    (all[0].clone(), all[1].clone())
+    let readers = [&[Reader::handle(barrier)], &peers[..]].concat();
+    let all = interleave_often(barrier, || {
+        let reading = readers.iter().map(|reader| reader.reading(&world, &work));
+        reading.collect()
+    });
+    let peers = std::array::from_fn(|i| all[i + 1].clone());
+    (all[0].clone(), peers)
 }
 
 pub(super) fn minus_memcpy(rig: &Rig, barrier: ReaderBarrier, mappings: u64) -> Measured {
-    let (ours, memcpy) = handle_and(rig, barrier, mappings, Pattern::Hot, 64, Reader::Memcpy);
+    let peer = [Reader::Memcpy];
+    let (ours, [memcpy]) = handle_and(rig, barrier, mappings, Pattern::Hot, 64, peer);
     ours.minus(&memcpy).into()
 }
 
@@ -104,10 +136,9 @@ pub(super) fn ratio(
     size: usize,
     peer: Reader,
 ) -> Measured {
-    let (ours, peer) = handle_and(rig, barrier, mappings, Pattern::Hot, size, peer);
-    let note = format!("{:+.0} cycles", ours.minus(&peer).value);
+    let (ours, [peer]) = handle_and(rig, barrier, mappings, Pattern::Hot, size, [peer]);
     Measured {
-        note,
+        note: cycles_of(&ours, &peer),
         ..ours.over(&peer).measure().into()
     }
 }
@@ -128,14 +159,57 @@ pub(super) fn speed_up(
     pattern: Pattern,
     size: usize,
 ) -> Measured {
-    let (ours, peer) = handle_and(rig, barrier, mappings, pattern, size, Reader::Iommu);
-    peer.over(&ours).measure().into()
+    let (ours, [peer]) = handle_and(rig, barrier, mappings, pattern, size, [Reader::Iommu]);
+    Measured {
+        note: cycles_of(&ours, &peer),
+        ..peer.over(&ours).measure().into()
+    }
+}
+
+fn cycles_of(ours: &Series, peer: &Series) -> String {
+    let [ours, peer] = [ours, peer].map(|series| series.measure().value);
+    format!("{ours:.1} against {peer:.1} cycles")
+}
+
+/// 20 pages against the page loops, and how much of them the copy alone takes.
+pub(super) fn pages_against_loops(rig: &Rig) -> Measured {
+    const PAGES: usize = 20 * 4096;
+    let world = rig.world(1);
+    let readers = [
+        Reader::Handle,
+        Reader::PageLoop16,
+        Reader::PageLoop,
+        Reader::Memcpy,
+    ];
+    let all_at = |shift| {
+        let work = Workload::shifted(&world.layout, Pattern::Hot, PAGES, shift);
+        interleave_often(ReaderBarrier::Fence, || {
+            let reading = readers.iter().map(|reader| reader.reading(&world, &work));
+            reading.collect()
+        })
+    };
+    let over = |series: &Series, peer: &Series| series.over(peer).measure().value;
+    let (aligned, shifted) = (all_at(0), all_at(8));
+    let [ours, loop_16, loop_1, memcpy] = [0, 1, 2, 3].map(|i| &aligned[i]);
+    Measured {
+        note: format!(
+            "memcpy {:.2}x; 1 region {:.2}x, memcpy {:.2}x; 1 region, not aligned {:.2}x, memcpy {:.2}x",
+            over(memcpy, loop_16),
+            over(ours, loop_1),
+            over(memcpy, loop_1),
+            over(&shifted[0], &shifted[2]),
+            over(&shifted[3], &shifted[2]),
+        ),
+        ..ours.over(loop_16).measure().into()
+    }
 }
 
 pub(super) fn guard_cycles(rig: &Rig) -> Measured {
     let world = rig.world(16);
-    let mut guard = [Candidate::of("guard", || ours::guard_alone(&world.space))];
-    interleave(&mut guard)[0].measure().into()
+    let guard = || vec![Candidate::of("guard", || ours::guard_alone(&world.space))];
+    interleave_often(ReaderBarrier::Fence, guard)[0]
+        .measure()
+        .into()
 }
 
 pub(super) fn chain_against(
@@ -145,9 +219,14 @@ pub(super) fn chain_against(
     relate: impl Fn(&Series, &Series) -> Series,
 ) -> Measured {
     let world = rig.world(1024);
-    let mut candidates = [Device::guard(barrier), peer].map(|device| device.reading(&world, 512));
-    let all = interleave(&mut candidates);
-    relate(&all[0], &all[1]).measure().into()
+    let devices = [Device::guard(barrier), peer];
+    let all = interleave_often(barrier, || {
+        devices.map(|device| device.reading(&world, 512)).into()
+    });
+    Measured {
+        note: cycles_of(&all[0], &all[1]),
+        ..relate(&all[0], &all[1]).measure().into()
+    }
 }
 
 pub(super) fn two_readers(rig: &Rig) -> Measured {
@@ -196,7 +275,7 @@ pub(super) fn held_elsewhere(_: &Rig) -> Measured {
 
 pub(super) fn more_when_tracked(rig: &Rig, shape: Shape) -> Measured {
     let spaces = Spaces::new(shape, rig.memory());
-    let all = interleave(&mut spaces.writing());
+    let all = interleave_often(ReaderBarrier::Fence, || spaces.writing());
     all[1].minus(&all[0]).into()
 }
 

@@ -27,13 +27,15 @@ pub struct Line {
     pub measuring: Measuring,
 }
 
-/// How a line is measured.
+/// How a line is measured, and in which spaces it decides.
 #[derive(Clone, Copy, Debug)]
 pub enum Measuring {
-    /// In spaces as they are by default.
-    Once(fn(&Rig) -> Measured),
-    /// In spaces with either barrier, which is an option of theirs.
-    With(fn(&Rig, ReaderBarrier) -> Measured),
+    /// In spaces as they are by default only: the barrier is no part of it to speak of.
+    ByDefault(fn(&Rig) -> Measured),
+    /// With either barrier; what spaces are by default decides.
+    Fenced(fn(&Rig, ReaderBarrier) -> Measured),
+    /// With either barrier; `ReaderBarrier::Membarrier` decides.
+    Unfenced(fn(&Rig, ReaderBarrier) -> Measured),
 }
 
 impl std::fmt::Debug for Line {
@@ -46,25 +48,29 @@ impl std::fmt::Debug for Line {
 }
 
 impl Line {
-    /// What it is called when measured with this barrier; `None` where it is not.
-    pub fn name_with(&self, barrier: ReaderBarrier) -> Option<String> {
-        match (barrier, self.measuring) {
-            (ReaderBarrier::Fence, _) => Some(self.name.to_owned()),
-            (ReaderBarrier::Membarrier, Measuring::With(_)) => {
-                Some(format!("{}/membarrier", self.name))
-            }
-            _ => None,
+    /// The barrier of the spaces in which it decides.
+    pub fn meant_for(&self) -> ReaderBarrier {
+        match self.measuring {
+            Measuring::ByDefault(_) | Measuring::Fenced(_) => ReaderBarrier::Fence,
+            Measuring::Unfenced(_) => ReaderBarrier::Membarrier,
+        }
+    }
+
+    /// The other barrier that it is measured with.
+    pub fn also_with(&self) -> Option<ReaderBarrier> {
+        match self.measuring {
+            Measuring::ByDefault(_) => None,
+            Measuring::Fenced(_) => Some(ReaderBarrier::Membarrier),
+            Measuring::Unfenced(_) => Some(ReaderBarrier::Fence),
         }
     }
 
     /// Measures it with this barrier; again, up to three times, while it is noisy or the conditions
-    /// are not those of the line. The quietest under its conditions counts. `None` where it is not
-    /// measured with this barrier.
-    pub fn judge(&self, rig: &Rig, barrier: ReaderBarrier) -> Option<Outcome> {
-        let name = self.name_with(barrier)?;
+    /// are not those of the line. The quietest under its conditions counts.
+    pub fn judge(&self, rig: &Rig, barrier: ReaderBarrier) -> Outcome {
         let measure = || match self.measuring {
-            Measuring::Once(measure) => measure(rig),
-            Measuring::With(measure) => measure(rig, barrier),
+            Measuring::ByDefault(measure) => measure(rig),
+            Measuring::Fenced(measure) | Measuring::Unfenced(measure) => measure(rig, barrier),
         };
         let mut best = measure();
         for _ in 1..3 {
@@ -76,7 +82,15 @@ impl Line {
                 best = next;
             }
         }
-        Some(Outcome::new(name, self, best))
+        Outcome::new(self, barrier, best)
+    }
+}
+
+/// What spaces with this barrier are called.
+pub fn spaces(barrier: ReaderBarrier) -> &'static str {
+    match barrier {
+        ReaderBarrier::Membarrier => "membarrier",
+        _ => "default",
     }
 }
 
@@ -140,8 +154,12 @@ impl Verdict {
 /// A line, measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Outcome {
-    /// What the line is called with the barrier it was measured with.
+    /// Of the line.
     pub name: String,
+    /// The spaces it was measured in, as [`spaces`] calls them.
+    pub spaces: String,
+    /// Whether these are those that the line is meant for.
+    pub decides: bool,
     /// Of the line.
     pub how: String,
     /// The median.
@@ -159,7 +177,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    fn new(name: String, line: &Line, measured: Measured) -> Self {
+    fn new(line: &Line, barrier: ReaderBarrier, measured: Measured) -> Self {
         let verdict = if measured.is_noisy() {
             Verdict::Noisy
         } else if line.bar.is_reached(measured.value) && measured.is_valid {
@@ -168,7 +186,9 @@ impl Outcome {
             Verdict::Short
         };
         Outcome {
-            name,
+            name: line.name.to_owned(),
+            spaces: spaces(barrier).to_owned(),
+            decides: barrier == line.meant_for(),
             how: line.how.to_owned(),
             value: measured.value,
             spread: measured.spread,
@@ -184,8 +204,12 @@ impl std::fmt::Display for Outcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let verdict = self.verdict.name();
         let value = format!("{:.2} {}", self.value, self.unit);
-        let (name, bar, spread) = (&self.name, &self.bar, self.spread * 100.0);
-        write!(f, "{name:<31} {value:>18}  {bar:<14} {verdict:<6}")?;
+        let (name, spaces) = (&self.name, &self.spaces);
+        let (bar, spread) = (&self.bar, self.spread * 100.0);
+        write!(
+            f,
+            "{name:<20} {spaces:<10} {value:>14}  {bar:<14} {verdict:<6}"
+        )?;
         write!(f, " spread {spread:.0} %")?;
         if !self.note.is_empty() {
             write!(f, "; {}", self.note)?;
@@ -210,10 +234,10 @@ mod tests {
             name: "line",
             how: "",
             bar,
-            measuring: Measuring::Once(|_| Measured::count(0.0)),
+            measuring: Measuring::ByDefault(|_| Measured::count(0.0)),
         };
         let measured = Measured::from(Measure { value, spread });
-        Outcome::new(String::new(), &line, measured).verdict
+        Outcome::new(&line, ReaderBarrier::Fence, measured).verdict
     }
 
     #[test]
@@ -236,15 +260,21 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let barriers = [ReaderBarrier::Fence, ReaderBarrier::Membarrier];
-        let names = |barrier| LINES.iter().filter_map(move |line| line.name_with(barrier));
-        let mut names: Vec<_> = barriers.into_iter().flat_map(names).collect();
-        let measured = names.len();
-        assert!(measured > LINES.len());
+        let mut names: Vec<_> = LINES.iter().map(|line| line.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), measured);
+        assert_eq!(names.len(), LINES.len());
     }
+
+    #[test]
+    fn a_line_decides_in_one_configuration_only() {
+        for line in LINES {
+            assert_ne!(line.also_with(), Some(line.meant_for()), "{}", line.name);
+        }
+        let meant_for = |barrier| LINES.iter().any(|line| line.meant_for() == barrier);
+        assert!(meant_for(ReaderBarrier::Fence) && meant_for(ReaderBarrier::Membarrier));
+    }
+
     #[test]
     fn what_is_noisy_or_not_under_its_conditions_is_measured_again() {
         use std::sync::atomic::{AtomicUsize, Ordering};
@@ -262,14 +292,13 @@ mod tests {
             name: "line",
             how: "",
             bar: Bar::AtMost(2.0, "x"),
-            measuring: Measuring::With(shown),
+            measuring: Measuring::Fenced(shown),
         };
         let outcome = line.judge(&Rig::default(), ReaderBarrier::Membarrier);
-        let outcome = outcome.expect("an option's line");
         assert_eq!(
-            (outcome.name.as_str(), outcome.spread),
-            ("line/membarrier", 0.2)
+            (outcome.spaces.as_str(), outcome.decides),
+            ("membarrier", false)
         );
-        assert_eq!(outcome.verdict, Verdict::Noisy);
+        assert_eq!((outcome.spread, outcome.verdict), (0.2, Verdict::Noisy));
     }
 }

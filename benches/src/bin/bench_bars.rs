@@ -1,12 +1,13 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Measures every line of the table of bars, with either barrier where that changes something, or
-//! those whose names begin as an argument says, and ends with an error when one is short.
+//! Measures every line of the table of bars in the spaces that it is meant for, or those lines whose names
+//! begin as an argument says, and ends with an error when one is short. What the same lines show with the
+//! other barrier is measured too, and decides nothing.
 
 use std::process::ExitCode;
 
-use benches::bars::{Line, Outcome, Rig, Verdict, LINES};
+use benches::bars::{spaces, Line, Outcome, Rig, Verdict, LINES};
 use benches::footprint::CountingAllocator;
 use benches::record::save;
 use iommu_type1::{IoAddressSpace, ReaderBarrier};
@@ -23,36 +24,49 @@ fn main() -> ExitCode {
         }
     };
     let rig = Rig::default();
-    let mut outcomes = Vec::new();
-    for (title, barrier) in BARRIERS {
-        let first = outcomes.len();
-        if is_granted(barrier) {
-            for line in LINES
-                .iter()
-                .filter(|line| is_wanted(line, barrier, &wanted))
-            {
-                let outcome = line.judge(&rig, barrier);
-                outcomes.extend(outcome.inspect(|outcome| println!("{outcome}")));
-            }
-        } else {
-            println!("{title}: not measured, the kernel refuses it");
-        }
-        summarize(title, &outcomes[first..]);
-    }
+    let asked: Vec<_> = LINES
+        .iter()
+        .filter(|line| is_wanted(line, &wanted))
+        .collect();
+    let deciding = asked.iter().map(|line| (*line, line.meant_for()));
+    let outcomes = measured(&rig, deciding);
+    summarize("what decides", &outcomes);
+    let also = asked
+        .iter()
+        .filter_map(|line| Some((*line, line.also_with()?)));
+    println!("also measured, with the other barrier:");
+    let others = measured(&rig, also);
+    summarize("decides nothing", &others);
+
+    let is_short = outcomes.len() < asked.len() || count(&outcomes, Verdict::Short) > 0;
     if wanted.is_empty() {
         // What is kept is what all lines showed in one run.
-        if let Err(error) = save("bars", &outcomes) {
+        if let Err(error) = save("bars", &[outcomes, others].concat()) {
             eprintln!("the figures could not be kept: {error}");
             return ExitCode::from(2);
         }
     }
-    ExitCode::from(u8::from(count(&outcomes, Verdict::Short) > 0))
+    ExitCode::from(u8::from(is_short))
 }
 
-const BARRIERS: [(&str, ReaderBarrier); 2] = [
-    ("as spaces are by default", ReaderBarrier::Fence),
-    ("with membarrier", ReaderBarrier::Membarrier),
-];
+/// Lines with the barriers they are to be measured with, those left out that the kernel refuses.
+fn measured<'a>(rig: &Rig, lines: impl Iterator<Item = (&'a Line, ReaderBarrier)>) -> Vec<Outcome> {
+    let mut outcomes = Vec::new();
+    for (line, barrier) in lines {
+        if is_granted(barrier) {
+            let outcome = line.judge(rig, barrier);
+            println!("{outcome}");
+            outcomes.push(outcome);
+        } else {
+            println!(
+                "{:<20} {:<10} not measured, the kernel refuses it",
+                line.name,
+                spaces(barrier)
+            );
+        }
+    }
+    outcomes
+}
 
 fn is_granted(barrier: ReaderBarrier) -> bool {
     let space = IoAddressSpace::builder().reader_barrier(barrier).build();
@@ -74,15 +88,12 @@ fn wanted(mut args: impl Iterator<Item = String>) -> Result<Vec<String>, String>
 }
 
 fn begins_any(name: &str) -> bool {
-    let begins = |line: &Line, barrier| is_wanted(line, barrier, &[name.to_owned()]);
-    let is_any = |(_, barrier)| LINES.iter().any(|line| begins(line, barrier));
-    BARRIERS.into_iter().any(is_any)
+    let names = [name.to_owned()];
+    LINES.iter().any(|line| is_wanted(line, &names))
 }
 
-/// Whether a line is measured with this barrier, and asked for.
-fn is_wanted(line: &Line, barrier: ReaderBarrier, wanted: &[String]) -> bool {
-    line.name_with(barrier)
-        .is_some_and(|name| wanted.is_empty() || wanted.iter().any(|begin| name.starts_with(begin)))
+fn is_wanted(line: &Line, wanted: &[String]) -> bool {
+    wanted.is_empty() || wanted.iter().any(|begin| line.name.starts_with(begin))
 }
 
 fn summarize(title: &str, outcomes: &[Outcome]) {

@@ -175,16 +175,27 @@ fn bars(page: &mut String, outcomes: &[Outcome]) {
         return;
     }
     page.push_str(
-        "Spaces are as they are by default; lines whose names end in `/membarrier` are of spaces with \
-         `ReaderBarrier::Membarrier`, and have the same bars.\n\n",
+        "Each line decides in the spaces it is meant for: as they are by default, or with \
+         `ReaderBarrier::Membarrier` where an access is short and the bar leaves no room for a barrier \
+         (why: [design.md](design.md), \"Which configuration a bar is for\").\n\n",
     );
+    table_of_bars(page, outcomes.iter().filter(|outcome| outcome.decides));
     page.push_str(
-        "| name | what | measured | spread | bar | | |\n|---|---|---:|---:|---:|---|---|\n",
+        "\nThe same lines in the other spaces. This decides nothing, and is here so that nothing is left out: \
+         one configuration does not reach every bar.\n\n",
+    );
+    table_of_bars(page, outcomes.iter().filter(|outcome| !outcome.decides));
+}
+
+fn table_of_bars<'a>(page: &mut String, outcomes: impl Iterator<Item = &'a Outcome>) {
+    page.push_str(
+        "| name | what | spaces | measured | spread | bar | | |\n|---|---|---|---:|---:|---:|---|---|\n",
     );
     for outcome in outcomes {
         let Outcome {
             name,
             how,
+            spaces,
             value,
             unit,
             bar,
@@ -196,7 +207,7 @@ fn bars(page: &mut String, outcomes: &[Outcome]) {
         let verdict = outcome.verdict.name();
         let _ = writeln!(
             page,
-            "| {name} | {how} | {value:.2} {unit} | {spread:.0} % | {bar} | {verdict} | {note} |"
+            "| {name} | {how} | {spaces} | {value:.2} {unit} | {spread:.0} % | {bar} | {verdict} | {note} |"
         );
     }
 }
