@@ -72,7 +72,8 @@ impl AccessPlatform for Platform {
 
     /// By a look at all mappings: for set-up, not for accesses.
     fn translate_gpa(&self, base: u64, size: u64) -> io::Result<u64> {
-        let mut mappings = self.space.snapshot().0.mappings.into_iter();
+        let (snapshot, _) = self.space.snapshot().map_err(os_error)?;
+        let mut mappings = snapshot.mappings.into_iter();
         let iova = mappings.find_map(|mapping| {
             let offset = base.checked_sub(mapping.backing?.guest_address?)?;
             let left = mapping.size.checked_sub(offset)?;

@@ -105,7 +105,7 @@ fuzz_target!(|input: Input| {
         Backing::anonymous(backing.size as usize)
     });
     if let Ok(restored) = restored {
-        let saved = restored.snapshot().0;
+        let saved = restored.snapshot().unwrap().0;
         assert_eq!(saved.mappings.len(), snapshot.mappings.len());
         for mapping in &saved.mappings {
             let same = |other: &&SavedMapping| other.iova == mapping.iova;

@@ -17,9 +17,10 @@ use crate::check::Request;
 use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping};
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
+use crate::memory;
 use crate::profile::Overlapping;
 use crate::range::IovaRange;
-use crate::replace::outside;
+use crate::replace::{end_failed, outside};
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
 use crate::unmap::{check_outside, check_owned, Replaced, Revocation, Undo};
@@ -79,7 +80,8 @@ impl IoAddressSpace {
     /// [`Error::NotInProfile`] (EINVAL). What [`map`](IoAddressSpace::map) and [`unmap`](IoAddressSpace::unmap)
     /// say of a request that is wrong in itself; [`Error::Unmapping`] (EBUSY); [`Error::EntryLimit`],
     /// [`Error::TableLimit`], [`Error::DirtyLimit`] (ENOSPC); [`Error::OutsideRanges`] (EINVAL);
-    /// [`Error::BackingProtection`] (EFAULT); [`Error::InsideAccess`] (EDEADLK). Nothing is changed by these.
+    /// [`Error::BackingProtection`] (EFAULT); [`Error::InsideAccess`] (EDEADLK); [`Error::NoMemory`] (ENOMEM).
+    /// Nothing is changed by these.
     /// [`Error::Deadline`] (EDEADLK) names who uses what was there: with
     /// [`UnmapPolicy::Revoked`](crate::UnmapPolicy::Revoked) all changes are made nevertheless, and those users
     /// waited for again by the next unmap of their addresses; with
@@ -104,7 +106,7 @@ impl IoAddressSpace {
             return Err(Error::NotInProfile("a list of changes"));
         }
         let pieces = changes.into_iter().map(|change| Piece::of(space, change));
-        let pieces = pieces.collect::<Result<Vec<_>>>()?;
+        let pieces = memory::try_collect(pieces)?;
         change(space, pieces, self.view.set, options)
     }
 }
@@ -170,13 +172,13 @@ pub(crate) fn change(
         }
         check_owned(&writer, space, piece.range, set)?;
     }
-    let mut replaced = meet(space, &pieces);
-    let before: Vec<_> = replaced.iter().map(|met| met.mapping.clone()).collect();
-    let mut after = stays(&replaced);
+    let mut replaced = meet(space, &pieces)?;
+    let before = memory::collect(replaced.iter().map(|met| met.mapping.clone()))?;
+    let mut after = stays(&replaced)?;
     let maps = || pieces.iter().filter(|piece| piece.memory.is_some());
     let more = after.len() + maps().count();
     check_entries(&writer, space, more.saturating_sub(before.len()))?;
-    let stay: Vec<_> = after.iter().map(|mapping| mapping.range).collect();
+    let stay = memory::collect(after.iter().map(|mapping| mapping.range))?;
     let room = |writer: &Writer| {
         let new = maps().map(|piece| piece.range);
         check_memory(writer, space, stay.iter().copied().chain(new))?;
@@ -196,29 +198,32 @@ pub(crate) fn change(
         match &piece.memory {
             Some((backing, prot)) => {
                 let by = space.mapping(piece.range, *prot, backing.clone(), set);
-                undo.by.push(Arc::new(by));
+                memory::push(&mut undo.by, Arc::new(by))?;
             }
-            None => undo.holes.push(piece.range),
+            None => memory::push(&mut undo.holes, piece.range)?,
         }
     }
-    after.extend(undo.by.iter().cloned());
-    let (mut writer, agreed) = writer.ask(&before, &after, room);
-    agreed?;
+    memory::extend(&mut after, undo.by.iter().cloned())?;
     for met in &replaced {
         let parts = met.gone.iter();
         let parts = parts.map(|gone| Arc::new(met.mapping.part(*gone)));
-        undo.parts.extend(parts);
+        memory::extend(&mut undo.parts, parts)?;
     }
     // Who uses what was replaced there before is waited for too.
     for hole in &undo.holes {
         let others = writer.replaced_in(*hole).cloned();
-        replaced.extend(others.map(|mapping| Replaced {
-            mapping,
-            gone: Vec::new(),
-        }));
+        memory::extend(&mut replaced, others.map(Replaced::of))?;
     }
+    let (mut writer, agreed) = writer.ask(&before, &after, room);
+    agreed?;
     let mut unlinked = Unlinked::default();
-    writer.exchange(&space.table, &before, after, &mut unlinked);
+    let exchanged = writer.exchange(&space.table, &before, &after, &mut unlinked);
+    if let Err((published, error)) = exchanged {
+        drop(undo);
+        end_failed(writer, space, &before, after, published, unlinked);
+        return Err(error);
+    }
+    drop(after);
     space.counters.maps.add(undo.by.len());
     drop(writer);
     drop(before);
@@ -235,11 +240,10 @@ fn apart(pieces: Vec<Piece>) -> Result<Vec<Piece>> {
     for piece in pieces {
         let range = piece.range;
         let below = apart.range(..=range.last).rev();
-        let met: Vec<_> = below
+        let met = below
             .take_while(|(_, other)| other.range.last >= range.first)
-            .map(|(first, _)| *first)
-            .collect();
-        for first in met {
+            .map(|(first, _)| *first);
+        for first in memory::collect(met)? {
             let Some(other) = apart.remove(&first) else {
                 continue;
             };
@@ -249,39 +253,46 @@ fn apart(pieces: Vec<Piece>) -> Result<Vec<Piece>> {
         }
         apart.insert(range.first, piece);
     }
-    Ok(apart.into_values().collect())
+    memory::collect(apart.into_values())
 }
 
 /// What is mapped at the addresses of pieces, which are by address, and which parts of it go.
-fn meet(space: &Space, pieces: &[Piece]) -> Vec<Replaced> {
+fn meet(space: &Space, pieces: &[Piece]) -> Result<Vec<Replaced>> {
     let mut met: Vec<Replaced> = Vec::new();
     for piece in pieces {
-        space.table.visit(piece.range, |mapping| {
+        let failed = space.table.visit(piece.range, |mapping| {
             let gone = mapping.range.clamp(piece.range);
-            match met.last_mut() {
-                Some(last) if ptr::eq(&*last.mapping, mapping) => last.gone.push(gone),
-                _ => met.push(Replaced {
-                    mapping: Table::share(mapping),
-                    gone: vec![gone],
-                }),
+            let noted = match met.last_mut() {
+                Some(last) if ptr::eq(&*last.mapping, mapping) => {
+                    memory::push(&mut last.gone, gone)
+                }
+                _ => {
+                    let gone = vec![gone];
+                    let of = Replaced::of(Table::share(mapping));
+                    memory::push(&mut met, Replaced { gone, ..of })
+                }
+            };
+            match noted {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => ControlFlow::Break(error),
             }
-            ControlFlow::<()>::Continue(())
         });
+        failed.map_or(Ok(()), Err)?;
     }
-    met
+    Ok(met)
 }
 
 /// The parts that do not go.
-fn stays(met: &[Replaced]) -> Vec<Arc<Mapping>> {
+fn stays(met: &[Replaced]) -> Result<Vec<Arc<Mapping>>> {
     let mut stays = Vec::new();
-    for Replaced { mapping, gone } in met {
+    for Replaced { mapping, gone, .. } in met {
         let mut rest = Some(mapping.range);
         for gone in gone {
             let [below, behind] = rest.map_or([None, None], |rest| outside(rest, *gone));
-            stays.extend(below.map(|part| Arc::new(mapping.part(part))));
+            memory::extend(&mut stays, below.map(|part| Arc::new(mapping.part(part))))?;
             rest = behind;
         }
-        stays.extend(rest.map(|part| Arc::new(mapping.part(part))));
+        memory::extend(&mut stays, rest.map(|part| Arc::new(mapping.part(part))))?;
     }
-    stays
+    Ok(stays)
 }

@@ -137,6 +137,13 @@ pub enum Error {
         /// Most bytes they may take.
         limit: usize,
     },
+    /// There is no memory for what the request needs: nodes of the table, marks of pages, or lists as long as the
+    /// request says or as there are mappings.
+    #[error("no memory: an allocation of {bytes:#x} bytes failed")]
+    NoMemory {
+        /// Bytes that were asked for.
+        bytes: usize,
+    },
     /// The marks of dirty pages would take more memory than they may.
     #[error("the marks of dirty pages would take {bytes:#x} bytes, the limit is {limit:#x}")]
     DirtyLimit {
@@ -523,6 +530,7 @@ impl Error {
             Error::NoDirtyPages | Error::NoPins => libc::EACCES,
             Error::ArgumentMemory { .. } | Error::Fault { .. } => libc::EFAULT,
             Error::RangeInUse { .. } => libc::EADDRINUSE,
+            Error::NoMemory { .. } => libc::ENOMEM,
             Error::Permission { .. } | Error::FileProtection { .. } | Error::NotOwned { .. } => {
                 libc::EPERM
             }

@@ -66,7 +66,10 @@ impl IoAddressSpace {
             check_memory(writer, space, [range])
         });
         agreed?;
-        writer.publish(&space.table, mapping);
+        if let Err(error) = writer.publish(&space.table, mapping.clone()) {
+            drop(writer.report(slice::from_ref(&mapping), &[]));
+            return Err(error);
+        }
         space.counters.maps.add(1);
         Ok(range.first)
     }
@@ -115,15 +118,6 @@ pub(crate) struct Gaps {
 
 impl Gaps {
     fn of(writer: &Writer, space: &Space) -> Self {
-        let mut mapped = Vec::new();
-        space.table.visit(IovaRange::ALL, |mapping| {
-            mapped.push(mapping.range);
-            ControlFlow::<()>::Continue(())
-        });
-        let leaving = writer.leaving_inside(IovaRange::ALL);
-        mapped.extend(leaving.map(|leaving| leaving.mapping.range));
-        mapped.sort_unstable_by_key(|range| range.first);
-
         let mut gaps = Gaps::default();
         let unit = space.unit();
         for usable in writer.ranges.usable_ranges() {
@@ -140,8 +134,12 @@ impl Gaps {
                 gaps.insert(IovaRange { first, last });
             }
         }
-        for range in mapped {
-            gaps.cross_out(range);
+        space.table.visit(IovaRange::ALL, |mapping| {
+            gaps.cross_out(mapping.range);
+            ControlFlow::<()>::Continue(())
+        });
+        for leaving in writer.leaving_inside(IovaRange::ALL) {
+            gaps.cross_out(leaving.mapping.range);
         }
         gaps
     }
@@ -216,10 +214,12 @@ impl Gaps {
 
     /// Forgets what of a range is noted down.
     fn cross_out(&mut self, range: IovaRange) {
-        let below = self.by_address.range(..=range.last).rev();
-        let overlapping = below.take_while(|(_, last)| **last >= range.first);
-        let overlapping: Vec<_> = overlapping.map(|(first, last)| (*first, *last)).collect();
-        for (first, last) in overlapping {
+        loop {
+            let below = self.by_address.range(..=range.last).next_back();
+            let met = below.filter(|(_, last)| **last >= range.first);
+            let Some((first, last)) = met.map(|(first, last)| (*first, *last)) else {
+                return;
+            };
             self.remove(first);
             if first < range.first {
                 let last = range.first - 1;

@@ -114,6 +114,7 @@ mod mapping;
 mod mapping_set;
 mod membarrier;
 mod memlock;
+mod memory;
 mod pin;
 mod profile;
 mod range;
@@ -168,4 +169,4 @@ pub use space::{
     UNMAP_DEADLINE, UNMAP_REMINDERS,
 };
 pub use stats::Stats;
-pub use unmap::{UnmapOptions, UnmapPolicy};
+pub use unmap::{UnmapOptions, UnmapPolicy, HOLDERS_LISTED};

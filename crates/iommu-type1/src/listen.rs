@@ -11,7 +11,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::ops::ControlFlow;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +22,7 @@ use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::space::{Space, View};
 use crate::sync::lock;
-use crate::table::Table;
+use crate::unmap::share_all;
 use crate::{Backing, Error, IoAddressSpace, Result};
 
 /// Who is told of every mapping of a space, from [`IoAddressSpace::listen`].
@@ -145,10 +144,7 @@ impl IoAddressSpace {
         let mut writer = lock(&space.writer);
         writer.is_heard = true;
         let mut mappings = Vec::new();
-        space.table.visit(IovaRange::ALL, |mapping| {
-            mappings.push(Table::share(mapping));
-            ControlFlow::<()>::Continue(())
-        });
+        let shared = share_all(space, IovaRange::ALL, &mut mappings);
         drop(writer);
         let state = Arc::new(State::default());
         let mut entry = Entry {
@@ -156,10 +152,10 @@ impl IoAddressSpace {
             state: state.clone(),
             held: BTreeMap::new(),
         };
-        let told = {
+        let told = shared.and_then(|()| {
             let _inside = Inside::enter(space);
             entry.map_all(&mappings)
-        };
+        });
         match told {
             Ok(()) => listeners.entries.push(entry),
             Err(error) => {

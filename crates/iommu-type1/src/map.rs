@@ -13,6 +13,7 @@ use crate::change::{change, Piece};
 use crate::check::Request;
 use crate::dirty::check_pages;
 use crate::mapping::log_bytes;
+use crate::memory;
 use crate::profile::Overlapping;
 use crate::range::IovaRange;
 use crate::space::Space;
@@ -36,7 +37,7 @@ impl IoAddressSpace {
     /// [`Error::Overlap`] (EEXIST) or [`Error::Unmapping`] (EBUSY) where the mapping in the way is being
     /// unmapped, [`Error::EntryLimit`], [`Error::TableLimit`] or, while dirty pages are tracked,
     /// [`Error::DirtyMapping`] (EINVAL) and [`Error::DirtyLimit`] (ENOSPC), [`Error::OutsideRanges`] (EINVAL),
-    /// [`Error::BackingProtection`] (EFAULT).
+    /// [`Error::BackingProtection`] (EFAULT), [`Error::NoMemory`] (ENOMEM). Nothing is mapped then.
     ///
     /// Other [profiles](crate::Profile) check in other orders. By the rules of
     /// [`Profile::Iommufd`](crate::Profile::Iommufd) there is [`Error::FileProtection`] (EPERM) of files. With [`Profile::Iotlb`](crate::Profile::Iotlb)
@@ -101,7 +102,10 @@ impl IoAddressSpace {
         let new = slice::from_ref(&mapping);
         let (mut turn, agreed) = turn.ask(&[], new, |writer| check_room(writer, space, range));
         agreed?;
-        turn.publish(&space.table, mapping);
+        if let Err(error) = turn.publish(&space.table, mapping.clone()) {
+            drop(turn.report(new, &[]));
+            return Err(error);
+        }
         space.counters.maps.add(1);
         Ok(())
     }
@@ -129,19 +133,19 @@ impl IoAddressSpace {
             let range = Request::to_map(iova, &backing, prot).check(space, space.rules.map)?;
             Ok((range, backing, prot))
         });
-        let mappings = checked.collect::<Result<Vec<_>>>()?;
+        let mappings = memory::try_collect(checked)?;
         if space.rules.overlapping == Overlapping::Replace {
             let pieces = mappings.into_iter().map(|(range, backing, prot)| Piece {
                 range,
                 memory: Some((backing, prot)),
             });
-            return change(space, pieces.collect(), self.view.set, space.unmap);
+            return change(space, memory::collect(pieces)?, self.view.set, space.unmap);
         }
         let Some((first, ..)) = mappings.first() else {
             return Ok(());
         };
-        let turn = space.turn(*first)?;
-        check_apart(mappings.iter().map(|(range, ..)| *range).collect())?;
+        let mut turn = space.turn(*first)?;
+        check_apart(memory::collect(mappings.iter().map(|(range, ..)| *range))?)?;
         if space.rules.ranges_first {
             for (range, ..) in &mappings {
                 turn.ranges.check(*range, space.rules)?;
@@ -158,22 +162,23 @@ impl IoAddressSpace {
         let mappings = mappings.into_iter().map(|(range, backing, prot)| {
             Arc::new(space.mapping(range, prot, backing, self.view.set))
         });
-        let mut mappings: Vec<_> = mappings.collect();
+        let mappings = memory::collect(mappings)?;
+        // If they cannot all stay.
+        turn.reserve_leaving(mappings.len())?;
         let (mut turn, agreed) = turn.ask(&[], &mappings, |writer| {
             let mut ranges = mappings.iter().map(|mapping| mapping.range);
             ranges.try_for_each(|range| writer.ranges.check(range, space.rules))
         });
         agreed?;
         for (published, mapping) in mappings.iter().enumerate() {
-            if let Err(full) = check_memory(&turn, space, [mapping.range]) {
-                let turn = turn.report(&mappings, &[]);
-                mappings.truncate(published);
-                if let Err(error) = take_back(space, turn, mappings) {
+            let result = check_memory(&turn, space, [mapping.range])
+                .and_then(|()| turn.publish(&space.table, mapping.clone()));
+            if let Err(full) = result {
+                if let Err(error) = take_back(space, turn, mappings, published) {
                     log::warn!("what a batch has mapped before it failed: {error}");
                 }
                 return Err(full);
             }
-            turn.publish(&space.table, mapping.clone());
             space.counters.maps.add(1);
         }
         Ok(())

@@ -13,6 +13,7 @@ use crate::attach::{Attachment, Owner};
 use crate::dirty::{mark_pinned, DirtySlice};
 use crate::grace::Inside;
 use crate::mapping::{Mapping, Need};
+use crate::memory;
 use crate::range::{page_size, IovaRange};
 use crate::space::View;
 use crate::table::Table;
@@ -225,9 +226,13 @@ impl Attachment {
         found: &mut Vec<Arc<Mapping>>,
     ) -> Result<()> {
         let (space, need) = (&self.view.space, Need::exactly(prot));
+        let mut noted = Ok(());
         space.for_each_chunk(inside, iova, len, need, |mapping, _, _, _| {
-            found.push(Table::share(mapping));
-        })
+            if noted.is_ok() {
+                noted = memory::push(found, Table::share(mapping));
+            }
+        })?;
+        noted
     }
 }
 

@@ -18,11 +18,12 @@ use vm_memory::Permissions;
 use crate::check::Request;
 use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping, unmapping};
 use crate::mapping::Mapping;
+use crate::memory;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
 use crate::turn::Turn;
-use crate::unmap::{check_outside, Cuts, Replaced, Revocation, Undo};
+use crate::unmap::{check_outside, share_all, Cuts, Replaced, Revocation, Undo};
 use crate::writer::{Leaving, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
 
@@ -54,7 +55,7 @@ impl IoAddressSpace {
     /// [`Error::InsideAccess`] (EDEADLK); [`Error::Unmapping`] (EBUSY); [`Error::VaddrInvalid`] (EBUSY);
     /// [`Error::NothingMapped`] (ENOENT); [`Error::Bisect`] (as of an unmap) where it is not exactly one
     /// mapping; [`Error::EntryLimit`], [`Error::TableLimit`], [`Error::DirtyLimit`] (ENOSPC); [`Error::BackingProtection`]
-    /// (EFAULT). Nothing is replaced by these. [`Error::Deadline`] (EDEADLK) names who uses the memory
+    /// (EFAULT); [`Error::NoMemory`] (ENOMEM). Nothing is replaced by these. [`Error::Deadline`] (EDEADLK) names who uses the memory
     /// before: with [`UnmapPolicy::Revoked`](crate::UnmapPolicy::Revoked) it is replaced nevertheless, and
     /// waited for again by the next unmap; with [`UnmapPolicy::Restore`](crate::UnmapPolicy::Restore) it is
     /// there again, unless what replaced it was unmapped or replaced meanwhile.
@@ -86,7 +87,7 @@ impl IoAddressSpace {
                 errno: libc::EBUSY,
             });
         }
-        let before = overlapping(space, range);
+        let before = overlapping(space, range)?;
         let Some(first) = before.first() else {
             return Err(Error::NothingMapped {
                 iova,
@@ -117,12 +118,19 @@ impl IoAddressSpace {
         let (mut writer, agreed) = writer.ask(&before, new, room);
         agreed?;
         let mut unlinked = Unlinked::default();
-        writer.exchange(&space.table, &before, [by], &mut unlinked);
+        if let Err((_, error)) = writer.exchange(&space.table, &before, new, &mut unlinked) {
+            // Nobody has seen the new one, as there is only one.
+            writer.late.append(unlinked);
+            drop(writer.report(new, &before));
+            return Err(error);
+        }
         drop(writer);
+        drop(by);
         let replaced = before.into_iter().map(|mapping| Replaced {
-            mapping,
             gone: vec![range],
+            ..Replaced::of(mapping)
         });
+        // One.
         let replaced = replaced.collect();
         Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;
         Ok(())
@@ -144,7 +152,7 @@ pub(crate) fn cut(
         Some(leaving) if range != IovaRange::ALL => return Err(unmapping(range, leaving)),
         _ => {}
     }
-    let mut before = overlapping(space, range);
+    let mut before = overlapping(space, range)?;
     before.retain(|mapping| !range.contains_all(mapping.range));
     if before.is_empty() {
         return Ok(());
@@ -154,14 +162,43 @@ pub(crate) fn cut(
         let [left, right] = outside(mapping.range, range);
         let parts = [left, Some(mapping.range.clamp(range)), right];
         let parts = parts.into_iter().flatten();
-        after.extend(parts.map(|part| Arc::new(mapping.part(part))));
+        memory::extend(&mut after, parts.map(|part| Arc::new(mapping.part(part))))?;
     }
     check_entries(writer, space, after.len() - before.len())?;
     check_memory(writer, space, after.iter().map(|mapping| mapping.range))?;
-    cuts.before.extend_from_slice(&before);
-    cuts.after.extend_from_slice(&after);
-    writer.exchange(&space.table, &before, after, unlinked);
+    memory::reserve(&mut cuts.before, before.len())?;
+    memory::reserve(&mut cuts.after, after.len())?;
+    // Parts that were there for a moment are the same memory: who uses one is waited for as for what was replaced.
+    let exchanged = writer.exchange(&space.table, &before, &after, unlinked);
+    exchanged.map_err(|(_, error)| error)?;
+    cuts.before.extend(before);
+    cuts.after.extend(after);
     Ok(())
+}
+
+/// Ends an [`exchange`](Writer::exchange) that failed: those who listen are told, and whoever has seen what was there
+/// for a moment is waited for.
+pub(crate) fn end_failed(
+    mut turn: Turn<'_>,
+    space: &Space,
+    before: &[Arc<Mapping>],
+    mut after: Vec<Arc<Mapping>>,
+    published: usize,
+    unlinked: Unlinked,
+) {
+    turn.late.append(unlinked);
+    drop(turn.report(&after, before));
+    after.truncate(published);
+    let seen = match memory::collect(after.into_iter().map(Replaced::of)) {
+        Ok(seen) => seen,
+        // Then the next unmap there waits.
+        Err(_) => return,
+    };
+    let unlinked = Unlinked::default();
+    let revocation = Revocation::of_replaced(space, seen, Undo::default(), unlinked, space.unmap);
+    if let Err(error) = revocation.run(None) {
+        log::warn!("what was mapped before there was no memory: {error}");
+    }
 }
 
 /// Puts back what was replaced, if what has replaced it is still there, and nothing where nothing was left.
@@ -180,19 +217,19 @@ pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) {
         let mut unlinked = Unlinked::default();
         // Nobody else can change it while those who listen are told.
         let mut writer = turn.report(&undo.by, &undo.parts);
-        writer.exchange(table, &undo.by, undo.parts, &mut unlinked);
+        if let Err((_, error)) = writer.exchange(table, &undo.by, &undo.parts, &mut unlinked) {
+            log::warn!("what was replaced is not put back: {error}");
+            writer = writer.report(&undo.parts, &undo.by);
+        }
         writer.late.append(unlinked);
     }
 }
 
 /// The mappings of the table that share an address with a range.
-fn overlapping(space: &Space, range: IovaRange) -> Vec<Arc<Mapping>> {
+fn overlapping(space: &Space, range: IovaRange) -> Result<Vec<Arc<Mapping>>> {
     let mut found = Vec::new();
-    space.table.visit(range, |mapping| {
-        found.push(Table::share(mapping));
-        ControlFlow::<()>::Continue(())
-    });
-    found
+    share_all(space, range, &mut found)?;
+    Ok(found)
 }
 
 /// The parts of a mapped range before and behind another that it overlaps.

@@ -10,6 +10,7 @@ use vm_memory::{Permissions, VolatileSlice};
 use crate::dirty::DirtySlice;
 use crate::lease::{Leased, Leases};
 use crate::mapping::Need;
+use crate::memory;
 use crate::{IoAddressSpace, Result};
 
 /// The memory of a range of IOVAs, one slice a mapping, owned by whoever has the list.
@@ -51,9 +52,10 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
-    /// As [`read`](IoAddressSpace::read); nothing is leased then. No bytes give an empty list.
+    /// As [`read`](IoAddressSpace::read), and [`Error::NoMemory`](crate::Error::NoMemory) (ENOMEM); nothing is leased then. No bytes give an empty list.
     pub fn scatter(&self, iova: u64, len: usize, access: Permissions) -> Result<ScatterList> {
         let mut segments = Vec::new();
+        let mut noted = Ok(());
         let leases = Leases::taken_by(self.view.clone(), |space, leasing| {
             let need = Need::of(access);
             space.for_each_chunk(
@@ -63,10 +65,13 @@ impl IoAddressSpace {
                 need,
                 |mapping, iova, len, _| {
                     let mapping = leasing.lease(mapping);
-                    segments.push(Segment { mapping, iova, len });
+                    if noted.is_ok() {
+                        noted = memory::push(&mut segments, Segment { mapping, iova, len });
+                    }
                 },
             )
         })?;
+        noted?;
         Ok(ScatterList {
             segments,
             len,

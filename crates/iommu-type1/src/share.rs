@@ -10,6 +10,7 @@ use vm_memory::Permissions;
 use crate::check::Request;
 use crate::map::{check_backing, check_room, unmapping};
 use crate::mapping::Need;
+use crate::memory;
 use crate::range::IovaRange;
 use crate::sync::lock;
 use crate::{Backing, Error, IoAddressSpace, Result};
@@ -123,7 +124,9 @@ impl IoAddressSpace {
                 };
                 refused = Some((parts.len(), error));
             }
-            parts.push((part, mapping.backing(part)));
+            if let Err(error) = memory::push(&mut parts, (part, mapping.backing(part))) {
+                return ControlFlow::Break(Some(error));
+            }
             next = part.last.checked_add(1);
             ControlFlow::Continue(())
         });

@@ -18,6 +18,7 @@ use crate::dirty::{check_pages, mark_what_is_pinned};
 use crate::map::{check_apart, check_backing, check_log_bytes, check_memory};
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
+use crate::memory;
 use crate::range::{page_size, IovaRange};
 use crate::space::Space;
 use crate::sync::lock;
@@ -231,17 +232,22 @@ impl IoAddressSpace {
     ///
     /// let space = IoAddressSpace::new();
     /// space.map(0x4000, Backing::anonymous(0x2000)?, ReadWrite)?;
-    /// let (snapshot, memory) = space.snapshot();
+    /// let (snapshot, memory) = space.snapshot()?;
     /// assert_eq!(memory.anonymous[0].len(), 0x2000);
     ///
     /// let restored = IoAddressSpace::builder().restore(&snapshot, |backing| {
     ///     Backing::anonymous(backing.size as usize)
     /// })?;
     /// restored.write(0x5fff, &[1])?;
-    /// assert_eq!(restored.snapshot().0, snapshot);
+    /// assert_eq!(restored.snapshot()?.0, snapshot);
     /// # Ok::<(), iommu_type1::Error>(())
     /// ```
-    pub fn snapshot(&self) -> (Snapshot, SnapshotMemory) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`] (ENOMEM): it takes about 100 bytes a mapping, and a bit a page while dirty pages are
+    /// tracked.
+    pub fn snapshot(&self) -> Result<(Snapshot, SnapshotMemory)> {
         let space = &*self.view.space;
         let mut tables = Tables::default();
         let mut mappings = Vec::new();
@@ -252,21 +258,25 @@ impl IoAddressSpace {
             if is_tracking {
                 mark_what_is_pinned(space, mapping);
             }
-            mappings.push(tables.save(mapping));
+            memory::push(&mut mappings, tables.save(mapping)?)
         };
-        space.table.visit(IovaRange::ALL, |mapping| {
-            save(mapping);
-            ControlFlow::<()>::Continue(())
-        });
+        let failed = space
+            .table
+            .visit(IovaRange::ALL, |mapping| match save(mapping) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => ControlFlow::Break(error),
+            });
+        failed.map_or(Ok(()), Err)?;
         for leaving in writer.leaving_inside(IovaRange::ALL) {
             if leaving.state.is_vaddr() {
-                save(&leaving.mapping);
+                save(&leaving.mapping)?;
             }
         }
         drop(writer);
         mappings.sort_unstable_by_key(|mapping| mapping.iova);
         let limits = [space.entry_limit, space.table_limit, space.log_limit];
         let anonymous = tables.memory.anonymous.iter();
+        let anonymous = memory::collect(anonymous.map(|region| region.len() as u64))?;
         let snapshot = Snapshot {
             version: SNAPSHOT_VERSION,
             page_size: page_size(),
@@ -275,10 +285,10 @@ impl IoAddressSpace {
             limits: SavedLimits::of(limits),
             tracks_dirty: is_tracking,
             files: tables.memory.files.len() as u32,
-            anonymous: anonymous.map(|region| region.len() as u64).collect(),
+            anonymous,
             mappings,
         };
-        (snapshot, tables.memory)
+        Ok((snapshot, tables.memory))
     }
 }
 
@@ -318,24 +328,33 @@ struct Tables {
 }
 
 impl Tables {
-    fn save(&mut self, mapping: &Mapping) -> SavedMapping {
+    fn save(&mut self, mapping: &Mapping) -> Result<SavedMapping> {
         let mut dirty = Vec::new();
         if mapping.dirty.is_on() {
+            // A word for all the marks that it will be given.
+            memory::reserve(&mut dirty, mapping.log_bytes() / size_of::<u64>())?;
             mapping
                 .dirty
                 .look(mapping.pages(), |marks| dirty.push(marks));
         }
         let backing = (!mapping.is_hollow()).then(|| mapping.backing(mapping.range));
-        SavedMapping {
+        let backing = backing.map(|backing| self.refer(&backing)).transpose()?;
+        Ok(SavedMapping {
             iova: mapping.range.first,
             size: mapping.range.size(),
             access: mapping.permissions().into(),
-            backing: backing.map(|backing| self.refer(&backing)),
+            backing,
             dirty,
-        }
+        })
     }
 
-    fn refer(&mut self, backing: &Backing) -> BackingRef {
+    fn refer(&mut self, backing: &Backing) -> Result<BackingRef> {
+        let no_memory = |_| memory::no_memory::<(usize, u32)>(self.memory.files.len() + 1);
+        self.files.try_reserve(1).map_err(no_memory)?;
+        memory::reserve(&mut self.memory.files, 1)?;
+        let no_memory = |_| memory::no_memory::<(usize, u32)>(self.memory.anonymous.len() + 1);
+        self.regions.try_reserve(1).map_err(no_memory)?;
+        memory::reserve(&mut self.memory.anonymous, 1)?;
         let place = match backing.file_offset() {
             Some(file) => {
                 let files = &mut self.memory.files;
@@ -365,12 +384,12 @@ impl Tables {
                 }
             }
         };
-        BackingRef {
+        Ok(BackingRef {
             place,
             size: backing.len() as u64,
             access: backing.access().into(),
             guest_address: backing.guest_address().map(|address| address.0),
-        }
+        })
     }
 }
 
@@ -406,7 +425,8 @@ impl IoAddressSpaceBuilder {
         let space = &*restored.view.space;
         let ranges = check(snapshot, space)?;
 
-        let mut mappings = Vec::with_capacity(ranges.len());
+        let mut mappings = Vec::new();
+        memory::reserve(&mut mappings, ranges.len())?;
         for (saved, range) in snapshot.mappings.iter().zip(ranges) {
             let prot = saved.access.into();
             let mapping = match &saved.backing {
@@ -431,9 +451,9 @@ impl IoAddressSpaceBuilder {
         for (saved, mapping) in snapshot.mappings.iter().zip(mappings) {
             check_memory(&writer, space, [mapping.range])?;
             if mapping.is_hollow() {
-                writer.insert_hollow(mapping.clone());
+                writer.insert_hollow(mapping.clone())?;
             } else {
-                writer.publish(&space.table, mapping.clone());
+                writer.publish(&space.table, mapping.clone())?;
             }
             for (index, marks) in saved.dirty.iter().enumerate() {
                 mapping.dirty.put_back(index, *marks);
@@ -452,7 +472,8 @@ fn check(snapshot: &Snapshot, space: &Space) -> Result<Vec<IovaRange>> {
         });
     }
     let writer = lock(&space.writer);
-    let mut ranges = Vec::with_capacity(snapshot.mappings.len());
+    let mut ranges = Vec::new();
+    memory::reserve(&mut ranges, snapshot.mappings.len())?;
     let mut log_bytes = 0;
     for saved in &snapshot.mappings {
         let request = Request {

@@ -16,12 +16,13 @@ use crate::check::Request;
 use crate::deadline::Deadline;
 use crate::map::{check_backing, unmapping};
 use crate::mapping::Mapping;
+use crate::memory;
 use crate::profile::Cut;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
 use crate::table::Unlinked;
-use crate::unmap::{beginning, check_outside, inside, put_back, stops};
+use crate::unmap::{beginning, check_outside, inside, put_back, stops, Replaced, HOLDERS_LISTED};
 use crate::writer::{State, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result};
 
@@ -110,7 +111,10 @@ impl IoAddressSpace {
         let mapping = Arc::new(hollow.with_memory(backing));
         let (mut writer, agreed) = writer.ask(&[], slice::from_ref(&mapping), |_| Ok(()));
         agreed?;
-        writer.publish(&space.table, mapping.clone());
+        if let Err(error) = writer.publish(&space.table, mapping.clone()) {
+            drop(writer.report(slice::from_ref(&mapping), &[]));
+            return Err(error);
+        }
         hollow.give_marks(&mapping);
         writer.forget(&[mapping]);
         if writer.tracking {
@@ -155,13 +159,17 @@ impl IoAddressSpace {
         }
         check_valid(&writer, range)?;
         check_unpinned(space, &mappings)?;
+        // The same memory may have been replaced here, and put back.
+        let mut used = Vec::new();
+        for mapping in &mappings {
+            let replaced = writer.replaced_in(mapping.range).cloned();
+            memory::extend(&mut used, replaced.map(Replaced::of))?;
+        }
+        writer.reserve_leaving(mappings.len())?;
         let mut unlinked = Unlinked::default();
         writer.revoke(&space.table, &mappings, &mut unlinked);
-        let mut used = mappings.clone();
         for mapping in &mappings {
             writer.set_state(mapping, State::Invalidating);
-            // The same memory may have been replaced here, and put back.
-            used.extend(writer.replaced_in(mapping.range).cloned());
         }
         drop(writer.report(&mappings, &[]));
         let deadline = Deadline::after(space.unmap.longest());
@@ -170,14 +178,12 @@ impl IoAddressSpace {
 
         // A harvest forgets nothing that it refers to (`Revocation::remove`).
         let harvest = outcome.is_ok().then(|| lock(&space.harvest));
-        let mut released = Vec::new();
         if outcome.is_ok() {
-            let mut writer = lock(&space.writer);
+            used.iter_mut().for_each(|replaced| replaced.over = true);
             // Who has replaced them may have waited too, and left them to whoever is the last.
-            released = writer.release(&space.table, used.split_off(mappings.len()));
+            lock(&space.writer).release(&space.table, &mut used);
         }
         drop(harvest);
-        drop(released);
         drop(used);
         let mut writer = space.another_turn();
         if graced {
@@ -185,16 +191,23 @@ impl IoAddressSpace {
         } else {
             writer.late.append(std::mem::take(&mut unlinked));
         }
-        if outcome.is_ok() {
-            mappings
-                .iter()
-                .for_each(|mapping| writer.hollow_out(mapping));
-        } else {
-            writer = put_back(writer, space, mappings.clone());
-        }
-        drop(writer);
+        let hollows = outcome.and_then(|()| {
+            memory::try_collect(mappings.iter().map(|mapping| writer.hollow(mapping)))
+        });
         let sizes = mappings.iter().map(|mapping| mapping.range.size());
-        outcome.map(|()| sizes.fold(0, u64::saturating_add))
+        let size = sizes.fold(0, u64::saturating_add);
+        match hollows {
+            Ok(hollows) => {
+                for (mapping, hollow) in mappings.iter().zip(hollows) {
+                    writer.hollow_out(mapping, hollow);
+                }
+                Ok(size)
+            }
+            Err(error) => {
+                drop(put_back(writer, space, mappings));
+                Err(error)
+            }
+        }
     }
 }
 
@@ -235,7 +248,7 @@ fn check_unpinned(space: &Space, mappings: &[Arc<Mapping>]) -> Result<()> {
 fn unused(
     space: &Space,
     mappings: &[Arc<Mapping>],
-    used: &[Arc<Mapping>],
+    used: &[Replaced],
     deadline: &Deadline,
     graced: bool,
 ) -> Result<()> {
@@ -246,20 +259,19 @@ fn unused(
     }
     // Of accesses that were running when it was looked at before.
     check_unpinned(space, mappings)?;
-    let leased = space.leases.wait_released(used, deadline);
+    let used = used.iter().map(|replaced| &replaced.mapping);
+    let used = mappings.iter().chain(used);
+    let leased = space.leases.wait_released(used.clone(), deadline);
     if leased.is_empty() {
         return Ok(());
     }
-    let holders = leased
-        .iter()
-        .flat_map(|leased| space.leases.holders(leased));
+    let held = used.filter(|mapping| leased.has(mapping));
+    let sizes = held.clone().map(|mapping| mapping.range.size());
+    let holders = held.flat_map(|mapping| space.leases.holders(mapping));
     Err(Error::Deadline {
         unmapped: 0,
-        left: leased
-            .iter()
-            .map(|leased| leased.range.size())
-            .fold(0, u64::saturating_add),
-        holders: holders.collect(),
+        left: sizes.fold(0, u64::saturating_add),
+        holders: holders.take(HOLDERS_LISTED).collect(),
     })
 }
 

@@ -3,16 +3,16 @@
 
 //! What only those who map and unmap look at: one at a time, under a lock that no access takes.
 
-use std::collections::HashSet;
-use std::mem;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::gaps::Gaps;
 use crate::mapping::Mapping;
+use crate::memory;
 use crate::range::{page_shift, IovaRange};
 use crate::table::{Table, Unlinked};
-use crate::IovaRanges;
+use crate::unmap::Replaced;
+use crate::{Error, IovaRanges, Result};
 
 /// Why a mapping is not in the table any more, though it is not gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,16 +93,30 @@ impl Writer {
         self.leaving.len() + self.replaced.len()
     }
 
-    pub(crate) fn publish(&mut self, table: &Table, mapping: Arc<Mapping>) {
+    /// Makes a mapping reachable.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`]; nobody could have found it then.
+    pub(crate) fn publish(&mut self, table: &Table, mapping: Arc<Mapping>) -> Result<()> {
+        let mut log_bytes = 0;
         if self.tracking && !mapping.dirty.is_on() {
-            self.log_bytes += mapping.log_bytes();
-            mapping.dirty.start(mapping.pages());
+            mapping.dirty.start(mapping.pages())?;
+            log_bytes = mapping.log_bytes();
         }
+        self.table_bytes += table.insert(mapping)?;
+        self.log_bytes += log_bytes;
         self.live += 1;
-        self.table_bytes += table.insert(mapping);
+        Ok(())
     }
 
-    /// Takes mappings out of the table; they are being revoked then.
+    /// Makes room for so many mappings to leave: without it they cannot be revoked.
+    pub(crate) fn reserve_leaving(&mut self, mappings: usize) -> Result<()> {
+        memory::reserve(&mut self.leaving, mappings)
+    }
+
+    /// Takes mappings out of the table, for which there is [room](Writer::reserve_leaving); they are being revoked
+    /// then.
     pub(crate) fn revoke(
         &mut self,
         table: &Table,
@@ -118,6 +132,11 @@ impl Writer {
             self.leaving
                 .insert(self.first_from(mapping.range.first), leaving);
         }
+    }
+
+    /// How many mappings [`retry`](Writer::retry) can add.
+    pub(crate) fn may_retry(&self, range: IovaRange) -> usize {
+        self.leaving_inside(range).count()
     }
 
     /// Adds the mappings inside `range` that left before and may be tried again; they are being revoked
@@ -205,19 +224,60 @@ impl Writer {
     }
 
     /// Takes mappings out of the table and puts others in their place.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`], and how many of the others were there for a moment: they are among the replaced then, and
+    /// those before are in the table.
     pub(crate) fn exchange(
         &mut self,
         table: &Table,
         before: &[Arc<Mapping>],
-        after: impl IntoIterator<Item = Arc<Mapping>>,
+        after: &[Arc<Mapping>],
+        unlinked: &mut Unlinked,
+    ) -> std::result::Result<(), (usize, Error)> {
+        // Whichever of the two is replaced in the end.
+        let room = before.len().max(after.len());
+        memory::reserve(&mut self.replaced, room).map_err(|error| (0, error))?;
+        for mapping in before {
+            drop(table.take(mapping));
+        }
+        self.live -= before.len();
+        let mut outcome = Ok(());
+        for (published, mapping) in after.iter().enumerate() {
+            if let Err(error) = self.publish(table, mapping.clone()) {
+                outcome = Err((published, error));
+                break;
+            }
+        }
+        match &outcome {
+            Ok(()) => self.replaced.extend_from_slice(before),
+            Err((published, _)) => self.take_back(table, before, &after[..*published], unlinked),
+        }
+        for mapping in before {
+            table.settle(mapping.range, unlinked);
+        }
+        outcome
+    }
+
+    fn take_back(
+        &mut self,
+        table: &Table,
+        before: &[Arc<Mapping>],
+        published: &[Arc<Mapping>],
         unlinked: &mut Unlinked,
     ) {
-        self.live -= before.len();
-        for mapping in before {
+        self.live -= published.len();
+        for mapping in published {
             self.replaced.push(table.remove(mapping, unlinked));
         }
-        for mapping in after {
-            self.publish(table, mapping);
+        self.live += before.len();
+        for mapping in before {
+            // The nodes that were there before still are: nothing is allocated.
+            match table.insert(mapping.clone()) {
+                Ok(bytes) => debug_assert_eq!(bytes, 0),
+                Err(error) => log::error!("a mapping is lost: {error}"),
+            }
         }
     }
 
@@ -227,29 +287,29 @@ impl Writer {
         replaced.filter(move |mapping| mapping.range.overlaps(range))
     }
 
-    /// Forgets replaced mappings that no access and no lease uses, but for those to which somebody else has a
-    /// reference: who waits for one too forgets it then, and pages of it that are still mapped may be pinned, and
-    /// be written. Their memory goes with what is returned.
-    pub(crate) fn release(&mut self, table: &Table, over: Vec<Arc<Mapping>>) -> Vec<Arc<Mapping>> {
-        if over.is_empty() {
-            return over;
-        }
-        let waited_for: HashSet<_> = over.iter().map(Arc::as_ptr).collect();
+    /// Forgets those of replaced mappings that are over, as no access and no lease uses them, but for those to which
+    /// somebody else has a reference: who waits for one too forgets it then, and pages of it that are still mapped
+    /// may be pinned, and be written. Those that are forgotten stay in the list, and their memory with it.
+    pub(crate) fn release(&mut self, table: &Table, waited_for: &mut Vec<Replaced>) {
         // During this turn, so that of several who have waited one is the last.
-        drop(over);
-        let is_last = |mapping: &Arc<Mapping>| {
-            waited_for.contains(&Arc::as_ptr(mapping)) && Arc::strong_count(mapping) == 1
-        };
-        let replaced = mem::take(&mut self.replaced);
-        let (last, others) = replaced.into_iter().partition(is_last);
-        self.replaced = others;
-        for mapping in &last {
-            self.move_marks(table, mapping);
+        let is_last = |mapping: &Arc<Mapping>| Arc::strong_count(mapping) == 2;
+        waited_for.retain(|replaced| !replaced.over || is_last(&replaced.mapping));
+        if !waited_for.iter().any(|replaced| replaced.over) {
+            return;
+        }
+        waited_for.sort_unstable_by_key(|replaced| Arc::as_ptr(&replaced.mapping));
+        self.replaced.retain(|mapping| {
+            let at = waited_for.binary_search_by_key(&Arc::as_ptr(mapping), |replaced| {
+                Arc::as_ptr(&replaced.mapping)
+            });
+            !at.is_ok_and(|at| waited_for[at].over)
+        });
+        for replaced in waited_for.iter().filter(|replaced| replaced.over) {
+            self.move_marks(table, &replaced.mapping);
             if self.tracking {
-                self.log_bytes -= mapping.log_bytes();
+                self.log_bytes -= replaced.mapping.log_bytes();
             }
         }
-        last
     }
 
     /// Gives the marks of replaced mappings to those that have their addresses.
@@ -278,22 +338,29 @@ impl Writer {
     }
 
     /// Adds a mapping without memory.
-    pub(crate) fn insert_hollow(&mut self, mapping: Arc<Mapping>) {
+    pub(crate) fn insert_hollow(&mut self, mapping: Arc<Mapping>) -> Result<()> {
+        self.reserve_leaving(1)?;
         if self.tracking {
+            mapping.dirty.start(mapping.pages())?;
             self.log_bytes += mapping.log_bytes();
-            mapping.dirty.start(mapping.pages());
         }
         let at = self.first_from(mapping.range.first);
         let state = State::Invalid;
         self.leaving.insert(at, Leaving { mapping, state });
+        Ok(())
     }
 
-    /// Has a mapping without memory stand for one whose memory was taken away, marks and all.
-    pub(crate) fn hollow_out(&mut self, mapping: &Mapping) {
+    /// A mapping without memory that can stand for one whose memory is taken away.
+    pub(crate) fn hollow(&self, mapping: &Mapping) -> Result<Arc<Mapping>> {
         let hollow = Arc::new(mapping.hollow());
         if self.tracking {
-            hollow.dirty.start(hollow.pages());
+            hollow.dirty.start(hollow.pages())?;
         }
+        Ok(hollow)
+    }
+
+    /// Has a mapping without memory stand for the one of the same range, marks and all.
+    pub(crate) fn hollow_out(&mut self, mapping: &Mapping, hollow: Arc<Mapping>) {
         mapping.give_marks(&hollow);
         if let Some(leaving) = self.find_leaving(mapping) {
             leaving.mapping = hollow;

@@ -162,7 +162,7 @@ fn guest_addresses_go_with_the_memory() {
     space.unmap(p(9), p(1)).unwrap();
     let copy = IoAddressSpace::new();
     space.copy_to(p(10), p(2), &copy, 0, Read).unwrap();
-    let (snapshot, kept) = space.snapshot();
+    let (snapshot, kept) = space.snapshot().unwrap();
     let restored = IoAddressSpace::builder().restore(&snapshot, |backing| {
         let iommu_type1::Place::Anonymous { region, offset } = backing.place else {
             unreachable!();
@@ -170,7 +170,7 @@ fn guest_addresses_go_with_the_memory() {
         kept.anonymous[region as usize].slice(offset as usize, backing.size as usize)
     });
     let restored = restored.unwrap();
-    assert_eq!(restored.snapshot().0, snapshot);
+    assert_eq!(restored.snapshot().unwrap().0, snapshot);
     for (space, iova) in [(&space, p(10)), (&copy, 0), (&restored, p(10))] {
         let found = translate(&IommuAdapter::new(space), iova + 8, 8, Read).unwrap();
         assert_eq!(found, [(p(4) + 8, 8)]);

@@ -112,12 +112,12 @@ proptest! {
                 Op::Track(false) => space.stop_dirty_tracking(),
             }
         }
-        let (snapshot, memory) = space.snapshot();
+        let (snapshot, memory) = space.snapshot().unwrap();
         let text = serde_json::to_string(&snapshot).unwrap();
         let read: Snapshot = serde_json::from_str(&text).unwrap();
         prop_assert_eq!(&read, &snapshot);
         let restored = restore(&read, &memory).unwrap();
-        prop_assert_eq!(&restored.snapshot().0, &snapshot);
+        prop_assert_eq!(&restored.snapshot().unwrap().0, &snapshot);
         prop_assert_eq!(restored.profile(), profile);
         prop_assert_eq!(restored.entry_limit(), 100);
         prop_assert_eq!(restored.mappings(), space.mappings());
@@ -168,7 +168,7 @@ fn files_and_regions_stand_once_with_their_offsets() {
             Backing::from_guest_memory(&guest, GuestAddress(p(gpa)), p(2) as usize).unwrap();
         space.map(p(iova), backing, ReadWrite).unwrap();
     }
-    let (snapshot, memory) = space.snapshot();
+    let (snapshot, memory) = space.snapshot().unwrap();
     assert_eq!((snapshot.files, memory.files.len()), (1, 1));
     assert_eq!(snapshot.anonymous, [p(8)]);
     assert_eq!(memory.anonymous[0].len() as u64, p(8));
@@ -190,7 +190,7 @@ fn saved() -> (Snapshot, SnapshotMemory) {
     }
     space.start_dirty_tracking().unwrap();
     space.write(p(11), &[1]).unwrap();
-    space.snapshot()
+    space.snapshot().unwrap()
 }
 
 #[test]
@@ -395,7 +395,7 @@ fn what_is_being_unmapped_is_left_out() {
     space.map(p(2), memory(1), ReadWrite).unwrap();
     let held = space.scatter(p(1), 8, Read).unwrap();
     space.unmap(p(1), p(1)).unwrap_err();
-    let mappings = space.snapshot().0.mappings;
+    let mappings = space.snapshot().unwrap().0.mappings;
     assert_eq!(
         mappings
             .iter()
@@ -424,7 +424,7 @@ fn a_snapshot_is_of_one_moment() {
         });
         let mut seen = [0, 0];
         while seen.contains(&0) {
-            let (snapshot, memory) = space.snapshot();
+            let (snapshot, memory) = space.snapshot().unwrap();
             let mapped = snapshot.mappings.len();
             assert!(mapped == 0 || mapped == 3, "{mapped}");
             seen[mapped / 3] += 1;

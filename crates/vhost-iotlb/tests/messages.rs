@@ -261,7 +261,7 @@ fn files_are_mapped_and_their_places_known() {
     let mut bytes = [0; 4];
     file.read_exact_at(&mut bytes, p(2 + 4)).unwrap();
     assert_eq!(&bytes, b"DMA!");
-    let (snapshot, _) = iotlb.space().snapshot();
+    let (snapshot, _) = iotlb.space().snapshot().unwrap();
     let backing = snapshot.mappings[0].backing.unwrap();
     assert_eq!(backing.guest_address, Some(0x8000_0000 + p(3)));
 }

@@ -14,8 +14,10 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::ptr;
 
+use crate::memory;
 use crate::range::page_shift;
 use crate::sync::{AtomicPtr, AtomicU64, Ordering};
+use crate::Result;
 
 /// Pages that one word tells apart.
 pub(super) const WORD: usize = u64::BITS as usize;
@@ -48,16 +50,19 @@ impl DirtyLog {
     /// Begins to keep bits, none of them set, for a mapping of so many pages.
     ///
     /// For the one who maps and unmaps, as `stop`.
-    pub(crate) fn start(&self, pages: usize) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`](crate::Error::NoMemory).
+    pub(crate) fn start(&self, pages: usize) -> Result<()> {
         let raw = self.0.load(Ordering::Relaxed);
         if raw.addr() & ON != 0 {
-            return;
+            return Ok(());
         }
         let words = if raw.is_null() {
-            let words: Box<[AtomicU64]> = (0..pages.div_ceil(WORD))
-                .map(|_| AtomicU64::new(0))
-                .collect();
-            Box::into_raw(words).cast()
+            let zeros = (0..pages.div_ceil(WORD)).map(|_| AtomicU64::new(0));
+            // As many as were reserved: nothing is allocated once more.
+            Box::into_raw(memory::collect(zeros)?.into_boxed_slice()).cast()
         } else {
             for index in 0..pages.div_ceil(WORD) {
                 // SAFETY: by the invariant.
@@ -67,6 +72,7 @@ impl DirtyLog {
         };
         self.0
             .store(words.map_addr(|addr| addr | ON), Ordering::Release);
+        Ok(())
     }
 
     /// Forgets what was kept.
@@ -209,7 +215,7 @@ mod tests {
             let mut log = DirtyLog::new();
             let mut expected = BTreeSet::new();
             log.mark_lent(0, 1);
-            log.start(pages);
+            log.start(pages).unwrap();
             let size = pages * page_size() as usize;
             for (mark, a, b, inline) in steps {
                 if mark {
@@ -242,7 +248,7 @@ mod tests {
                 }
             }
             log.stop();
-            log.start(pages);
+            log.start(pages).unwrap();
             prop_assert!((0..pages).all(|page| !log.dirty_at(page << page_shift())));
             log.free(pages);
         }

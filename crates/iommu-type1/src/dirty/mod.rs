@@ -8,6 +8,7 @@ mod log;
 mod slice;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use vm_memory::Permissions;
 
@@ -15,10 +16,10 @@ use crate::check::whole_pages;
 use crate::deadline::Deadline;
 use crate::map::check_log_bytes;
 use crate::mapping::{Mapping, Need};
+use crate::memory;
 use crate::range::{page_shift, page_size, IovaRange};
 use crate::space::Space;
 use crate::sync::lock;
-use crate::table::Table;
 use crate::unmap::inside;
 use crate::writer::Writer;
 use crate::{Error, IoAddressSpace, Result};
@@ -59,6 +60,7 @@ impl IoAddressSpace {
     /// [`Error::NoDirtyPages`] (EACCES): a space by the rules of type1 v1 keeps none.
     /// [`Error::DirtyMapping`] (EINVAL): a mapping has more than 2^31 - 1 pages; nothing is tracked.
     /// [`Error::DirtyLimit`] (ENOSPC): there are more pages than may be kept; nothing is tracked.
+    /// [`Error::NoMemory`] (ENOMEM): the same.
     /// [`Error::AccessRuns`] (EBUSY): an access that began before did not end within the space's
     /// deadline for unmaps, or the kernel refuses a barrier
     /// ([`ReaderBarrier::Membarrier`](crate::ReaderBarrier::Membarrier)); what is written by it may not be
@@ -80,10 +82,19 @@ impl IoAddressSpace {
             });
             countable?;
             check_log_bytes(bytes, space.log_limit)?;
+            let mut started = Ok(());
+            for_each(&writer, space, |mapping, _| {
+                if started.is_ok() {
+                    started = mapping.dirty.start(mapping.pages());
+                }
+            });
+            if started.is_err() {
+                for_each(&writer, space, |mapping, _| mapping.dirty.stop());
+            }
+            started?;
             writer.log_bytes = bytes;
             writer.tracking = true;
             for_each(&writer, space, |mapping, is_live| {
-                mapping.dirty.start(mapping.pages());
                 mark_what_is_pinned(space, mapping);
                 if is_live {
                     space.table.refresh(mapping);
@@ -136,19 +147,30 @@ impl IoAddressSpace {
         inside(&writer, space, range, &mut mappings)?;
         writer.settle_marks(&space.table);
         let leaving = writer.leaving_inside(range);
-        mappings.extend(leaving.map(|leaving| leaving.mapping.clone()));
+        memory::extend(
+            &mut mappings,
+            leaving.map(|leaving| leaving.mapping.clone()),
+        )?;
+        let mut pages = DirtyPages::default();
+        let ranges = mappings.iter().map(|mapping| mapping.range);
+        memory::extend(&mut pages.mapped, ranges)?;
         mappings.sort_unstable_by_key(|mapping| mapping.range.first);
         let mut taken = Vec::new();
+        let mut noted = Ok(());
         for mapping in &mappings {
-            mapping.dirty.take(mapping.pages(), |index, marks| {
-                taken.push((mapping, index, marks));
+            mapping.dirty.take(mapping.pages(), |index, word| {
+                if let Err(error) = memory::push(&mut taken, (mapping, index, word)) {
+                    mapping.dirty.put_back(index, word);
+                    noted = Err(error);
+                }
             });
             mark_what_is_pinned(space, mapping);
         }
         drop(writer);
         // Where there was no mark, no access can have relied on one that was taken.
-        if !taken.is_empty() {
-            if let Err(error) = settle(space) {
+        if !taken.is_empty() || noted.is_err() {
+            let room = noted.and_then(|()| memory::reserve(&mut pages.words, taken.len()));
+            if let Err(error) = room.and_then(|()| settle(space)) {
                 for (mapping, index, marks) in taken {
                     mapping.dirty.put_back(index, marks);
                 }
@@ -161,11 +183,8 @@ impl IoAddressSpace {
                 return Err(error);
             }
         }
-        let mut pages = DirtyPages::default();
-        let ranges = mappings.iter().map(|mapping| mapping.range);
-        pages.mapped.extend(ranges);
         for (mapping, index, marks) in taken {
-            pages.add(mapping, index, marks);
+            pages.words.push(word(mapping, index, marks));
         }
         Ok(pages)
     }
@@ -285,20 +304,22 @@ fn settle(space: &Space) -> Result<()> {
 
 /// Visits every mapping, with whether it is in the table.
 fn for_each(writer: &Writer, space: &Space, mut visit: impl FnMut(&Mapping, bool)) {
-    let mut live = Vec::new();
     space.table.visit(IovaRange::ALL, |mapping| {
-        live.push(Table::share(mapping));
+        visit(mapping, true);
         ControlFlow::<()>::Continue(())
     });
-    for mapping in &live {
-        visit(mapping, true);
-    }
     for leaving in writer.leaving_inside(IovaRange::ALL) {
         visit(&leaving.mapping, false);
     }
     for mapping in &writer.replaced {
         visit(mapping, false);
     }
+}
+
+/// A word of marks of a mapping, with the address of its first page.
+fn word(mapping: &Mapping, index: usize, marks: u64) -> (u64, u64) {
+    let offset = (index * log::WORD) as u64 * page_size();
+    (mapping.range.first + offset, marks)
 }
 
 /// Pages that were written; from [`IoAddressSpace::take_dirty`].
@@ -311,17 +332,23 @@ pub struct DirtyPages {
 }
 
 impl DirtyPages {
-    /// Adds the marks of a mapping that nobody can write to any more, one behind those before.
-    pub(crate) fn take_last(&mut self, mapping: &Mapping) {
-        self.mapped.push(mapping.range);
-        let pages = mapping.pages();
-        let taken = |index, marks| self.add(mapping, index, marks);
-        mapping.dirty.take(pages, taken);
-    }
-
-    fn add(&mut self, mapping: &Mapping, index: usize, marks: u64) {
-        let offset = (index * log::WORD) as u64 * page_size();
-        self.words.push((mapping.range.first + offset, marks));
+    /// Takes the marks of mappings that nobody can write to any more, by address: all of them or none.
+    pub(crate) fn take_all(&mut self, mappings: &[Arc<Mapping>]) -> Result<()> {
+        memory::extend(
+            &mut self.mapped,
+            mappings.iter().map(|mapping| mapping.range),
+        )?;
+        let mut words = 0;
+        for mapping in mappings {
+            let marked = |marks| words += usize::from(marks != 0);
+            mapping.dirty.look(mapping.pages(), marked);
+        }
+        memory::reserve(&mut self.words, words)?;
+        for mapping in mappings {
+            let taken = |index, marks| self.words.push(word(mapping, index, marks));
+            mapping.dirty.take(mapping.pages(), taken);
+        }
+        Ok(())
     }
 
     /// The I/O virtual addresses of the pages, ascending inside each mapping.

@@ -27,6 +27,19 @@ pub(crate) struct Ledger {
     returned: Condvar,
 }
 
+/// Mappings that are leased, by where they are.
+pub(crate) struct LeasedOf(BTreeSet<usize>);
+
+impl LeasedOf {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn has(&self, mapping: &Arc<Mapping>) -> bool {
+        self.0.contains(&Arc::as_ptr(mapping).addr())
+    }
+}
+
 impl Ledger {
     pub(crate) fn new(grace: &Grace) -> Self {
         Ledger {
@@ -41,12 +54,17 @@ impl Ledger {
     /// Waits until nobody leases any of the mappings; those that are still leased at the deadline.
     ///
     /// They are out of the table and a grace period has passed: no lease can be added.
-    pub(crate) fn wait_released(
+    pub(crate) fn wait_released<'a>(
         &self,
-        mappings: &[Arc<Mapping>],
+        mappings: impl Iterator<Item = &'a Arc<Mapping>>,
         deadline: &Deadline,
-    ) -> Vec<Arc<Mapping>> {
-        let mut left = self.leased_of(mappings);
+    ) -> LeasedOf {
+        let LeasedOf(all) = self.leased();
+        let mut left = LeasedOf(BTreeSet::new());
+        if !all.is_empty() {
+            let addresses = mappings.map(|mapping| Arc::as_ptr(mapping).addr());
+            left.0.extend(addresses.filter(|addr| all.contains(addr)));
+        }
         if left.is_empty() {
             return left;
         }
@@ -54,13 +72,13 @@ impl Ledger {
         fence(Ordering::SeqCst);
         let mut gate = lock(&self.gate);
         // What was seen free stays free: only the rest is looked for again.
-        left = self.leased_of(&left);
+        left = self.still(&left);
         while !left.is_empty() {
             match wait_until(&self.returned, &self.gate, gate, deadline.instant()) {
                 Some(guard) => gate = guard,
                 None => break,
             }
-            left = self.leased_of(&left);
+            left = self.still(&left);
         }
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         left
@@ -75,31 +93,24 @@ impl Ledger {
             .collect()
     }
 
-    /// Which of the mappings are leased. However many there are, each lease is looked for once.
-    fn leased_of(&self, mappings: &[Arc<Mapping>]) -> Vec<Arc<Mapping>> {
+    /// Which mappings are leased. However many there are, each lease is looked for once.
+    fn leased(&self) -> LeasedOf {
         let further = lock(&self.further);
-        let mut used = self
-            .places(&further)
-            .filter(|place| place.len.load(Ordering::Acquire) > 0)
-            .peekable();
-        if used.peek().is_none() {
-            return Vec::new();
-        }
-        let mut sorted: Vec<_> = mappings
-            .iter()
-            .map(|mapping| Arc::as_ptr(mapping).addr())
-            .collect();
-        sorted.sort_unstable();
         let mut leased = BTreeSet::new();
-        for place in used {
-            place.each(|addr| {
-                if sorted.binary_search(&addr).is_ok() {
+        for place in self.places(&further) {
+            if place.len.load(Ordering::Acquire) > 0 {
+                place.each(|addr| {
                     leased.insert(addr);
-                }
-            });
+                });
+            }
         }
-        let is_leased = |mapping: &&Arc<Mapping>| leased.contains(&Arc::as_ptr(mapping).addr());
-        mappings.iter().filter(is_leased).cloned().collect()
+        LeasedOf(leased)
+    }
+
+    /// Those of them that are still leased.
+    fn still(&self, before: &LeasedOf) -> LeasedOf {
+        let LeasedOf(now) = self.leased();
+        LeasedOf(now.intersection(&before.0).copied().collect())
     }
 
     /// Leases there are.

@@ -15,6 +15,7 @@
 mod node;
 
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::ops::ControlFlow;
 use std::ptr;
 use std::sync::Arc;
@@ -23,7 +24,11 @@ use crate::grace::Inside;
 use crate::mapping::{Mapping, PageWord};
 use crate::range::{page_shift, IovaRange};
 use crate::sync::{AtomicPtr, Ordering};
-use node::{address, index, is_leaf, is_node, mapping_word, node, Node, Word};
+use crate::{Error, Result};
+use node::{
+    address, block_of, index, is_leaf, is_node, mapping_word, node, separating_level, Needed, Node,
+    Raw, Spares, Word,
+};
 
 /// # Invariants
 ///
@@ -109,34 +114,72 @@ impl<'a> Beside<'a> {
 
 /// What a removal has made unreachable. Accesses that are running may still see it: it must be kept
 /// until a grace period has passed.
-#[derive(Default)]
+///
+/// # Invariants
+///
+/// A list of nodes in which each knows the next, and `last` is the last, if there are any. They are not boxes: a
+/// box would claim that nobody else reads the node.
 pub(crate) struct Unlinked {
-    /// Not boxes: a box would claim that nobody else reads the node.
-    nodes: Vec<*mut Node>,
+    first: *mut Node,
+    last: *mut Node,
+    bytes: usize,
 }
 
 // SAFETY: unlinked nodes belong to whoever has them; only running accesses still read their words.
 unsafe impl Send for Unlinked {}
 
+impl Default for Unlinked {
+    fn default() -> Self {
+        Unlinked {
+            first: ptr::null_mut(),
+            last: ptr::null_mut(),
+            bytes: 0,
+        }
+    }
+}
+
 impl Unlinked {
-    pub(crate) fn append(&mut self, mut other: Unlinked) {
-        self.nodes.append(&mut other.nodes);
+    pub(crate) fn append(&mut self, other: Unlinked) {
+        let other = ManuallyDrop::new(other);
+        if other.first.is_null() {
+            return;
+        }
+        if self.first.is_null() {
+            self.first = other.first;
+        } else {
+            // SAFETY: by the invariant, and only who has the list looks at `next`.
+            unsafe { &*self.last }.next.set(other.first);
+        }
+        self.last = other.last;
+        self.bytes += other.bytes;
+    }
+
+    fn push(&mut self, node: *mut Node) {
+        // SAFETY: the caller has just unlinked it: it is allocated, and in no other list.
+        let bytes = unsafe { &*node }.bytes();
+        self.append(Unlinked {
+            first: node,
+            last: node,
+            bytes,
+        });
     }
 
     /// Memory of it.
     pub(crate) fn bytes(&self) -> usize {
-        // SAFETY: by the contract of this type they are allocated.
-        let bytes = self.nodes.iter().map(|node| unsafe { &**node }.bytes());
-        bytes.sum()
+        self.bytes
     }
 }
 
 impl Drop for Unlinked {
     fn drop(&mut self) {
-        for node in self.nodes.drain(..) {
+        let mut node = self.first;
+        while !node.is_null() {
+            // SAFETY: by the invariant.
+            let next = unsafe { &*node }.next.get();
             // SAFETY: `remove` took the only word of it away, and by the contract of this type no
             // access that saw it runs any more.
             unsafe { Node::free(node) };
+            node = next;
         }
     }
 }
@@ -200,14 +243,22 @@ impl Table {
     }
 
     /// Makes a mapping that overlaps no other reachable; returns the bytes of nodes that took.
-    pub(crate) fn insert(&self, mapping: Arc<Mapping>) -> usize {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`], before any access could find the mapping.
+    pub(crate) fn insert(&self, mapping: Arc<Mapping>) -> Result<usize> {
         let pages = Pages::of(mapping.range);
+        let needed = needed(self.root.load(Ordering::Relaxed), pages, Pages::ALL);
+        let spares = Spares::new(needed).map_err(|bytes| Error::NoMemory { bytes })?;
         let mut inserter = Inserter {
             mapping: Arc::into_raw(mapping),
             bytes: 0,
+            spares,
         };
         inserter.insert(&self.root, pages, Pages::ALL);
-        inserter.bytes
+        debug_assert!(inserter.spares.are_used_up());
+        Ok(inserter.bytes)
     }
 
     /// Says again what accesses find at the pages of a mapping that is in the table.
@@ -217,6 +268,21 @@ impl Table {
 
     /// Makes a mapping unreachable and returns the table's reference to it.
     pub(crate) fn remove(&self, mapping: &Mapping, unlinked: &mut Unlinked) -> Arc<Mapping> {
+        self.remove_to(mapping, Some(unlinked))
+    }
+
+    /// As [`remove`](Table::remove), but all nodes stay until [`settle`](Table::settle) of the same range: until
+    /// then what was taken can be inserted again without memory, if everything that came since is removed before.
+    pub(crate) fn take(&self, mapping: &Mapping) -> Arc<Mapping> {
+        self.remove_to(mapping, None)
+    }
+
+    /// Takes the nodes of a range out that tell nothing apart any more.
+    pub(crate) fn settle(&self, range: IovaRange, unlinked: &mut Unlinked) {
+        settle(&self.root, Pages::of(range), unlinked);
+    }
+
+    fn remove_to(&self, mapping: &Mapping, unlinked: Option<&mut Unlinked>) -> Arc<Mapping> {
         let target = ptr::from_ref(mapping);
         remove(&self.root, target, Pages::of(mapping.range), unlinked);
         // SAFETY: the caller found the mapping in this table, so its words held one reference, and
@@ -260,15 +326,75 @@ impl fmt::Debug for Table {
 impl Drop for Table {
     fn drop(&mut self) {
         // Nobody else refers to the table any more: nothing runs that could see what is freed.
-        let mut mappings = Vec::new();
-        self.visit(IovaRange::ALL, |mapping| {
-            mappings.push(Table::share(mapping));
-            ControlFlow::<()>::Continue(())
-        });
         let mut unlinked = Unlinked::default();
-        for mapping in mappings {
+        let mut rest = Some(IovaRange::ALL);
+        while let Some(range) = rest {
+            let first = self.visit(range, |mapping| ControlFlow::Break(Table::share(mapping)));
+            let Some(mapping) = first else { break };
             drop(self.remove(&mapping, &mut unlinked));
+            let behind = mapping.range.last.checked_add(1);
+            rest = behind.map(|first| IovaRange { first, ..range });
         }
+    }
+}
+
+/// How many nodes it takes to put a mapping into a word, where `pages` are those of it that fall into the word's
+/// `block`: what [`Inserter::insert`] does, without doing it.
+fn needed(raw: Raw, pages: Pages, block: Pages) -> Needed {
+    match Word::decode(raw) {
+        Word::Empty => Needed::default(),
+        Word::Mapping(other) => {
+            // SAFETY: reachable, and only the writer removes.
+            let others = Pages::of(unsafe { (*other).range }).clamp(block);
+            needed_beside(pages, others)
+        }
+        Word::Node(below) => {
+            // SAFETY: reachable, and only the writer removes.
+            let below = unsafe { &*below };
+            let span = below.span();
+            if !span.contains(pages) {
+                let level =
+                    separating_level(pages.first.min(span.first), pages.last.max(span.last));
+                let block = block_of(span.first, level);
+                let above = Needed::one(level);
+                return match pages.overlaps(block) {
+                    true => above.and(needed(raw, pages.clamp(block), block)),
+                    false => above,
+                };
+            }
+            if below.level() == 0 {
+                return Needed::default();
+            }
+            // Only where it ends it can meet others.
+            let (first, last) = (below.index(pages.first), below.index(pages.last));
+            let at = |index: usize| {
+                let block = below.block_at(index);
+                let raw = below.slots[index].load(Ordering::Relaxed);
+                needed(raw, pages.clamp(block), block)
+            };
+            match first == last {
+                true => at(first),
+                false => at(first).and(at(last)),
+            }
+        }
+    }
+}
+
+/// How many nodes it takes to tell two mappings apart that have these pages in a block.
+fn needed_beside(one: Pages, other: Pages) -> Needed {
+    let (mut low, mut high) = match one.first < other.first {
+        true => (one, other),
+        false => (other, one),
+    };
+    let mut nodes = Needed::default();
+    loop {
+        let level = separating_level(low.first, high.last);
+        nodes = nodes.and(Needed::one(level));
+        let block = block_of(high.first, level);
+        if level == 0 || !low.overlaps(block) {
+            return nodes;
+        }
+        (low, high) = (low.clamp(block), high.clamp(block));
     }
 }
 
@@ -276,6 +402,7 @@ struct Inserter {
     mapping: *const Mapping,
     /// Of the nodes that were made.
     bytes: usize,
+    spares: Spares,
 }
 
 impl Inserter {
@@ -289,11 +416,10 @@ impl Inserter {
                 // SAFETY: reachable, and only the writer removes.
                 let others = Pages::of(unsafe { (*other).range }).clamp(block);
                 let node = self.node_for(pages, others);
-                let mut beside = Inserter {
-                    mapping: other,
-                    bytes: 0,
-                };
-                beside.insert_below(node, others);
+                let own = std::mem::replace(&mut self.mapping, other);
+                // Into words that are empty: no node is needed for that.
+                self.insert_below(node, others);
+                self.mapping = own;
                 self.insert_below(node, pages);
                 publish(slot, node);
             }
@@ -336,7 +462,8 @@ impl Inserter {
     }
 
     fn node_for(&mut self, one: Pages, other: Pages) -> *const Node {
-        let node = Node::separating(one.first.min(other.first), one.last.max(other.last));
+        let (low, high) = (one.first.min(other.first), one.last.max(other.last));
+        let node = Node::separating(low, high, &mut self.spares);
         // SAFETY: just made.
         self.bytes += unsafe { &*node }.bytes();
         node
@@ -349,8 +476,14 @@ fn publish(slot: &AtomicPtr<()>, node: *const Node) {
     slot.store(Node::word(node, level), Ordering::Release);
 }
 
-/// Takes a mapping out of `slot`, and every node that has nothing to tell apart any more.
-fn remove(slot: &AtomicPtr<()>, target: *const Mapping, pages: Pages, unlinked: &mut Unlinked) {
+/// Takes a mapping out of `slot`, and every node that has nothing to tell apart any more; without a list for
+/// these they stay, and are kept.
+fn remove(
+    slot: &AtomicPtr<()>,
+    target: *const Mapping,
+    pages: Pages,
+    mut unlinked: Option<&mut Unlinked>,
+) {
     match Word::decode(slot.load(Ordering::Relaxed)) {
         Word::Mapping(mapping) if ptr::eq(mapping, target) => {
             slot.store(ptr::null_mut(), Ordering::Release);
@@ -371,17 +504,52 @@ fn remove(slot: &AtomicPtr<()>, target: *const Mapping, pages: Pages, unlinked: 
                     // SAFETY: of level 0, and allocated as above.
                     unsafe { Node::store_page(raw, index, PageWord::NONE) };
                 }
-                remove(below, target, pages, unlinked);
+                remove(below, target, pages, unlinked.as_deref_mut());
                 let is_empty = below.load(Ordering::Relaxed).is_null();
                 node.changed(false, !was_empty && is_empty);
             }
             node.leave();
-            if let Some(word) = node.instead() {
-                slot.store(word, Ordering::Release);
-                unlinked.nodes.push(raw.cast_mut());
+            match unlinked {
+                Some(unlinked) if !node.kept.get() => unlink(slot, raw, unlinked),
+                Some(_) => {}
+                None => node.kept.set(true),
             }
         }
     }
+}
+
+/// Takes a node out of `slot` if it tells nothing apart.
+fn unlink(slot: &AtomicPtr<()>, raw: *const Node, unlinked: &mut Unlinked) {
+    // SAFETY: reachable, and only the writer, which this is, removes.
+    if let Some(word) = unsafe { &*raw }.instead() {
+        slot.store(word, Ordering::Release);
+        unlinked.push(raw.cast_mut());
+    }
+}
+
+/// Ends that nodes of `slot` and below are kept, and takes those out that have nothing to tell apart.
+fn settle(slot: &AtomicPtr<()>, pages: Pages, unlinked: &mut Unlinked) {
+    let Word::Node(raw) = Word::decode(slot.load(Ordering::Relaxed)) else {
+        return;
+    };
+    // SAFETY: reachable, and only the writer, which this is, removes.
+    let node = unsafe { &*raw };
+    let span = node.span();
+    if !span.overlaps(pages) {
+        return;
+    }
+    let pages = pages.clamp(span);
+    if node.level() > 0 {
+        for index in node.index(pages.first)..=node.index(pages.last) {
+            let below = &node.slots[index];
+            let was_empty = below.load(Ordering::Relaxed).is_null();
+            settle(below, pages, unlinked);
+            let is_empty = below.load(Ordering::Relaxed).is_null();
+            node.changed(false, !was_empty && is_empty);
+        }
+    }
+    node.kept.set(false);
+    unlink(slot, raw, unlinked);
 }
 
 /// Says again what accesses find at the pages of a mapping in `slot` and below.
@@ -481,7 +649,7 @@ mod tests {
                 let mapping = Arc::new(mapping);
                 self.expected
                     .insert(range.first, (range.last, Arc::as_ptr(&mapping)));
-                self.bytes += self.table.insert(mapping);
+                self.bytes += self.table.insert(mapping).unwrap();
             }
         }
 

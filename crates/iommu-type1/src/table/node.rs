@@ -10,6 +10,7 @@
 //! A node of level 0 has a second word for each page, a [`PageWord`]: an access that stays inside
 //! of the page needs nothing of the mapping but that.
 
+use std::alloc::{alloc, Layout};
 use std::cell::Cell;
 use std::ptr;
 
@@ -111,8 +112,12 @@ pub(super) struct Node {
     /// Mappings in the node and below.
     mappings: Cell<usize>,
     level: u32,
+    /// Whether it stays though it tells nothing apart ([`super::Table::take`]).
+    pub(super) kept: Cell<bool>,
     /// First page of the block.
     first: u64,
+    /// The next of those that were unlinked.
+    pub(super) next: Cell<*mut Node>,
     /// In a model memory is not given back but marked, so that an access that comes late is seen.
     #[cfg(loom)]
     freed: loom::sync::atomic::AtomicBool,
@@ -130,23 +135,32 @@ struct Leaf {
 }
 
 impl Node {
-    /// A node for the smallest block that resolves `low` from `high`, two different pages.
-    pub(super) fn separating(low: u64, high: u64) -> *mut Node {
-        let level = (63 - (low ^ high).leading_zeros()) / BITS;
+    /// A node for the smallest block that resolves `low` from `high`, two different pages, made of one that is
+    /// [spare](Spares).
+    pub(super) fn separating(low: u64, high: u64, spares: &mut Spares) -> *mut Node {
+        let level = separating_level(low, high);
         let node = Node {
             slots: empty(),
             used: Cell::new(0),
             mappings: Cell::new(0),
             level,
+            kept: Cell::new(false),
             first: low >> block_bits(level) << block_bits(level),
+            next: Cell::new(ptr::null_mut()),
             #[cfg(loom)]
             freed: loom::sync::atomic::AtomicBool::new(false),
         };
         if level > 0 {
-            return Box::into_raw(Box::new(node));
+            let raw = spares.take(false).cast::<Node>();
+            // SAFETY: memory for a node, which nobody else has.
+            unsafe { raw.write(node) };
+            return raw;
         }
         let pages = empty();
-        Box::into_raw(Box::new(Leaf { node, pages })).cast()
+        let raw = spares.take(true).cast::<Leaf>();
+        // SAFETY: memory for a node of level 0, which nobody else has.
+        unsafe { raw.write(Leaf { node, pages }) };
+        raw.cast()
     }
 
     /// Gives back the memory of a node that nothing refers to.
@@ -172,11 +186,7 @@ impl Node {
 
     /// Memory it takes.
     pub(super) fn bytes(&self) -> usize {
-        if self.level > 0 {
-            size_of::<Node>()
-        } else {
-            size_of::<Leaf>()
-        }
+        layout(self.level == 0).size()
     }
 
     /// The word for a page, as an access reads it.
@@ -290,6 +300,133 @@ impl Node {
         }
         let mut words = self.slots.iter().map(|slot| slot.load(Ordering::Relaxed));
         Some(words.find(|raw| !raw.is_null()).unwrap_or(ptr::null_mut()))
+    }
+}
+
+/// How many nodes something takes.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Needed {
+    /// Of level 0.
+    pub(super) leaves: usize,
+    pub(super) others: usize,
+}
+
+impl Needed {
+    pub(super) fn one(level: u32) -> Self {
+        Needed {
+            leaves: usize::from(level == 0),
+            others: usize::from(level > 0),
+        }
+    }
+
+    pub(super) fn and(self, more: Needed) -> Self {
+        Needed {
+            leaves: self.leaves + more.leaves,
+            others: self.others + more.others,
+        }
+    }
+}
+
+/// Memory for nodes, taken before anything is changed that could not be finished without it.
+///
+/// # Invariants
+///
+/// Each list is of blocks with the layout of its kind of node, which nobody else has; in the first word of each
+/// stands the next.
+pub(super) struct Spares {
+    leaves: *mut Raw,
+    others: *mut Raw,
+}
+
+impl Spares {
+    /// # Errors
+    ///
+    /// The bytes that there is no memory for.
+    pub(super) fn new(needed: Needed) -> Result<Self, usize> {
+        let mut spares = Spares {
+            leaves: ptr::null_mut(),
+            others: ptr::null_mut(),
+        };
+        for (is_leaf, count) in [(true, needed.leaves), (false, needed.others)] {
+            for _ in 0..count {
+                spares.add(is_leaf)?;
+            }
+        }
+        Ok(spares)
+    }
+
+    fn list(&mut self, is_leaf: bool) -> &mut *mut Raw {
+        if is_leaf {
+            &mut self.leaves
+        } else {
+            &mut self.others
+        }
+    }
+
+    fn add(&mut self, is_leaf: bool) -> Result<(), usize> {
+        let layout = layout(is_leaf);
+        // SAFETY: a node has a size.
+        let block = unsafe { alloc(layout) }.cast::<Raw>();
+        if block.is_null() {
+            return Err(layout.size());
+        }
+        let list = self.list(is_leaf);
+        // SAFETY: the block has room for a word, and nobody else has it.
+        unsafe { block.write(list.cast()) };
+        *list = block;
+        Ok(())
+    }
+
+    /// Memory for a node. There is some, as it was counted before.
+    fn take(&mut self, is_leaf: bool) -> *mut u8 {
+        if self.list(is_leaf).is_null() && self.add(is_leaf).is_err() {
+            std::alloc::handle_alloc_error(layout(is_leaf));
+        }
+        let list = self.list(is_leaf);
+        let block = *list;
+        // SAFETY: by the invariant.
+        *list = unsafe { block.read() }.cast();
+        block.cast()
+    }
+
+    /// Whether there were exactly as many as needed.
+    pub(super) fn are_used_up(&self) -> bool {
+        self.leaves.is_null() && self.others.is_null()
+    }
+}
+
+impl Drop for Spares {
+    fn drop(&mut self) {
+        for is_leaf in [true, false] {
+            while !self.list(is_leaf).is_null() {
+                let block = self.take(is_leaf);
+                // SAFETY: made with this layout, by the invariant.
+                unsafe { std::alloc::dealloc(block, layout(is_leaf)) };
+            }
+        }
+    }
+}
+
+fn layout(is_leaf: bool) -> Layout {
+    if is_leaf {
+        Layout::new::<Leaf>()
+    } else {
+        Layout::new::<Node>()
+    }
+}
+
+/// The level of the smallest block with two different pages.
+pub(super) fn separating_level(low: u64, high: u64) -> u32 {
+    (63 - (low ^ high).leading_zeros()) / BITS
+}
+
+/// The pages of the word of a level that has this page, as `Node::block_at` says.
+pub(super) fn block_of(page: u64, level: u32) -> Pages {
+    let bits = level * BITS;
+    let first = page >> bits << bits;
+    Pages {
+        first,
+        last: first + ((1 << bits) - 1),
     }
 }
 

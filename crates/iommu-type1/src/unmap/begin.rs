@@ -10,9 +10,11 @@ use super::select::{check_owned, select, stops};
 use super::{check_outside, Cuts, Replaced, Revocation, UnmapOptions};
 use crate::dirty::check_tracking;
 use crate::mapping_set::SetId;
+use crate::memory;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
+use crate::writer::Writer;
 use crate::Result;
 
 impl<'a> Revocation<'a> {
@@ -46,43 +48,42 @@ impl<'a> Revocation<'a> {
             &mut unlinked,
             &mut cuts,
         );
-        if let Err(error) = selected {
+        let mut replaced = Vec::new();
+        let cut = cuts.before.len();
+        let ready = selected.and_then(|()| {
+            if ranges.len() > 1 {
+                // Ranges may overlap.
+                mappings.sort_unstable_by_key(|mapping| mapping.range.first);
+                mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
+            }
+            if writer.is_heard {
+                memory::extend(&mut cuts.before, mappings.iter().cloned())?;
+            }
+            for range in ranges {
+                meet_replaced(&writer, *range, &mut replaced)?;
+            }
+            let retried = ranges.iter().map(|range| writer.may_retry(*range));
+            memory::reserve(&mut mappings, retried.sum())?;
+            writer.reserve_leaving(mappings.len())
+        });
+        if let Err(error) = ready {
             // Something may have been cut before.
             writer.late.append(unlinked);
-            cuts.tell(writer, &[]);
+            cuts.before.truncate(cut);
+            cuts.tell(writer);
             return Err(error);
         }
-        if ranges.len() > 1 {
-            // Ranges may overlap.
-            mappings.sort_unstable_by_key(|mapping| mapping.range.first);
-            mappings.dedup_by(|one, other| Arc::ptr_eq(one, other));
-        }
         writer.revoke(&space.table, &mappings, &mut unlinked);
-        let revoked = match writer.is_heard {
-            true => mappings.clone(),
-            false => Vec::new(),
-        };
-        let mut replaced: Vec<Replaced> = Vec::new();
         for range in ranges {
             if !stops(&writer, space, *range) {
                 writer.retry(*range, &mut mappings);
-            }
-            for mapping in writer.replaced_in(*range) {
-                let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
-                if !replaced.iter().any(is_it) {
-                    replaced.push(Replaced {
-                        mapping: mapping.clone(),
-                        gone: Vec::new(),
-                    });
-                }
             }
         }
         if !mappings.is_empty() || !replaced.is_empty() {
             // There will be a grace period; what is late can use it too.
             unlinked.append(std::mem::take(&mut writer.late));
         }
-        cuts.tell(writer, &revoked);
-        drop(revoked);
+        cuts.tell(writer);
         revocation.mappings = mappings;
         revocation.unlinked = unlinked;
         revocation.replaced = replaced;
@@ -94,25 +95,31 @@ impl<'a> Revocation<'a> {
         check_outside(space, IovaRange::ALL)?;
         let mut turn = space.turn(IovaRange::ALL)?;
         let mut mappings = Vec::new();
-        space.table.visit(IovaRange::ALL, |mapping| {
+        let failed = space.table.visit(IovaRange::ALL, |mapping| {
             if mapping.set == set {
-                mappings.push(Table::share(mapping));
+                if let Err(error) = memory::push(&mut mappings, Table::share(mapping)) {
+                    return ControlFlow::Break(error);
+                }
             }
-            ControlFlow::<()>::Continue(())
+            ControlFlow::Continue(())
         });
+        failed.map_or(Ok(()), Err)?;
         let leaving = turn.leaving_inside(IovaRange::ALL);
         let left = leaving.filter(|leaving| leaving.mapping.set == set);
-        let left: Vec<_> = left.map(|leaving| leaving.mapping.range).collect();
+        let left = memory::collect(left.map(|leaving| leaving.mapping.range))?;
         let replaced = turn.replaced.iter();
         let replaced = replaced.filter(|mapping| mapping.set == set);
-        let replaced = replaced.map(|mapping| Replaced {
-            mapping: mapping.clone(),
-            gone: Vec::new(),
-        });
-        let replaced = replaced.collect();
+        let replaced = memory::collect(replaced.cloned().map(Replaced::of))?;
+        let revoked = match turn.is_heard {
+            true => memory::collect(mappings.iter().cloned())?,
+            false => Vec::new(),
+        };
+        memory::reserve(&mut mappings, left.len())?;
+        turn.reserve_leaving(mappings.len())?;
         let mut unlinked = Unlinked::default();
         turn.revoke(&space.table, &mappings, &mut unlinked);
-        let mut turn = turn.report(&mappings, &[]);
+        let mut turn = turn.report(&revoked, &[]);
+        drop(revoked);
         for range in left {
             turn.retry(range, &mut mappings);
         }
@@ -121,4 +128,15 @@ impl<'a> Revocation<'a> {
         revocation.replaced = replaced;
         Ok(revocation)
     }
+}
+
+/// Adds mappings that were replaced and had addresses of a range, each once.
+fn meet_replaced(writer: &Writer, range: IovaRange, met: &mut Vec<Replaced>) -> Result<()> {
+    for mapping in writer.replaced_in(range) {
+        let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
+        if !met.iter().any(is_it) {
+            memory::push(met, Replaced::of(mapping.clone()))?;
+        }
+    }
+    Ok(())
 }

@@ -3,7 +3,6 @@
 
 //! Mappings of which an unmap takes a part, and what is said of that.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::mapping::Mapping;
@@ -17,21 +16,30 @@ pub(crate) struct Cuts {
 }
 
 impl Cuts {
-    /// Tells those who listen of what was mapped before the turn and what is left at its end, when `revoked`
-    /// has gone.
-    pub(super) fn tell(self, turn: Turn<'_>, revoked: &[Arc<Mapping>]) {
+    /// Tells those who listen of what was mapped before the turn and what is left at its end. What was revoked is
+    /// among the mappings before.
+    pub(super) fn tell(mut self, turn: Turn<'_>) {
         if !turn.is_heard {
             return;
         }
-        let address = |mapping: &Arc<Mapping>| Arc::as_ptr(mapping);
-        let came: HashSet<_> = self.after.iter().map(address).collect();
-        let gone = self.before.iter().chain(revoked);
-        let went: HashSet<_> = gone.clone().map(address).collect();
-        let before = gone.filter(|mapping| !came.contains(&address(mapping)));
-        let before: Vec<_> = before.cloned().collect();
-        let after = self.after.iter();
-        let after = after.filter(|mapping| !went.contains(&address(mapping)));
-        let after: Vec<_> = after.cloned().collect();
-        turn.report(&before, &after);
+        if !self.after.is_empty() {
+            self.leave_out_what_came_and_went();
+        }
+        turn.report(&self.before, &self.after);
+    }
+
+    fn leave_out_what_came_and_went(&mut self) {
+        let has = |list: &[Arc<Mapping>], mapping: &Arc<Mapping>| {
+            let at = list.binary_search_by_key(&Arc::as_ptr(mapping), Arc::as_ptr);
+            at.is_ok()
+        };
+        let Cuts { before, after } = self;
+        after.sort_unstable_by_key(Arc::as_ptr);
+        before.sort_unstable_by_key(|mapping| (has(after, mapping), Arc::as_ptr(mapping)));
+        let stayed = before.partition_point(|mapping| !has(after, mapping));
+        after.retain(|mapping| !has(&before[stayed..], mapping));
+        before.truncate(stayed);
+        before.sort_unstable_by_key(|mapping| mapping.range.first);
+        after.sort_unstable_by_key(|mapping| mapping.range.first);
     }
 }

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use crate::check::Request;
 use crate::mapping::Mapping;
+use crate::memory;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::stream;
@@ -33,8 +34,9 @@ use crate::{DirtyPages, Error, IoAddressSpace, Result};
 pub(crate) use cuts::Cuts;
 pub use options::{UnmapOptions, UnmapPolicy};
 pub(crate) use policy::put_back;
+pub use revocation::HOLDERS_LISTED;
 pub(crate) use revocation::{Replaced, Revocation, Undo};
-pub(crate) use select::{beginning, check_owned, inside, stops};
+pub(crate) use select::{beginning, check_owned, inside, share_all, stops};
 
 impl IoAddressSpace {
     /// Removes every mapping inside `size` bytes from `iova` and returns the bytes removed, 0 where
@@ -49,7 +51,7 @@ impl IoAddressSpace {
     /// In this order: [`Error::Misaligned`] or [`Error::Empty`] (EINVAL), [`Error::Overflow`]
     /// (EOVERFLOW), [`Error::InsideAccess`] (EDEADLK), [`Error::Bisect`] (EINVAL: type1 v2 cuts no
     /// mapping), [`Error::Unmapping`] (EBUSY: another unmap of it is running); nothing is removed by
-    /// these. [`Error::Deadline`] (EDEADLK) says what was removed, and who holds the rest.
+    /// these, nor by [`Error::NoMemory`] (ENOMEM). [`Error::Deadline`] (EDEADLK) says what was removed, and who holds the rest.
     ///
     /// With [`Profile::Iommufd`](crate::Profile::Iommufd) a cut is ENOENT and so is
     /// [`Error::NothingMapped`]; address 0 and the largest size stand for everything, of which there may be
@@ -103,7 +105,7 @@ impl IoAddressSpace {
         let ranges = ranges
             .iter()
             .map(|(iova, size)| space.to_unmap(*iova, *size));
-        self.unmap_ranges(&ranges.collect::<Result<Vec<_>>>()?, options)
+        self.unmap_ranges(&memory::try_collect(ranges)?, options)
     }
 
     /// Removes every mapping of the space and returns the bytes removed. Those that another unmap is
@@ -136,7 +138,8 @@ impl IoAddressSpace {
     /// # Errors
     ///
     /// As [`unmap`](IoAddressSpace::unmap), and [`Error::NotTracking`] (EINVAL) before [`Error::Bisect`]. At the
-    /// deadline nothing is removed, as the pages would be lost: all of it is left to the policy.
+    /// deadline, and where there is no memory for what is handed over, nothing is removed, as the pages would be
+    /// lost: all of it is left to the policy.
     pub fn unmap_dirty(&self, iova: u64, size: u64) -> Result<(u64, DirtyPages)> {
         let space = &*self.view.space;
         let ranges = [space.to_unmap(iova, size)?];
@@ -162,15 +165,18 @@ impl Space {
     }
 }
 
-/// Unmaps what the caller has mapped during its turn, and of which those who listen were told.
+/// Unmaps what the caller has mapped during its turn, the first `published` of these, for which it has made
+/// room to leave. Those who listen were told of all.
 pub(crate) fn take_back(
     space: &Space,
     mut turn: Turn<'_>,
-    mappings: Vec<Arc<Mapping>>,
+    mut mappings: Vec<Arc<Mapping>>,
+    published: usize,
 ) -> Result<u64> {
     let mut unlinked = Unlinked::default();
-    turn.revoke(&space.table, &mappings, &mut unlinked);
-    drop(turn);
+    turn.revoke(&space.table, &mappings[..published], &mut unlinked);
+    drop(turn.report(&mappings, &[]));
+    mappings.truncate(published);
     Revocation::of(space, mappings, unlinked, space.unmap).run(None)
 }
 

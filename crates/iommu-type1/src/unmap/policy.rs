@@ -20,14 +20,15 @@ impl Drop for Revocation<'_> {
         }
         let mut writer = self.space.another_turn();
         writer.late.append(std::mem::take(&mut self.unlinked));
-        let mut restored = Vec::new();
-        for mapping in self.mappings.drain(..) {
+        let mut restored = std::mem::take(&mut self.mappings);
+        restored.retain(|mapping| {
             match self.policy {
-                _ if mapping.is_hollow() => writer.set_state(&mapping, State::Invalid),
-                UnmapPolicy::Revoked => writer.keep_revoked(&mapping),
-                UnmapPolicy::Restore => restored.push(mapping),
+                _ if mapping.is_hollow() => writer.set_state(mapping, State::Invalid),
+                UnmapPolicy::Revoked => writer.keep_revoked(mapping),
+                UnmapPolicy::Restore => return true,
             }
-        }
+            false
+        });
         let writer = put_back(writer, self.space, restored);
         if let Some(undo) = self.undo.take() {
             replace::undo(writer, &self.space.table, undo);
@@ -37,27 +38,36 @@ impl Drop for Revocation<'_> {
     }
 }
 
-/// Has mappings that were revoked be in the table again; those that a listener refuses stay revoked.
+/// Has mappings that were revoked be in the table again; those that a listener refuses, or for which there is no
+/// memory, stay revoked.
 pub(crate) fn put_back<'a>(
     mut turn: Turn<'a>,
     space: &Space,
-    revoked: Vec<Arc<Mapping>>,
+    mut revoked: Vec<Arc<Mapping>>,
 ) -> Turn<'a> {
-    let mut restored = Vec::with_capacity(revoked.len());
-    for mapping in revoked {
-        let (next, agreed) = turn.ask(&[], slice::from_ref(&mapping), |_| Ok(()));
+    // In front of those that stay.
+    let mut restored = 0;
+    for at in 0..revoked.len() {
+        let mapping = slice::from_ref(&revoked[at]);
+        let (next, agreed) = turn.ask(&[], mapping, |_| Ok(()));
         turn = next;
-        match agreed {
+        let published = match agreed {
+            Ok(()) => turn.publish(&space.table, revoked[at].clone()),
+            error => error,
+        };
+        match published {
             Ok(()) => {
-                turn.publish(&space.table, mapping.clone());
-                restored.push(mapping);
+                revoked.swap(restored, at);
+                restored += 1;
             }
             Err(error) => {
                 log::warn!("a mapping stays revoked: {error}");
-                turn.keep_revoked(&mapping);
+                // Whom it was given to has to give it back.
+                turn = turn.report(slice::from_ref(&revoked[at]), &[]);
+                turn.keep_revoked(&revoked[at]);
             }
         }
     }
-    turn.forget(&restored);
+    turn.forget(&revoked[..restored]);
     turn
 }

@@ -3,17 +3,17 @@
 
 //! Mappings that are being removed, from the grace period to the release of their memory.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::{UnmapOptions, UnmapPolicy};
 use crate::deadline::Deadline;
 use crate::mapping::Mapping;
+use crate::memory;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::sync::lock;
 use crate::table::Unlinked;
-use crate::{DirtyPages, Error, Result};
+use crate::{DirtyPages, Error, Holder, Result};
 
 /// Mappings that are being removed. Dropped without [`finish`](Revocation::finish) (a notice
 /// panicked), it leaves them to the policy.
@@ -39,6 +39,18 @@ pub(crate) struct Replaced {
     pub(crate) mapping: Arc<Mapping>,
     /// The parts of it that are gone: pins there are told and waited for.
     pub(crate) gone: Vec<IovaRange>,
+    /// Whether nobody was found to use it.
+    pub(crate) over: bool,
+}
+
+impl Replaced {
+    pub(crate) fn of(mapping: Arc<Mapping>) -> Self {
+        Replaced {
+            mapping,
+            gone: Vec::new(),
+            over: false,
+        }
+    }
 }
 
 /// How to put back what was replaced.
@@ -127,109 +139,129 @@ impl<'a> Revocation<'a> {
     }
 
     fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
-        let waited = if self.replaced.is_empty() {
-            Cow::Borrowed(&self.mappings)
-        } else {
-            let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
-            Cow::Owned(replaced.chain(&self.mappings).cloned().collect())
-        };
-        let leased = self.space.leases.wait_released(&waited, &self.deadline);
-        drop(waited);
-        // Both in the same order.
-        let mut leased = leased.iter().peekable();
-        let mut is_leased = |mapping: &Arc<Mapping>| {
-            let next = leased.next_if(|leased| Arc::ptr_eq(leased, mapping));
-            next.is_some()
-        };
-        let mut holders = Vec::new();
-        let (mut over, mut still) = (Vec::new(), Vec::new());
-        for replaced in std::mem::take(&mut self.replaced) {
+        let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
+        let waited = replaced.chain(&self.mappings);
+        let leased = self.space.leases.wait_released(waited, &self.deadline);
+        let mut holders = Holders::default();
+        let mut replaced = std::mem::take(&mut self.replaced);
+        for replaced in &mut replaced {
             let mapping = &replaced.mapping;
-            let found = self.holders(mapping, &replaced.gone, is_leased(mapping));
-            if found.is_empty() {
-                over.push(replaced.mapping);
-            } else {
-                holders.extend(found);
-                still.push(replaced);
-            }
+            let found = self.holders(mapping, &replaced.gone, leased.has(mapping));
+            replaced.over = found.is_empty();
+            holders.add(found);
         }
-        let mut free = std::mem::take(&mut self.mappings);
-        let mut held = Vec::new();
-        free.retain(|mapping| {
-            let found = self.holders(mapping, &[mapping.range], is_leased(mapping));
+        self.replaced = replaced;
+        // Those that are free come before the others.
+        let mut mappings = std::mem::take(&mut self.mappings);
+        let mut free = 0;
+        for at in 0..mappings.len() {
+            let mapping = &mappings[at];
+            let found = self.holders(mapping, &[mapping.range], leased.has(mapping));
             // Who uses what it was a part of may use it.
-            let is_lent = still
-                .iter()
+            let is_lent = self
+                .still()
                 .any(|replaced| replaced.mapping.range.overlaps(mapping.range));
             if found.is_empty() && !is_lent {
-                return true;
+                mappings.swap(free, at);
+                free += 1;
             }
-            holders.extend(found);
-            held.push(mapping.clone());
-            false
-        });
+            holders.add(found);
+        }
+        self.mappings = mappings;
+        let mut no_memory = None;
         if let Some(marks) = marks {
-            if held.is_empty() && still.is_empty() {
+            if free == self.mappings.len() && self.still().next().is_none() {
                 // Nobody can write to them any more.
                 let _harvest = lock(&self.space.harvest);
                 lock(&self.space.writer).settle_marks(&self.space.table);
-                free.sort_unstable_by_key(|mapping| mapping.range.first);
-                free.iter().for_each(|mapping| marks.take_last(mapping));
-            } else {
-                held.append(&mut free);
+                self.mappings
+                    .sort_unstable_by_key(|mapping| mapping.range.first);
+                no_memory = marks.take_all(&self.mappings).err();
+            }
+            if no_memory.is_some() || free < self.mappings.len() || self.still().next().is_some() {
+                free = 0;
             }
         }
-        self.mappings = held;
-        self.replaced = still;
         let counters = &self.space.counters;
-        counters.unmaps.add(free.len());
-        let stragglers = self.mappings.len() + self.replaced.len();
+        counters.unmaps.add(free);
+        let stragglers = self.mappings.len() - free + self.still().count();
         counters.stragglers.add(stragglers);
         counters
             .unmap_waits
             .add(usize::from(self.deadline.was_waited_for()));
-        let unmapped = self.remove(free, over);
+        let unmapped = self.remove(free);
         if stragglers == 0 {
             return Ok(unmapped);
+        }
+        if let Some(error) = no_memory {
+            return Err(error);
         }
         let gone = self.replaced.iter().flat_map(|replaced| &replaced.gone);
         let gone = gone.map(|range| range.size());
         let left = gone.fold(total(&self.mappings), u64::saturating_add);
         log::warn!(
             "unmap at its deadline: {left:#x} bytes are still held by {} holders",
-            holders.len()
+            holders.count
         );
         Err(Error::Deadline {
             unmapped,
             left,
-            holders,
+            holders: holders.listed,
         })
     }
 
-    /// Ends the revocation of `free` and the time of `over`, whose memory goes with the last reference to
-    /// it.
-    fn remove(&mut self, free: Vec<Arc<Mapping>>, over: Vec<Arc<Mapping>>) -> u64 {
-        if self.replaced.is_empty() {
+    /// What was replaced and is still used.
+    fn still(&self) -> impl Iterator<Item = &Replaced> {
+        self.replaced.iter().filter(|replaced| !replaced.over)
+    }
+
+    /// Ends the revocation of the first `free` mappings, and the time of what was replaced and is over, whose memory
+    /// goes with the last reference to it.
+    fn remove(&mut self, free: usize) -> u64 {
+        if self.still().next().is_none() {
             self.undo = None;
         }
         let mut unlinked = std::mem::take(&mut self.unlinked);
         // Who takes marks refers to mappings and does not forget them: none that is over may be among those.
-        let harvest = (!over.is_empty()).then(|| lock(&self.space.harvest));
+        let is_over = self.replaced.iter().any(|replaced| replaced.over);
+        let harvest = is_over.then(|| lock(&self.space.harvest));
         let mut writer = lock(&self.space.writer);
-        writer.forget(&free);
+        let forgotten = &self.mappings[..free];
+        writer.forget(forgotten);
         if writer.tracking {
-            let logs = free.iter().map(|mapping| mapping.log_bytes());
+            let logs = forgotten.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        let released = writer.release(&self.space.table, over);
+        writer.release(&self.space.table, &mut self.replaced);
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));
         }
         drop(writer);
         drop(harvest);
-        drop(released);
-        total(&free)
+        self.replaced.retain(|replaced| !replaced.over);
+        let unmapped = total(forgotten);
+        drop(self.mappings.drain(..free));
+        unmapped
+    }
+}
+
+/// Most holders that an error names: there may be one for each mapping, and how many of these there are is up to a
+/// guest. Enough for every queue of a device.
+pub const HOLDERS_LISTED: usize = 64;
+
+#[derive(Default)]
+struct Holders {
+    listed: Vec<Holder>,
+    count: usize,
+}
+
+impl Holders {
+    fn add(&mut self, found: Vec<Holder>) {
+        self.count += found.len();
+        let room = HOLDERS_LISTED - self.listed.len();
+        // Without memory for their names they are only counted.
+        let _some = memory::extend(&mut self.listed, found.into_iter().take(room));
     }
 }
 

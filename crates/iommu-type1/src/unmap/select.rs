@@ -10,6 +10,7 @@ use super::Cuts;
 use crate::map::unmapping;
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
+use crate::memory;
 use crate::profile::Cut;
 use crate::range::IovaRange;
 use crate::replace;
@@ -71,11 +72,22 @@ pub(crate) fn beginning(
     if stops(writer, space, range) {
         return Ok(());
     }
-    space.table.visit(range, |mapping| {
-        found.push(Table::share(mapping));
-        ControlFlow::<()>::Continue(())
+    share_all(space, range, found)
+}
+
+/// Adds all mappings of the table that share an address with a range.
+pub(crate) fn share_all(
+    space: &Space,
+    range: IovaRange,
+    found: &mut Vec<Arc<Mapping>>,
+) -> Result<()> {
+    let failed = space.table.visit(range, |mapping| {
+        match memory::push(found, Table::share(mapping)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(error),
+        }
     });
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
 /// Whether nothing of a range may be unmapped, as the first mapping in it begins before it.
@@ -103,12 +115,14 @@ pub(crate) fn inside(
 ) -> Result<()> {
     let live = space.table.visit(range, |mapping| {
         if !range.contains_all(mapping.range) {
-            return ControlFlow::Break(mapping.range);
+            return ControlFlow::Break(Ok(mapping.range));
         }
-        found.push(Table::share(mapping));
-        ControlFlow::Continue(())
+        match memory::push(found, Table::share(mapping)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(Err(error)),
+        }
     });
-    match live.or_else(|| writer.leaving_cut_by(range)) {
+    match live.transpose()?.or_else(|| writer.leaving_cut_by(range)) {
         Some(mapped) => Err(Error::Bisect {
             iova: range.first,
             size: range.size(),
