@@ -137,6 +137,12 @@ pub enum Error {
         /// Most bytes they may take.
         limit: usize,
     },
+    /// As many listeners as a space may have.
+    #[error("the limit of {limit} listeners is reached")]
+    ListenerLimit {
+        /// The limit.
+        limit: usize,
+    },
     /// There is no memory for what the request needs: nodes of the table, marks of pages, or lists as long as the
     /// request says or as there are mappings.
     #[error("no memory: an allocation of {bytes:#x} bytes failed")]
@@ -520,6 +526,7 @@ impl Error {
             Error::EntryLimit { .. }
             | Error::TableLimit { .. }
             | Error::DirtyLimit { .. }
+            | Error::ListenerLimit { .. }
             | Error::NoRoom { .. } => libc::ENOSPC,
             Error::Unmapping { .. }
             | Error::Revoked { .. }

@@ -151,7 +151,7 @@ pub use info::{Info, Migration};
 #[cfg(feature = "iommu")]
 pub use iommu_adapter::{IommuAdapter, LeasedIotlb};
 pub use iova_ranges::IovaRanges;
-pub use listen::{Listener, Listening, MappingInfo};
+pub use listen::{Listener, Listening, MappingInfo, LISTENER_LIMIT};
 pub use mapping_set::MappingSet;
 pub use membarrier::ReaderBarrier;
 pub use memlock::MemlockLimit;

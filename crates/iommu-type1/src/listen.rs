@@ -25,6 +25,10 @@ use crate::sync::lock;
 use crate::unmap::share_all;
 use crate::{Backing, Error, IoAddressSpace, Result};
 
+/// How many may listen to a space at a time: each is called for each mapping while others who map wait. More
+/// than there are containers and virtual machines for one device.
+pub const LISTENER_LIMIT: usize = 64;
+
 /// Who is told of every mapping of a space, from [`IoAddressSpace::listen`].
 ///
 /// Each call is about one mapping, whole: what was given to `map` is taken back by one `unmap` of the same
@@ -136,11 +140,15 @@ impl IoAddressSpace {
     /// # Errors
     ///
     /// [`Error::Refused`] of a mapping that is there: those given before were taken back then.
-    /// [`Error::InsideListener`] (EDEADLK).
+    /// [`Error::InsideListener`] (EDEADLK), [`Error::ListenerLimit`] (ENOSPC), [`Error::NoMemory`] (ENOMEM).
     pub fn listen(&self, listener: Arc<dyn Listener>) -> Result<Listening> {
         let space = &*self.view.space;
         check_not_told(space, IovaRange::ALL)?;
         let mut listeners = lock(&space.listeners);
+        if listeners.entries.len() >= LISTENER_LIMIT {
+            let limit = LISTENER_LIMIT;
+            return Err(Error::ListenerLimit { limit });
+        }
         let mut writer = lock(&space.writer);
         writer.is_heard = true;
         let mut mappings = Vec::new();

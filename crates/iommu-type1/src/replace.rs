@@ -179,22 +179,22 @@ pub(crate) fn cut(
 /// Ends an [`exchange`](Writer::exchange) that failed: those who listen are told, and whoever has seen what was there
 /// for a moment is waited for.
 pub(crate) fn end_failed(
-    mut turn: Turn<'_>,
+    turn: Turn<'_>,
     space: &Space,
     before: &[Arc<Mapping>],
     mut after: Vec<Arc<Mapping>>,
     published: usize,
     unlinked: Unlinked,
 ) {
-    turn.late.append(unlinked);
-    drop(turn.report(&after, before));
+    let mut turn = turn.report(&after, before);
     after.truncate(published);
-    let seen = match memory::collect(after.into_iter().map(Replaced::of)) {
-        Ok(seen) => seen,
-        // Then the next unmap there waits.
-        Err(_) => return,
-    };
-    let unlinked = Unlinked::default();
+    let seen = memory::collect(after.into_iter().map(Replaced::of)).unwrap_or_default();
+    if seen.is_empty() {
+        // Nobody has seen anything; or the next unmap there waits for who has.
+        turn.late.append(unlinked);
+        return;
+    }
+    drop(turn);
     let revocation = Revocation::of_replaced(space, seen, Undo::default(), unlinked, space.unmap);
     if let Err(error) = revocation.run(None) {
         log::warn!("what was mapped before there was no memory: {error}");

@@ -504,7 +504,7 @@ fn check(snapshot: &Snapshot, space: &Space) -> Result<Vec<IovaRange>> {
         log_bytes += size_of_val(saved.dirty.as_slice());
         ranges.push(range);
     }
-    check_apart(ranges.clone())?;
+    check_apart(memory::collect(ranges.iter().copied())?)?;
     check_log_bytes(log_bytes, space.log_limit)?;
     Ok(ranges)
 }

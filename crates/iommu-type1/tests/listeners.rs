@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use iommu_type1::{
     page_size, Backing, Error, IoAddressSpace, Listener, Listening, MappingInfo, PermissionPolicy,
-    Profile, UnmapOptions, UnmapPolicy,
+    Profile, UnmapOptions, UnmapPolicy, LISTENER_LIMIT,
 };
 use proptest::prelude::*;
 use vm_memory::Permissions::{self, Read, ReadWrite};
@@ -212,6 +212,18 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn those_who_listen_have_a_limit() {
+    let space = IoAddressSpace::new();
+    let listen = || space.listen(Mirror::new());
+    let mut listening: Vec<_> = (0..LISTENER_LIMIT).map(|_| listen().unwrap()).collect();
+    let error = listen().unwrap_err();
+    assert!(matches!(error, Error::ListenerLimit { limit } if limit == LISTENER_LIMIT));
+    assert_eq!(error.errno(), libc::ENOSPC);
+    listening.pop();
+    let _one_more = listen().unwrap();
 }
 
 #[test]

@@ -77,6 +77,18 @@ pub enum Error {
         /// What the account said.
         errno: i32,
     },
+    /// As many pins as the table may have, a page and owner each.
+    #[error("the limit of {limit} pins is reached")]
+    PinLimit {
+        /// The limit.
+        limit: usize,
+    },
+    /// There is no memory for the lists of a request of many pages.
+    #[error("no memory: an allocation of {bytes:#x} bytes failed")]
+    NoMemory {
+        /// Bytes that were asked for.
+        bytes: usize,
+    },
     /// The access may not pin: it leaves its table, or has left it.
     #[error("{name} (access {id}) is not attached")]
     Detached {
@@ -126,6 +138,8 @@ impl Error {
             | Error::NotExact { .. } => libc::EINVAL,
             Error::Prevented { .. } | Error::NoticeRuns { .. } => libc::EBUSY,
             Error::Account { errno, .. } => *errno,
+            Error::PinLimit { .. } => libc::ENOSPC,
+            Error::NoMemory { .. } => libc::ENOMEM,
             Error::Detached { .. } => libc::ENOENT,
             Error::Held { .. } => libc::EDEADLK,
         }

@@ -84,7 +84,7 @@ pub use account::{Account, NoAccount, PinnedPage, Quota, Refusal};
 pub use error::{Error, Result};
 pub use guard::PinGuard;
 pub use notice::{Interest, UnmapNotice};
-pub use options::PinOptions;
+pub use options::{PinOptions, PIN_LIMIT};
 pub use owner::{Access, AccessId};
 pub use prevent::Prevented;
 pub use source::PinPages;

@@ -10,6 +10,10 @@ use crate::Account;
 /// The kernel takes one page of entries of this size a call; it also bounds the time under the lock.
 const ENTRY_BYTES: u64 = 8;
 
+/// How many pins there may be at a time unless told otherwise, a page and owner each: 16 GiB of 4 KiB pages pinned by
+/// one. They take about 300 MB then, which a guest could have a device spend.
+pub const PIN_LIMIT: usize = 1 << 22;
+
 /// Limits and rules of a [`PinTable`](crate::PinTable).
 ///
 /// ```
@@ -23,6 +27,7 @@ const ENTRY_BYTES: u64 = 8;
 pub struct PinOptions {
     pub(crate) account: Option<Arc<dyn Account>>,
     max_pages: Option<usize>,
+    pin_limit: Option<usize>,
     pub(crate) exact_unpin: bool,
 }
 
@@ -45,11 +50,21 @@ impl PinOptions {
         self
     }
 
+    /// Most pins at a time, a page and owner each; [`PIN_LIMIT`] unless told otherwise.
+    pub fn pin_limit(mut self, pins: usize) -> Self {
+        self.pin_limit = Some(pins);
+        self
+    }
+
     /// Whether an unpin has to name exactly the pages of one pin, as iommufd asks; each page of a list
     /// is a pin of its own there. Otherwise any kept page can be unpinned, as with VFIO.
     pub fn exact_unpin(mut self, exact: bool) -> Self {
         self.exact_unpin = exact;
         self
+    }
+
+    pub(crate) fn pin_limit_of(&self) -> usize {
+        self.pin_limit.unwrap_or(PIN_LIMIT)
     }
 
     pub(crate) fn max_pages_of(&self, page_size: u64) -> usize {

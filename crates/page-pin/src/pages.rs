@@ -5,6 +5,8 @@
 
 use std::ops::RangeInclusive;
 
+use crate::{Error, Result};
+
 /// A non-empty range of page numbers, inclusive at its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PageRange {
@@ -56,24 +58,56 @@ impl Pages {
         range.into_iter().flatten().chain(list.iter().copied())
     }
 
-    /// Each page once, in ascending order, and how often it is named.
-    pub(crate) fn counted(&self) -> Vec<(u64, u64)> {
-        let mut sorted: Vec<u64> = self.iter().collect();
-        sorted.sort_unstable();
-        let runs = sorted.chunk_by(|one, other| one == other);
-        runs.map(|run| (run[0], run.len() as u64)).collect()
+    /// The pages at these addresses.
+    pub(crate) fn list(iovas: &[u64], page_size: u64) -> Result<Self> {
+        let mut list = reserved(iovas.len())?;
+        list.extend(iovas.iter().map(|iova| iova / page_size));
+        Ok(Pages::List(list.into_boxed_slice()))
     }
 
-    /// The ranges that it consists of when unpins have to be exact.
-    pub(crate) fn exact(&self) -> Vec<(PageRange, u64)> {
-        match self {
-            Pages::Range(range) => vec![(*range, 1)],
-            Pages::List(_) => {
-                let pages = self.counted().into_iter();
-                pages
-                    .map(|(page, times)| (PageRange::only(page), times))
-                    .collect()
-            }
-        }
+    /// Each page once, in ascending order, and how often it is named.
+    pub(crate) fn counted(&self) -> Result<Vec<(u64, u64)>> {
+        let mut counted: Vec<(u64, u64)> = reserved(self.len())?;
+        counted.extend(self.iter().map(|page| (page, 1)));
+        counted.sort_unstable();
+        counted.dedup_by(|again, first| {
+            let is_same = again.0 == first.0;
+            first.1 += u64::from(is_same);
+            is_same
+        });
+        Ok(counted)
     }
+
+    /// The ranges that it consists of when unpins have to be exact, each as often as it is named.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = PageRange> + '_ {
+        let (range, list): (_, &[u64]) = match self {
+            Pages::Range(range) => (Some(*range), &[]),
+            Pages::List(list) => (None, list),
+        };
+        range
+            .into_iter()
+            .chain(list.iter().copied().map(PageRange::only))
+    }
+
+    /// The same, each once and how often it is named.
+    pub(crate) fn exact(&self) -> Result<Vec<(PageRange, u64)>> {
+        if let Pages::Range(range) = self {
+            return Ok(vec![(*range, 1)]);
+        }
+        let counted = self.counted()?;
+        let mut exact = reserved(counted.len())?;
+        let ranges = counted.into_iter();
+        exact.extend(ranges.map(|(page, times)| (PageRange::only(page), times)));
+        Ok(exact)
+    }
+}
+
+/// A list with room for so many values: how many is up to who pins.
+pub(crate) fn reserved<T>(values: usize) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    list.try_reserve_exact(values)
+        .map_err(|_| Error::NoMemory {
+            bytes: values.saturating_mul(size_of::<T>()),
+        })?;
+    Ok(list)
 }

@@ -3,17 +3,18 @@
 
 //! The count of pins by page and owner.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::owner::Registration;
-use crate::pages::{PageRange, Pages};
+use crate::pages::{reserved, PageRange, Pages};
 use crate::sync::{current, lock, now, wait_until, Condvar, Mutex, MutexGuard, ThreadId};
 use crate::{
-    Access, AccessId, Error, Interest, PinOptions, PinnedPage, Prevented, Result, UnmapNotice,
+    Access, AccessId, Account, Error, Interest, PinOptions, PinnedPage, Prevented, Result,
+    UnmapNotice,
 };
 
 /// Counts who pinned which pages; a cheap reference, all clones are the same table.
@@ -354,15 +355,15 @@ impl State {
     }
 
     /// Whether the owner has left itself all of these pins; the first page of which it has not.
-    fn missing(&self, id: AccessId, pages: &Pages) -> Option<u64> {
+    fn missing(&self, id: AccessId, pages: &Pages) -> Result<Option<u64>> {
         let kept = |page| self.pins.get(&(page, id)).map_or(0, |count| count.kept);
-        match pages {
+        Ok(match pages {
             Pages::Range(_) => pages.iter().find(|page| kept(*page) == 0),
             Pages::List(_) => {
-                let mut counted = pages.counted().into_iter();
+                let mut counted = pages.counted()?.into_iter();
                 counted.find_map(|(page, times)| (kept(page) < times).then_some(page))
             }
-        }
+        })
     }
 
     fn name_of(&self, id: AccessId) -> String {
@@ -443,9 +444,7 @@ impl Shared {
         }
         match iovas.iter().find(|iova| **iova % page_size != 0) {
             Some(&iova) => Err(Error::Misaligned { iova, page_size }),
-            None => Ok(Pages::List(
-                iovas.iter().map(|iova| iova / page_size).collect(),
-            )),
+            None => Pages::list(iovas, page_size),
         }
     }
 
@@ -473,6 +472,10 @@ impl Shared {
             .is_none_or(|entry| entry.closed)
         {
             return Err(owner.detached());
+        }
+        let limit = self.options.pin_limit_of();
+        if state.pins.len().saturating_add(pages.len()) > limit {
+            return Err(Error::PinLimit { limit });
         }
         self.admit(state, pages, host)?;
         if let Some(entry) = state.accesses.get_mut(&owner.id) {
@@ -505,8 +508,9 @@ impl Shared {
         let Some(account) = &self.options.account else {
             return Ok(());
         };
-        let mut fresh = Vec::new();
-        for (page, _) in pages.counted() {
+        let counted = pages.counted()?;
+        let mut fresh = reserved(counted.len())?;
+        for (page, _) in counted {
             if !state.charged.contains_key(&page) {
                 let iova = page * self.page_size;
                 let host = host(iova);
@@ -533,17 +537,14 @@ impl Shared {
         let Some(account) = &self.options.account else {
             return;
         };
-        let mut gone = Vec::new();
+        let mut gone = Gone::of(&**account);
         for page in pages {
             if !state.is_pinned(PageRange::only(page)) {
                 if let Some(host) = state.charged.remove(&page) {
                     let iova = page * self.page_size;
-                    gone.push(PinnedPage { iova, host });
+                    gone.add(PinnedPage { iova, host });
                 }
             }
-        }
-        if !gone.is_empty() {
-            account.uncharge(&gone);
         }
     }
 
@@ -567,9 +568,9 @@ impl Shared {
         if let Some(entry) = state.accesses.get_mut(&id) {
             entry.kept += pages.len() as u64;
             if self.options.exact_unpin {
-                for (range, times) in pages.exact() {
+                for range in pages.ranges() {
                     let key = (range.first, range.last);
-                    *entry.kept_exactly.entry(key).or_insert(0) += times;
+                    *entry.kept_exactly.entry(key).or_insert(0) += 1;
                 }
             }
         }
@@ -579,7 +580,7 @@ impl Shared {
     pub(crate) fn release_kept(&self, owner: &Registration, pages: &Pages) -> Result<()> {
         let id = owner.id;
         let mut state = lock(&self.state);
-        if let Some(page) = state.missing(id, pages) {
+        if let Some(page) = state.missing(id, pages)? {
             return Err(Error::NotPinned {
                 id: id.0,
                 name: owner.name.clone(),
@@ -601,7 +602,7 @@ impl Shared {
 
     /// Takes the ranges of an exact unpin, all or none.
     fn take_exactly(&self, owner: &Registration, entry: &mut Entry, pages: &Pages) -> Result<()> {
-        let ranges = pages.exact();
+        let ranges = pages.exact()?;
         let kept = &mut entry.kept_exactly;
         for (range, times) in &ranges {
             let there = kept.get(&(range.first, range.last)).copied().unwrap_or(0);
@@ -632,8 +633,18 @@ impl Shared {
         let kept = state.accesses.remove(&id).map_or(0, |entry| entry.kept);
         if kept > 0 {
             state.pins.retain(|(_, owner), _| *owner != id);
-            let charged: Vec<u64> = state.charged.keys().copied().collect();
-            self.uncharge(&mut state, charged.into_iter());
+            if let Some(account) = &self.options.account {
+                let mut gone = Gone::of(&**account);
+                let State { pins, charged, .. } = &mut *state;
+                charged.retain(|page, host| {
+                    let is_pinned = pins.range(keys(PageRange::only(*page))).next().is_some();
+                    if !is_pinned {
+                        let (iova, host) = (page * self.page_size, *host);
+                        gone.add(PinnedPage { iova, host });
+                    }
+                    is_pinned
+                });
+            }
             self.wake(&state);
         }
     }
@@ -755,16 +766,13 @@ impl Shared {
             // Nor are there pins.
             return (false, Vec::new());
         }
-        let mut ids: Vec<AccessId> = state
-            .pins
-            .range(keys(range))
-            .map(|((_, id), _)| *id)
-            .collect();
-        ids.sort_unstable();
-        ids.dedup();
-        let accesses = state.accesses.iter().filter(|(id, entry)| {
-            entry.interest.covers(iova, last) || ids.binary_search(id).is_ok()
-        });
+        // As many as there are owners, and not as there are pins.
+        let pins = state.pins.range(keys(range));
+        let ids: BTreeSet<AccessId> = pins.map(|((_, id), _)| *id).collect();
+        let accesses = state
+            .accesses
+            .iter()
+            .filter(|(id, entry)| entry.interest.covers(iova, last) || ids.contains(id));
         let interested = accesses.filter_map(|(_, entry)| entry.registration.upgrade());
         (!ids.is_empty(), interested.collect())
     }
@@ -800,6 +808,51 @@ impl Shared {
                 });
         }
         by_owner.into_values().collect()
+    }
+}
+
+/// Pages that are given back to an account, some at a time: who unpins must not need memory for that.
+struct Gone<'a> {
+    account: &'a dyn Account,
+    pages: [PinnedPage; GIVEN_BACK],
+    len: usize,
+}
+
+/// Pages that are given back in one call: few enough to stand on the stack, enough for what an account does once a call.
+const GIVEN_BACK: usize = 32;
+
+impl<'a> Gone<'a> {
+    fn of(account: &'a dyn Account) -> Self {
+        let none = PinnedPage {
+            iova: 0,
+            host: None,
+        };
+        Gone {
+            account,
+            pages: [none; GIVEN_BACK],
+            len: 0,
+        }
+    }
+
+    fn add(&mut self, page: PinnedPage) {
+        self.pages[self.len] = page;
+        self.len += 1;
+        if self.len == GIVEN_BACK {
+            self.give_back();
+        }
+    }
+
+    fn give_back(&mut self) {
+        if self.len > 0 {
+            self.account.uncharge(&self.pages[..self.len]);
+            self.len = 0;
+        }
+    }
+}
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.give_back();
     }
 }
 

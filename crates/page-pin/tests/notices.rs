@@ -247,3 +247,18 @@ static_assertions::assert_impl_all!(PinTable: Send, Sync, Clone);
 static_assertions::assert_impl_all!(Access: Send, Sync, Clone);
 static_assertions::assert_impl_all!(PinGuard: Send, Sync);
 static_assertions::assert_not_impl_any!(PinGuard: Clone);
+
+#[test]
+fn pins_have_a_limit_which_is_of_pages_and_owners() {
+    let table = PinTable::with_options(PAGE, PinOptions::new().pin_limit(3));
+    let [one, other] =
+        ["one", "other"].map(|name| table.register(name, Interest::Holder, Arc::new(|_, _| ())));
+    let two = one.pin(0, 2).unwrap();
+    let error = other.pin(0, 2).unwrap_err();
+    assert_eq!(error, Error::PinLimit { limit: 3 });
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(table.pins(0), 1, "nothing of it is pinned");
+    let _third = other.pin(0, 1).unwrap();
+    drop(two);
+    assert!(one.pin(PAGE, 2).is_ok());
+}

@@ -207,6 +207,12 @@ impl Incoming {
         }
     }
 
+    /// Whether there is memory for so many bytes of a body.
+    fn has_room(&mut self, body: usize) -> bool {
+        let more = body.saturating_sub(self.body.len());
+        self.body.try_reserve_exact(more).is_ok()
+    }
+
     /// The message, if it is there to its end. Makes room for the rest once the header is there.
     fn complete(&mut self, limit: usize) -> Result<Option<Message>> {
         if self.have < Header::SIZE {
@@ -220,9 +226,16 @@ impl Incoming {
             return Err(Error::Malformed("a message shorter than its header"));
         };
         // A body that is not kept is forgotten from its first byte on; `filled` then counts nothing.
-        if size > limit {
-            if self.error != Some(TOO_LONG) {
-                self.error = Some(TOO_LONG);
+        let refused = if size > limit {
+            Some(TOO_LONG)
+        } else if self.error == Some(NO_MEMORY) || !self.has_room(body) {
+            Some(NO_MEMORY)
+        } else {
+            None
+        };
+        if let Some(why) = refused {
+            if self.error != Some(why) {
+                self.error = Some(why);
                 self.forget = body;
             }
             if self.forget > 0 {
@@ -245,6 +258,8 @@ impl Incoming {
 }
 
 const TOO_LONG: &str = "a message longer than what was agreed on";
+/// Of a message for which there is no memory; it is read and forgotten too.
+pub(crate) const NO_MEMORY: &str = "no memory for a message";
 
 #[cfg(test)]
 mod tests {

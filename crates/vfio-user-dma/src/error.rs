@@ -42,6 +42,9 @@ pub enum Error {
     /// A message that the protocol does not allow.
     #[error("{0}")]
     Malformed(&'static str),
+    /// There is no memory for a message, or for the answer to it.
+    #[error("no memory for a message of {0:#x} bytes")]
+    NoMemory(usize),
     /// A command that is not served.
     #[error("command {0} is not supported")]
     Unsupported(u16),
@@ -148,6 +151,12 @@ pub enum AccessError {
     /// The client's answer is not one.
     #[error("the client's answer does not fit the question")]
     BadReply,
+    /// As many accesses wait for the client as may.
+    #[error("{0} accesses wait for the client already")]
+    TooMany(usize),
+    /// There is no memory for the data.
+    #[error("no memory for {0:#x} bytes of data")]
+    NoMemory(usize),
     /// Asked by the thread that serves the socket: the answer could never be read.
     #[error("memory without a file cannot be accessed by the thread that serves the socket")]
     ServerThread,
@@ -177,6 +186,7 @@ impl Error {
             Error::Limit { .. } => libc::ENOSPC,
             Error::Unsealed => libc::EPERM,
             Error::FileAccess => libc::EACCES,
+            Error::NoMemory(_) => libc::ENOMEM,
         }
     }
 
@@ -206,6 +216,8 @@ impl AccessError {
             AccessError::Client(errno) => *errno,
             AccessError::BadReply => libc::EPROTO,
             AccessError::ServerThread => libc::EDEADLK,
+            AccessError::TooMany(_) => libc::ENOBUFS,
+            AccessError::NoMemory(_) => libc::ENOMEM,
         }
     }
 }

@@ -86,5 +86,6 @@ pub use capabilities::{Capabilities, MAX_DATA_XFER_SIZE};
 pub use dma_table::{DmaTable, DmaTableBuilder, TableHandle, MESSAGE_DEADLINE, UNMAP_DEADLINE};
 pub use error::{AccessError, Error, Result};
 pub use irq_eventfd::IrqEventfd;
+pub use message_dma::REQUEST_LIMIT;
 pub use pins::{TablePin, TablePins};
 pub use server::{End, Server, Stopper, IO_DEADLINE};

@@ -21,6 +21,10 @@ use crate::{AccessError, Result};
 /// Most messages whose answers are awaited.
 const ON_THE_WIRE: usize = 64;
 
+/// Most accesses that wait for the client, each with as much data as a message has: one for every thread of a large
+/// device, and less than 1 GiB of what may be up to a guest.
+pub const REQUEST_LIMIT: usize = 512;
+
 /// How a client lays [`DmaAccess`] out; found out by a question that only one of them can answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Layout {
@@ -178,6 +182,9 @@ impl MessageDma {
         if link.server == thread::current().id() {
             return Err(AccessError::ServerThread);
         }
+        if state.requests.len() >= REQUEST_LIMIT {
+            return Err(AccessError::TooMany(REQUEST_LIMIT));
+        }
         let (want, layout, len) = match (link.layout, ask) {
             (None, _) => (Want::Layout, Layout::Narrow, 0),
             (Some(layout), Ask::Read(len)) => {
@@ -186,7 +193,7 @@ impl MessageDma {
             }
             (Some(layout), Ask::Write(bytes)) => {
                 let bytes = &bytes[..bytes.len().min(link.max_data)];
-                (Want::Write(bytes.to_vec()), layout, bytes.len())
+                (Want::Write(copy(bytes)?), layout, bytes.len())
             }
         };
         let ticket = state.next_ticket;
@@ -244,9 +251,19 @@ impl MessageDma {
             .map(|step| state.next_id.wrapping_add(step))
             .find(|id| !state.sent.contains_key(id))?;
         state.next_id = id.wrapping_add(1);
-        let message = state.requests.get_mut(&ticket)?.message(id);
-        state.sent.insert(id, ticket);
-        Some(message)
+        let request = state.requests.get_mut(&ticket)?;
+        let message = request.message(id);
+        match message {
+            Some(_) => drop(state.sent.insert(id, ticket)),
+            None => {
+                let no_memory = AccessError::NoMemory(request.data());
+                request.answer.get_or_insert(Err(no_memory));
+                self.answered.notify_all();
+                // There may be others.
+                self.wanted.signal();
+            }
+        }
+        message
     }
 
     /// Takes the client's reply to one of our messages. One that nobody waits for is passed over.
@@ -305,14 +322,23 @@ impl Request {
         }
     }
 
-    fn message(&mut self, message_id: u16) -> Vec<u8> {
+    /// Bytes of data that are sent.
+    fn data(&self) -> usize {
+        match &self.want {
+            Want::Write(data) => data.len(),
+            _ => 0,
+        }
+    }
+
+    /// `None` where there is no memory for it.
+    fn message(&mut self, message_id: u16) -> Option<Vec<u8>> {
         let header = Header {
             message_id,
             command: self.command(),
             flags: flags::COMMAND,
             ..Header::default()
         };
-        wire::message(header, |bytes| {
+        wire::message_with_data(header, self.data(), |bytes| {
             let (count, data) = match &self.want {
                 Want::Read(len) => (*len as u64, &[][..]),
                 Want::Write(data) => (data.len() as u64, &data[..]),
@@ -368,9 +394,18 @@ impl Request {
                     && count == data as u64
                     && body.len() == DmaAccess::SIZE + data =>
             {
-                Ok(rest[..data].to_vec())
+                copy(&rest[..data])
             }
             _ => Err(AccessError::BadReply),
         }
     }
+}
+
+/// A copy of data that a client or a guest has chosen the size of.
+fn copy(data: &[u8]) -> Answer {
+    let mut bytes = Vec::new();
+    let room = bytes.try_reserve_exact(data.len());
+    room.map_err(|_| AccessError::NoMemory(data.len()))?;
+    bytes.extend_from_slice(data);
+    Ok(bytes)
 }

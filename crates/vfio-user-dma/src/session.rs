@@ -16,7 +16,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::capabilities::TEXT_LIMIT;
-use crate::connection::{Connection, Message, OVERHEAD};
+use crate::connection::{Connection, Message, NO_MEMORY, OVERHEAD};
 use crate::socket::MAX_FDS;
 use crate::wire::{self, command, flags, Header};
 use crate::{
@@ -97,10 +97,14 @@ impl<'a> Session<'a> {
                 (Vec::new(), None)
             }
         };
-        connection.push(
-            wire::message(reply, |bytes| bytes.extend_from_slice(&body)),
-            fd,
-        );
+        let message =
+            wire::message_with_data(reply, body.len(), |bytes| bytes.extend_from_slice(&body));
+        let message = message.unwrap_or_else(|| {
+            reply.flags |= flags::ERROR;
+            reply.error = libc::ENOMEM.unsigned_abs();
+            wire::message(reply, |_| ())
+        });
+        connection.push(message, fd);
     }
 
     fn answer(&mut self, message: Message, connection: &mut Connection<'_>) -> Result<Reply> {
@@ -111,7 +115,10 @@ impl<'a> Session<'a> {
             error,
         } = message;
         if let Some(error) = error {
-            return Err(Error::Malformed(error));
+            return Err(match error {
+                NO_MEMORY => Error::NoMemory(header.message_size as usize),
+                error => Error::Malformed(error),
+            });
         }
         if header.flags & flags::TYPE != flags::COMMAND {
             return Err(Error::Malformed("neither a command nor a reply"));
@@ -375,6 +382,8 @@ impl<'a> Session<'a> {
         self.check_access(&access, VFIO_REGION_INFO_FLAG_READ)?;
         let count = access.count as usize;
         let mut reply = Reply::of(|bytes| access.encode(bytes));
+        let room = reply.body.try_reserve_exact(count);
+        room.map_err(|_| Error::NoMemory(count))?;
         reply.body.resize(wire::RegionAccess::SIZE + count, 0);
         let data = &mut reply.body[wire::RegionAccess::SIZE..];
         let read = self.backend.region_read(access.region, access.offset, data);

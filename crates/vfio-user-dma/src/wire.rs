@@ -279,7 +279,21 @@ impl Header {
 
 /// A whole message: the header, which gets its size, and what `body` appends.
 pub fn message(header: Header, body: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(64);
+    encode(Vec::with_capacity(64), header, body)
+}
+
+/// As [`message`] with so many bytes of data at most; `None` where there is no memory for them.
+pub(crate) fn message_with_data(
+    header: Header,
+    data: usize,
+    body: impl FnOnce(&mut Vec<u8>),
+) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(data + 64).ok()?;
+    Some(encode(bytes, header, body))
+}
+
+fn encode(mut bytes: Vec<u8>, header: Header, body: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     header.encode(&mut bytes);
     body(&mut bytes);
     let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{map_body, memfd, Client, Reply, Served, PAGE, READ_WRITE};
 use vfio_user_dma::wire::{command, flags, DmaAccess, NarrowDmaAccess};
-use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Error};
+use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Error, REQUEST_LIMIT};
 use vm_memory::Permissions;
 
 fn cause<T: std::fmt::Debug>(result: Result<T, Error>) -> (usize, AccessError) {
@@ -277,6 +277,28 @@ fn what_is_awaited_of_a_silent_client_is_bounded() {
         .unwrap();
     let asked = std::iter::from_fn(|| served.client.try_receive().ok()).count();
     assert!((1..=64).contains(&asked), "{asked}");
+    served.end().unwrap();
+}
+
+#[test]
+fn accesses_that_wait_have_a_limit() {
+    let mut served = Served::new();
+    assert_eq!(served.client.map(0, PAGE, 0, None), 0);
+    let table = served.table.clone();
+    std::thread::scope(|scope| {
+        let table = &table;
+        let waiting: Vec<_> = (0..=REQUEST_LIMIT)
+            .map(|_| scope.spawn(move || cause(table.read(0, &mut [0; 4])).1))
+            .collect();
+        // The one that is too many does not wait; the others end with the client.
+        while waiting.iter().all(|one| !one.is_finished()) {
+            std::thread::yield_now();
+        }
+        table.cancel_messages();
+        let ends = waiting.into_iter().map(|one| one.join().unwrap());
+        let refused = ends.filter(|end| matches!(end, AccessError::TooMany(REQUEST_LIMIT)));
+        assert!(refused.count() >= 1);
+    });
     served.end().unwrap();
 }
 

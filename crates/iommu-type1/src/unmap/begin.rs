@@ -132,9 +132,11 @@ impl<'a> Revocation<'a> {
 
 /// Adds mappings that were replaced and had addresses of a range, each once.
 fn meet_replaced(writer: &Writer, range: IovaRange, met: &mut Vec<Replaced>) -> Result<()> {
+    // Of one range each is met once.
+    let before = met.len();
     for mapping in writer.replaced_in(range) {
         let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
-        if !met.iter().any(is_it) {
+        if !met[..before].iter().any(is_it) {
             memory::push(met, Replaced::of(mapping.clone()))?;
         }
     }

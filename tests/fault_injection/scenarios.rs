@@ -1,0 +1,377 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is done while something fails.
+
+use std::ffi::c_ulong;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use page_pin::Quota;
+use vfio_dma::group::hardware::HardwareContainer;
+use vfio_dma::group::{MemorySlots, Mirror, SetMemoryRegion};
+use vfio_dma::iommu::{
+    page_size, Backing, Change, Interest, IoAddressSpace, IoAddressSpaceBuilder, MemlockLimit,
+    PinOptions, Profile, ReaderBarrier,
+};
+use vfio_dma::vfio_user::DmaTable;
+use vm_memory::FileOffset;
+use vm_memory::Permissions::ReadWrite;
+
+use crate::inject::{aside, SET_USER_MEMORY_REGION};
+
+pub const SCENARIOS: &[(&str, fn())] = &[
+    ("maps", maps),
+    ("batches", batches),
+    ("replacements", replacements),
+    ("dirty pages", dirty_pages),
+    ("memory taken away", vaddr),
+    ("pins", pins),
+    ("a snapshot", snapshot),
+    ("files", files),
+    ("hardware and KVM", followers),
+    ("a vfio-user client", client),
+];
+
+/// Mappings of a batch: lists of them take more than a page.
+const MANY: u64 = 600;
+
+fn p(pages: u64) -> u64 {
+    pages * page_size()
+}
+
+/// Does what may fail once, and succeeds when it is tried again; in between everything is as before.
+fn step<T, E: std::fmt::Display>(
+    space: &IoAddressSpace,
+    what: &str,
+    mut attempt: impl FnMut() -> Result<T, E>,
+) -> T {
+    let state = || {
+        let stats = space.stats();
+        let now = (stats.mappings, stats.leaving, stats.table_bytes);
+        (now, stats.dirty_bytes, stats.leases)
+    };
+    let before = state();
+    attempt().unwrap_or_else(|error| {
+        assert_eq!(
+            state(),
+            before,
+            "{what} has failed and left something: {error}"
+        );
+        attempt().unwrap_or_else(|error| panic!("{what} fails once more: {error}"))
+    })
+}
+
+/// Memory, once there is some.
+fn memory(pages: u64) -> Backing {
+    let one = || Backing::anonymous(p(pages) as usize);
+    one().or_else(|_| one()).unwrap()
+}
+
+fn memfd(pages: u64) -> OwnedFd {
+    // SAFETY: the name ends with a 0.
+    let fd = unsafe { libc::memfd_create(c"fault".as_ptr(), libc::MFD_CLOEXEC) };
+    // SAFETY: just made.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(p(pages)).unwrap();
+    file.into()
+}
+
+fn map(space: &IoAddressSpace, page: u64, pages: u64) {
+    let backing = memory(pages);
+    step(space, "map", || {
+        space.map(p(page), backing.clone(), ReadWrite)
+    });
+}
+
+/// Whether the first byte of each of these pages can be written, and only of these.
+fn check(space: &IoAddressSpace, mapped: &[u64], not_mapped: &[u64]) {
+    for page in mapped {
+        space.write(p(*page), &[1]).unwrap();
+    }
+    for page in not_mapped {
+        space.write(p(*page), &[1]).unwrap_err();
+    }
+}
+
+/// Close to each other, far from each other, and large ones that end in the middle of nodes.
+fn maps() {
+    let space = IoAddressSpace::builder()
+        .reader_barrier(ReaderBarrier::Membarrier)
+        .build();
+    // A slot that goes without barriers, for which an unmap needs the kernel's.
+    let handle = space.handle();
+    let places = [
+        (1, 1),
+        (2, 1),
+        (511, 2),
+        (1 << 20, 1),
+        (1 << 30, 700),
+        ((1 << 30) - 1, 1),
+    ];
+    for (page, pages) in places
+        .into_iter()
+        .chain([(600, 5000), ((1 << 30) + 700, 1)])
+    {
+        map(&space, page, pages);
+    }
+    check(
+        &space,
+        &[1, 2, 511, 512, 600, 5599, 1 << 20],
+        &[0, 3, 513, 599, 5600],
+    );
+    for _ in 0..70_000 {
+        drop(handle.read(p(1), &mut [0]));
+    }
+    let unmapped = space.unmap(p(1), p(2));
+    if let Err(error) = unmapped {
+        // The kernel has refused its barrier: the mappings stay revoked until that works.
+        assert_eq!(error.errno(), libc::EDEADLK, "{error}");
+        assert_eq!(space.unmap(p(1), p(2)).unwrap(), p(2));
+    }
+    let backing = memory(3);
+    step(&space, "map anywhere", || {
+        space.map_anywhere(backing.clone(), ReadWrite)
+    });
+    step(&space, "unmap", || space.unmap(p(511), p(2)));
+    step(&space, "unmap all", || space.unmap_all());
+    assert_eq!(space.stats().table_bytes, 0);
+}
+
+fn many(space: &IoAddressSpace, backing: &Backing) {
+    step(space, "map a batch", || {
+        space.map_batch((0..MANY).map(|n| {
+            let part = backing.slice(p(n) as usize, p(1) as usize).unwrap();
+            (p(3 * n), part, ReadWrite)
+        }))
+    });
+}
+
+fn batches() {
+    let space = IoAddressSpace::new();
+    let backing = memory(MANY);
+    many(&space, &backing);
+    check(&space, &[0, 3, 3 * MANY - 3], &[1, 3 * MANY]);
+    let ranges: Vec<_> = aside(|| (0..MANY).map(|n| (p(3 * n), p(1))).collect());
+    let list = step(&space, "scatter", || space.scatter(0, 1, ReadWrite));
+    drop(list);
+    step(&space, "unmap a batch", || space.unmap_batch(&ranges));
+    assert_eq!(space.stats().table_bytes, 0);
+    many(&space, &backing);
+    step(&space, "unmap all", || space.unmap_all());
+}
+
+fn replacements() {
+    let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
+    let backing = memory(2000);
+    let part =
+        |first: u64, pages: u64| backing.slice(p(first) as usize, p(pages) as usize).unwrap();
+    let map = |page, pages| {
+        step(&space, "map", || {
+            space.map(p(page), part(0, pages), ReadWrite)
+        })
+    };
+    map(0, 2000);
+    map(5, 1);
+    map(510, 700);
+    let by = part(1, 1);
+    step(&space, "replace", || {
+        space.replace(p(5), by.clone(), ReadWrite)
+    });
+    check(&space, &[0, 4, 5, 6, 510, 1209, 1210, 1999], &[2000]);
+    // Pieces of one mapping, more of them than fit in a page.
+    step(&space, "changes", || {
+        space.change((0..MANY).map(|n| match n % 2 {
+            0 => Change::Unmap {
+                iova: p(3 * n),
+                size: p(1),
+            },
+            _ => Change::Map {
+                iova: p(3 * n),
+                backing: part(n, 2),
+                prot: ReadWrite,
+            },
+        }))
+    });
+    check(&space, &[1, 2, 3, 4, 1999], &[0, 6, 12]);
+    // What was there for a moment has gone when the addresses are unmapped.
+    let cut = || space.unmap(p(700), p(300));
+    if cut().is_err() {
+        cut().unwrap();
+    }
+    step(&space, "unmap all", || space.unmap_all());
+    assert_eq!(space.stats().table_bytes, 0);
+}
+
+/// Marks of so many pages take a page.
+const MARKED: u64 = 4096 * 8;
+
+fn dirty_pages() {
+    let space = IoAddressSpace::new();
+    map(&space, 0, MARKED);
+    map(&space, MARKED, 2);
+    step(&space, "start", || space.start_dirty_tracking());
+    map(&space, 2 * MARKED, MARKED);
+    // As many words of marks as take more than a page.
+    for word in 0..MARKED / 64 {
+        space.write(p(word * 64), &[1]).unwrap();
+    }
+    let pages = step(&space, "take", || space.take_dirty(0, p(MARKED)));
+    assert_eq!(pages.len() as u64, MARKED / 64);
+    for word in 0..MARKED / 64 {
+        space.write(p(word * 64), &[1]).unwrap();
+    }
+    let unmap = || space.unmap_dirty(0, p(MARKED));
+    // What is handed over is counted last: then all of it waits to be unmapped again.
+    let (_, pages) = unmap().or_else(|_| unmap()).unwrap();
+    assert_eq!(pages.len() as u64, MARKED / 64);
+    space.stop_dirty_tracking();
+    step(&space, "start again", || space.start_dirty_tracking());
+    assert!(space
+        .take_dirty(p(2 * MARKED), p(MARKED))
+        .unwrap_or_default()
+        .is_empty());
+}
+
+fn vaddr() {
+    let space = IoAddressSpace::new();
+    step(&space, "start", || space.start_dirty_tracking());
+    map(&space, 0, MARKED);
+    map(&space, MARKED + 1, 1);
+    step(&space, "take away", || space.invalidate_vaddr(0, p(MARKED)));
+    let backing = memory(MARKED);
+    step(&space, "give back", || {
+        space.resume_vaddr(0, p(MARKED), backing.clone())
+    });
+    check(&space, &[0, MARKED - 1], &[MARKED]);
+}
+
+fn pins() {
+    let quota = Quota::new(2000);
+    for account in [
+        Arc::new(quota.clone()) as Arc<dyn page_pin::Account>,
+        Arc::new(MemlockLimit),
+    ] {
+        let options = PinOptions::new().account(account);
+        let space = IoAddressSpace::builder().pin_options(options).build();
+        let backing = memory(MANY);
+        many(&space, &backing);
+        let pinner = space.pinner("faulty", Interest::Holder, Arc::new(|_, _| ()));
+        // As many as one call may pin; only a few where each of them is locked.
+        let pages = if quota.charged() == 0 && space.mappings() > 0 {
+            512
+        } else {
+            4
+        };
+        let list: Vec<_> = aside(|| (0..pages).map(|n| p(3 * n)).collect());
+        let pinned = step(&space, "pin", || pinner.pin_list(&list, ReadWrite));
+        assert!(quota.charged() == 0 || quota.charged() == pages);
+        pinned.page(0).unwrap();
+        drop(pinned);
+        assert_eq!(quota.charged(), 0);
+        let kept = step(&space, "pin once more", || {
+            pinner.pin_list(&list[..4], ReadWrite)
+        });
+        kept.keep();
+        step(&space, "unpin", || pinner.unpin_list(&list[..4]));
+        assert_eq!(quota.charged(), 0);
+    }
+}
+
+fn snapshot() {
+    let owner = Arc::new(());
+    let space = IoAddressSpace::new().held_by(owner.clone());
+    let backing = memory(MANY);
+    many(&space, &backing);
+    map(&space, 4 * MANY, MARKED);
+    step(&space, "start", || space.start_dirty_tracking());
+    let (snapshot, _) = step(&space, "snapshot", || space.snapshot());
+    let restored = step(&space, "restore", || {
+        IoAddressSpaceBuilder::restore(IoAddressSpace::builder(), &snapshot, |place| {
+            Backing::anonymous(place.size as usize)
+        })
+    });
+    assert_eq!(restored.mappings(), space.mappings());
+    drop((space, restored));
+    assert_eq!(Arc::strong_count(&owner), 1);
+}
+
+fn files() {
+    let space = IoAddressSpace::new();
+    let file = File::from(memfd(4));
+    let backing = step(&space, "a file", || {
+        let place = FileOffset::new(file.try_clone().unwrap(), 0);
+        Backing::file(place, p(4) as usize, ReadWrite)
+    });
+    step(&space, "map", || space.map(0, backing.clone(), ReadWrite));
+    check(&space, &[0, 3], &[4]);
+    step(&space, "unmap", || space.unmap(0, p(4)));
+}
+
+/// Whose calls end at the fake in front of the kernel.
+struct Vm(File);
+
+impl SetMemoryRegion for Vm {
+    unsafe fn set_user_memory_region(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
+        let request = c_ulong::from(SET_USER_MEMORY_REGION);
+        // SAFETY: it is answered by this test.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), request, &region) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+fn followers() {
+    let space = IoAddressSpace::new();
+    map(&space, 0, 2);
+    let null = || File::open("/dev/null").unwrap();
+    let container = Arc::new(HardwareContainer::from_file(null()));
+    let vm = Arc::new(Vm(null()));
+    let mirror = step(&space, "a mirror", || {
+        Mirror::new(&space, container.clone())
+    });
+    let slots = step(&space, "slots", || {
+        MemorySlots::new(&space, vm.clone(), 0..700)
+    });
+    map(&space, 2, 2);
+    let backing = memory(MANY);
+    step(&space, "map a batch", || {
+        let part = |n: u64| backing.slice(p(n) as usize, p(1) as usize).unwrap();
+        space.map_batch((0..40).map(|n| (p(10 + 2 * n), part(n), ReadWrite)))
+    });
+    let by = memory(2);
+    step(&space, "replace", || {
+        space.replace(0, by.clone(), ReadWrite)
+    });
+    step(&space, "unmap", || space.unmap(p(2), p(2)));
+    // What could not be unmapped is asked for again.
+    map(&space, 2, 2);
+    assert!(!mirror.is_lost() || !slots.is_lost());
+    drop((mirror, slots));
+    assert_eq!(
+        (Arc::strong_count(&container), Arc::strong_count(&vm)),
+        (1, 1)
+    );
+}
+
+fn client() {
+    let table = DmaTable::new().unwrap();
+    let space = table.space().clone();
+    let file = memfd(4);
+    for page in [0, 1, 512] {
+        step(&space, "map", || {
+            table.map(3, p(1), p(page), p(1), Some(file.try_clone().unwrap()))
+        });
+    }
+    step(&space, "map without a file", || {
+        table.map(3, 0, p(600), p(1), None)
+    });
+    table.write(p(1), &[1]).unwrap();
+    step(&space, "unmap", || table.unmap(0, p(1), p(1)));
+    step(&space, "clear", || table.clear());
+    assert_eq!(table.mappings(), 0);
+}
