@@ -249,7 +249,8 @@ impl Table {
     /// [`Error::NoMemory`], before any access could find the mapping.
     pub(crate) fn insert(&self, mapping: Arc<Mapping>) -> Result<usize> {
         let pages = Pages::of(mapping.range);
-        let needed = needed(self.root.load(Ordering::Relaxed), pages, Pages::ALL);
+        let (raw, block) = self.first_met(pages);
+        let needed = needed(raw, pages, block);
         let spares = Spares::new(needed).map_err(|bytes| Error::NoMemory { bytes })?;
         let mut inserter = Inserter {
             mapping: Arc::into_raw(mapping),
@@ -259,6 +260,25 @@ impl Table {
         inserter.insert(&self.root, pages, Pages::ALL);
         debug_assert!(inserter.spares.are_used_up());
         Ok(inserter.bytes)
+    }
+
+    /// The first word on the way to some pages that is not a node which has all of them below one word; the most
+    /// common way to the end of [`needed`].
+    fn first_met(&self, pages: Pages) -> (Raw, Pages) {
+        let (mut raw, mut block) = (self.root.load(Ordering::Relaxed), Pages::ALL);
+        while is_node(raw) {
+            // SAFETY: reachable, and only the writer removes.
+            let node = unsafe { &*node(raw) };
+            let (first, last) = (node.index(pages.first), node.index(pages.last));
+            if first != last || node.level() == 0 || !node.span().contains(pages) {
+                break;
+            }
+            (raw, block) = (
+                node.slots[first].load(Ordering::Relaxed),
+                node.block_at(first),
+            );
+        }
+        (raw, block)
     }
 
     /// Says again what accesses find at the pages of a mapping that is in the table.
@@ -367,15 +387,16 @@ fn needed(raw: Raw, pages: Pages, block: Pages) -> Needed {
             }
             // Only where it ends it can meet others.
             let (first, last) = (below.index(pages.first), below.index(pages.last));
+            if first == last {
+                let raw = below.slots[first].load(Ordering::Relaxed);
+                return needed(raw, pages, below.block_at(first));
+            }
             let at = |index: usize| {
                 let block = below.block_at(index);
                 let raw = below.slots[index].load(Ordering::Relaxed);
                 needed(raw, pages.clamp(block), block)
             };
-            match first == last {
-                true => at(first),
-                false => at(first).and(at(last)),
-            }
+            at(first).and(at(last))
         }
     }
 }

@@ -62,8 +62,10 @@ impl<'a> Revocation<'a> {
             for range in ranges {
                 meet_replaced(&writer, *range, &mut replaced)?;
             }
-            let retried = ranges.iter().map(|range| writer.may_retry(*range));
-            memory::reserve(&mut mappings, retried.sum())?;
+            if writer.leaving() > 0 {
+                let retried = ranges.iter().map(|range| writer.may_retry(*range));
+                memory::reserve(&mut mappings, retried.sum())?;
+            }
             writer.reserve_leaving(mappings.len())
         });
         if let Err(error) = ready {

@@ -232,7 +232,9 @@ impl<'a> Revocation<'a> {
             let logs = forgotten.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
         }
-        writer.release(&self.space.table, &mut self.replaced);
+        if is_over {
+            writer.release(&self.space.table, &mut self.replaced);
+        }
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
             writer.late.append(std::mem::take(&mut unlinked));
@@ -257,7 +259,15 @@ struct Holders {
 }
 
 impl Holders {
+    #[inline]
     fn add(&mut self, found: Vec<Holder>) {
+        if !found.is_empty() {
+            self.add_some(found);
+        }
+    }
+
+    #[cold]
+    fn add_some(&mut self, found: Vec<Holder>) {
         self.count += found.len();
         let room = HOLDERS_LISTED - self.listed.len();
         // Without memory for their names they are only counted.
