@@ -691,6 +691,37 @@ mod tests {
             self.expected.remove(&first);
         }
 
+        /// As an exchange does: takes several neighbours, and puts them back if that is in vain.
+        fn take(&mut self, at: usize, count: usize, is_in_vain: bool) {
+            let from = at % self.expected.len().max(1);
+            let neighbours = self.expected.iter().skip(from).take(count);
+            let firsts: Vec<u64> = neighbours.map(|(first, _)| *first).collect();
+            let find = |first: &u64| {
+                let mapping = self
+                    .grace
+                    .enter_shared(|inside| Table::share(self.table.find(*first, inside).unwrap()));
+                drop(self.table.take(&mapping));
+                mapping
+            };
+            let taken: Vec<_> = firsts.iter().map(find).collect();
+            for mapping in &taken {
+                if is_in_vain {
+                    assert_eq!(self.table.insert(mapping.clone()).unwrap(), 0);
+                } else {
+                    self.expected.remove(&mapping.range.first);
+                }
+            }
+            let mut unlinked = Unlinked::default();
+            for mapping in &taken {
+                self.table.settle(mapping.range, &mut unlinked);
+            }
+            self.bytes -= unlinked.bytes();
+            let references = 1 + usize::from(is_in_vain);
+            assert!(taken
+                .iter()
+                .all(|mapping| Arc::strong_count(mapping) == references));
+        }
+
         fn check(&self, probes: &[u64]) {
             let ends = self.expected.iter().flat_map(|(first, (last, _))| {
                 [
@@ -775,14 +806,15 @@ mod tests {
     proptest! {
         #[test]
         fn finds_what_a_sorted_map_finds(
-            steps in prop::collection::vec((range(), any::<bool>(), any::<usize>(), any::<u64>()), 1..60)
+            steps in prop::collection::vec((range(), 0..8_u8, any::<usize>(), any::<u64>()), 1..60)
         ) {
             let mut checked = Checked::new();
-            for (range, insert, at, probe) in steps {
-                if insert || checked.expected.is_empty() {
-                    checked.insert(range);
-                } else {
-                    checked.remove(at);
+            for (range, step, at, probe) in steps {
+                match step {
+                    _ if checked.expected.is_empty() => checked.insert(range),
+                    0..4 => checked.insert(range),
+                    4..6 => checked.remove(at),
+                    _ => checked.take(at, 1 + at % 9, step == 6),
                 }
                 checked.check(&[probe, range.first, range.last]);
             }
@@ -791,6 +823,24 @@ mod tests {
                 checked.check(&[]);
             }
         }
+    }
+
+    #[test]
+    fn nodes_without_mappings_that_are_kept_hide_nothing() {
+        let page = 1 << page_shift();
+        let mut checked = Checked::new();
+        // Three nodes side by side, which are emptied at once, and a word behind them.
+        for i in [0, 1, 512, 513, 1024, 1025, 1536] {
+            let first = i * page;
+            checked.insert(IovaRange {
+                first,
+                last: first + page - 1,
+            });
+        }
+        checked.take(0, 6, true);
+        checked.check(&[]);
+        checked.take(0, 6, false);
+        checked.check(&[]);
     }
 
     #[test]

@@ -298,8 +298,11 @@ impl Node {
         if self.mappings.get() > 1 && self.used.get() > 1 {
             return None;
         }
-        let mut words = self.slots.iter().map(|slot| slot.load(Ordering::Relaxed));
-        Some(words.find(|raw| !raw.is_null()).unwrap_or(ptr::null_mut()))
+        let words = self.slots.iter().map(|slot| slot.load(Ordering::Relaxed));
+        let mut words = words.filter(|raw| !raw.is_null());
+        let first = words.next().unwrap_or(ptr::null_mut());
+        // Nodes that are kept have words though there may be no mapping in them: they go before this one.
+        words.all(|raw| raw == first).then_some(first)
     }
 }
 
