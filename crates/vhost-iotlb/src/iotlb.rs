@@ -102,15 +102,20 @@ impl VhostIotlb {
     ///
     /// # Errors
     ///
-    /// [`Error::BatchOpen`] (EBUSY): nothing is changed. [`Error::Space`] with EDEADLK: the table is the new one and
-    /// the IOTLB empty, but somebody still uses memory of the old one.
+    /// [`Error::BatchOpen`] (EBUSY): nothing is changed. [`Error::Space`] with
+    /// [`Deadline`](iommu_type1::Error::Deadline) (EDEADLK): the table is the new one and the IOTLB empty, but somebody
+    /// still uses memory of the old one. With any other error of the space nothing is changed.
     pub fn set_mem_table(&self, table: MemTable) -> Result<()> {
         let mut messages = lock(&self.messages);
         if messages.batch.is_some() {
             return Err(Error::BatchOpen);
         }
-        messages.table = table;
-        Ok(self.space.change([Change::UnmapAll])?)
+        let emptied = self.space.change([Change::UnmapAll]);
+        // Otherwise what is there stays, and is of the old one.
+        if matches!(emptied, Ok(()) | Err(SpaceError::Deadline { .. })) {
+            messages.table = table;
+        }
+        Ok(emptied?)
     }
 
     /// Takes a message of the front end.

@@ -16,7 +16,10 @@ use iommu_type1::{IoAddressSpace, Profile};
 use vhost::VhostIotlbType::{AccessFail, BatchBegin, BatchEnd, Empty, Invalidate, Miss};
 use vhost::{VhostAccess, VhostIotlbMsg};
 use vhost_iotlb::{Error, MemRegion, MemTable, VhostIotlb, BATCH_LIMIT};
-use vm_memory::Permissions;
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{
+    Bytes, GuestAddress, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice,
+};
 
 static_assertions::assert_impl_all!(VhostIotlb: Send, Sync, Clone);
 static_assertions::assert_impl_all!(MemTable: Send, Sync, Clone);
@@ -160,6 +163,33 @@ fn the_ends_of_the_address_space_can_be_used() {
     iotlb.apply(&msg(Invalidate, p(6) - 1, 2)).unwrap();
     assert_eq!(iotlb.space().mappings(), 1);
     assert_eq!(byte(&iotlb, 4), Some(1));
+}
+
+/// A stream that wants another memory table in the middle of the access that called it.
+struct Reconfigures(VhostIotlb);
+
+impl ReadVolatile for Reconfigures {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buf: &mut VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let error = self.0.set_mem_table(MemTable::default()).unwrap_err();
+        assert_eq!(error.errno(), libc::EDEADLK);
+        Ok(buf.len())
+    }
+}
+
+#[test]
+fn a_table_that_cannot_come_leaves_the_one_before() {
+    let iotlb = iotlb();
+    iotlb.apply(&update(0, 1, LOW)).unwrap();
+    let handle = iotlb.space().handle();
+    let mut stream = Reconfigures(iotlb.clone());
+    let read = handle.read_volatile_from(GuestAddress(0), &mut stream, 8);
+    assert_eq!(read.unwrap(), 8);
+    // What is there is of the same table as what comes.
+    iotlb.apply(&update(1, 1, LOW + p(1))).unwrap();
+    assert_eq!(bytes(&iotlb, 3), [Some(1), Some(2), None]);
 }
 
 #[test]
