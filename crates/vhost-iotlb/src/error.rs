@@ -86,9 +86,9 @@ pub enum Error {
         /// How many there may be.
         limit: usize,
     },
-    /// A miss was not answered in time.
+    /// A miss was not answered in time, or not by what an access needs.
     #[error(
-        "no answer to the miss of {size:#x} bytes at {iova:#x} for {access:?} in {waited:.1?}"
+        "no answer that helps to the miss of {size:#x} bytes at {iova:#x} for {access:?} in {waited:.1?}"
     )]
     MissDeadline {
         /// First address of what is missing.

@@ -216,12 +216,13 @@ impl VhostIotlb {
             return Ok(());
         }
         let last = last(iova, len as u64)?;
+        let mut patience = Patience::until(deadline);
         let mut next = iova;
         loop {
             let window = (next | (self.page * PAGES_AT_ONCE - 1)).min(last);
             match self.missing(next, (window - next) as usize + 1, access)? {
                 Some(missing) => {
-                    self.miss(missing, access, deadline)?;
+                    self.miss(missing, access, &mut patience)?;
                     next = next.max(missing);
                 }
                 None if window == last => return Ok(()),
@@ -255,13 +256,13 @@ impl VhostIotlb {
         access: Permissions,
         mut attempt: impl FnMut() -> iommu_type1::Result<T>,
     ) -> Result<T> {
-        let deadline = now() + self.deadline;
+        let mut patience = Patience::until(now() + self.deadline);
         loop {
             match attempt() {
                 Ok(done) => return Ok(done),
                 Err(error) => {
                     let missing = missing_of(&error).ok_or(error)?;
-                    self.miss(missing, access, deadline)?;
+                    self.miss(missing, access, &mut patience)?;
                 }
             }
         }
@@ -400,11 +401,46 @@ impl VhostIotlb {
     }
 
     /// Waits for the page at an address.
-    fn miss(&self, iova: u64, access: Permissions, deadline: Instant) -> Result<()> {
+    fn miss(&self, iova: u64, access: Permissions, patience: &mut Patience) -> Result<()> {
         let miss = Miss::new(iova & !(self.page - 1), self.page, access);
+        patience.check(&miss)?;
+        let deadline = patience.deadline;
         let is_there = || matches!(self.missing(iova, 1, access), Ok(None));
         let report = |miss: &Miss| self.sink.miss(&miss.message());
         self.misses.wait(miss, deadline, is_there, report)
+    }
+}
+
+/// How long one call waits, however many misses that takes: a front end may answer each at once, and by what does not
+/// help or does not stay.
+struct Patience {
+    begun: Instant,
+    deadline: Instant,
+    has_missed: bool,
+}
+
+impl Patience {
+    fn until(deadline: Instant) -> Self {
+        Patience {
+            begun: now(),
+            deadline,
+            has_missed: false,
+        }
+    }
+
+    /// Lets the first miss pass, which is reported however little time there is, and others up to the deadline.
+    fn check(&mut self, miss: &Miss) -> Result<()> {
+        let now = now();
+        if self.has_missed && now >= self.deadline {
+            return Err(Error::MissDeadline {
+                iova: miss.iova,
+                size: miss.size,
+                access: miss.access(),
+                waited: now.saturating_duration_since(self.begun),
+            });
+        }
+        self.has_missed = true;
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@
 mod common;
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -159,6 +160,37 @@ fn an_answer_that_is_too_little_is_missed_again() {
     assert_eq!((miss.iova, miss.perm), (p(3), VhostAccess::WriteOnly));
     answer(&iotlb, &miss);
     device.join().unwrap().unwrap();
+}
+
+#[test]
+fn answers_at_once_that_never_help_end_at_the_deadline() {
+    struct TooLittle(OnceLock<VhostIotlb>, AtomicUsize);
+    impl MissSink for TooLittle {
+        fn miss(&self, miss: &VhostIotlbMsg) -> io::Result<()> {
+            // Rather than for ever.
+            if self.1.fetch_add(1, Ordering::Relaxed) == 100 {
+                return Err(io::ErrorKind::Other.into());
+            }
+            let read_only = VhostIotlbMsg {
+                perm: VhostAccess::ReadOnly,
+                ..update(miss.iova / p(1), 1, LOW)
+            };
+            self.0.get().unwrap().apply(&read_only)?;
+            Ok(())
+        }
+    }
+    let sink = Arc::new(TooLittle(OnceLock::new(), AtomicUsize::new(0)));
+    let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
+    let iotlb = VhostIotlb::with_space(space, sink.clone()).unwrap();
+    let iotlb = iotlb.miss_deadline(Duration::ZERO);
+    assert!(sink.0.set(iotlb.clone()).is_ok());
+    iotlb.set_mem_table(table()).unwrap();
+    let written = iotlb.write(p(3), &[1]).unwrap_err();
+    assert_eq!(written.errno(), libc::ETIMEDOUT, "{written}");
+    let resolved = iotlb.resolve(p(4), 1, Write).unwrap_err();
+    assert_eq!(resolved.errno(), libc::ETIMEDOUT, "{resolved}");
+    // Each was reported.
+    assert_eq!(sink.1.load(Ordering::Relaxed), 2);
 }
 
 #[test]
