@@ -367,7 +367,7 @@ impl DmaTable {
                 for (start, _) in in_space {
                     entries.ranges.remove(&start);
                 }
-                Ok(removed + bytes)
+                Ok(removed.saturating_add(bytes))
             }
             Err(error) => {
                 // Those that nobody holds are gone, and are not to be in the way.

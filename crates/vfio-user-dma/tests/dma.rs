@@ -431,6 +431,17 @@ fn unmaps_as_qemu_sends_them() {
 }
 
 #[test]
+fn all_of_the_64_bit_space_is_unmapped_as_one_byte_less() {
+    let table = DmaTable::new().unwrap();
+    let file = OwnedFd::from(memfd(1));
+    table.map(READ_WRITE, 0, 0, PAGE, Some(file)).unwrap();
+    let rest = u64::MAX - PAGE + 1;
+    table.map(READ_WRITE, 0, PAGE, rest, None).unwrap();
+    assert_eq!(table.clear().unwrap(), u64::MAX);
+    assert_eq!(table.mappings(), 0);
+}
+
+#[test]
 fn strict_unmaps_are_of_exactly_one_mapping() {
     let table = DmaTable::builder().strict_unmap(true).build().unwrap();
     table.map(READ_WRITE, 0, 0, PAGE, None).unwrap();
