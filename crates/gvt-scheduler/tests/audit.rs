@@ -354,6 +354,34 @@ fn batches_that_never_end_are_given_up() {
     assert_eq!(test.guest.vgpu.failsafe(), None);
 }
 
+/// A batch may be one dword at the end of a page, and a ring may start a hundred thousand of them.
+#[test]
+fn many_short_batches_are_given_up() {
+    let mut test = Test::new();
+    let ends = [0, 4, 8].map(|offset| BATCH << 12 | offset);
+    test.at(BATCH, &[BATCH_END; 3]);
+    let starts =
+        |ends: &[u32]| -> Vec<u32> { ends.iter().flat_map(|end| [BATCH_GGTT, *end, 0]).collect() };
+    let limited = MiAuditor::new().batch_limit(0x2000);
+    test.guest.vgpu.set_auditor(limited);
+    // The same one again costs nothing.
+    let [first, second, _] = ends;
+    test.submit(&starts(&[first, second, first, second]))
+        .unwrap();
+    test.guest.vgpu.reset_engine(RCS);
+    let error = test.submit(&starts(&ends)).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Command(CommandError {
+                problem: CommandProblem::TooLong { limit: 0x2000 },
+                ..
+            })
+        ),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_late_scan_is_refused_too() {
     let mut test = Test::new();

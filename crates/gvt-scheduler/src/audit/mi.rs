@@ -32,7 +32,7 @@ const FORBIDDEN: [u8; 7] = [
 /// | a command that does not end where its ring or batch does | `EFAULT` |
 /// | a use of the GGTT outside the graphics memory of the vGPU | `EFAULT` |
 /// | a batch of the second level started from the ring, any batch from the second level, an end of a batch in the ring | `EFAULT` |
-/// | more than [`BATCH_LIMIT`](Self::BATCH_LIMIT) bytes of batches | `EFAULT` |
+/// | more than [`BATCH_LIMIT`](Self::BATCH_LIMIT) bytes of batches, each of which counts as a page at least | `EFAULT` |
 ///
 /// ```
 /// use gvt_scheduler::{
@@ -114,7 +114,8 @@ impl CommandAuditor for MiAuditor {
                 Some(copied) => copied,
                 None => {
                     let bytes = self.copy_batch(scan, gma, left)?;
-                    left = left.saturating_sub(bytes.len());
+                    // So a guest cannot have any number of short ones kept.
+                    left = left.saturating_sub(bytes.len().max(PAGE_SIZE));
                     scan.keep_batch(CopiedBatch { gma, bytes });
                     scan.batches().len() - 1
                 }
