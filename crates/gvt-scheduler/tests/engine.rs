@@ -301,6 +301,12 @@ fn a_loop_ends_at_the_limit() {
     let engine = test.context.engine;
     assert!(test.run_on(&[NOOP; 4], &mut two).is_err());
     test.guest.vgpu.reset_engine(engine);
+    // Each register is one, and what follows is beyond.
+    let registers = [0x1100_0003, 0x5000, 1, 0x5004, 2];
+    assert!(test.run_on(&registers, &mut two).is_err());
+    test.guest.vgpu.reset_engine(engine);
+    let mut three = SimulatedEngine::new().step_limit(3);
+    assert!(test.run_on(&registers, &mut three).is_ok());
 }
 
 #[test]

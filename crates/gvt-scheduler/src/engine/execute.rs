@@ -169,6 +169,9 @@ impl<'a, 'b> Execution<'a, 'b> {
             Operation::BatchStart(start) => self.start_batch(start),
             Operation::Store(store) => self.store(store),
             Operation::LoadRegisters(pairs) => {
+                // A register is looked for in all of a page, so each counts as a command.
+                let further = (pairs.len() as u32 / 2).saturating_sub(1);
+                self.steps_left = self.steps_left.saturating_sub(further);
                 for pair in pairs.chunks_exact(2) {
                     let (register, value) = (pair[0] & REGISTER, pair[1]);
                     registers::load(self.job.image, self.job.engine, register, value);

@@ -98,7 +98,8 @@ impl SimulatedEngine {
         }
     }
 
-    /// Executes at most `steps` commands of a workload; one more is a fault.
+    /// Executes at most `steps` commands of a workload; one more is a fault. A MI_LOAD_REGISTER_IMM counts as one
+    /// for each register.
     pub const fn step_limit(self, steps: u32) -> Self {
         Self {
             step_limit: Some(steps),
