@@ -186,11 +186,7 @@ impl VgpuDevice {
 
     fn reset_engines(&mut self, value: u32) -> io::Result<()> {
         let engines = registers::reset_by(value).map(|id| &self.engines[id as usize]);
-        Engine::reset(
-            engines.collect::<Vec<_>>().into_iter(),
-            Reset::Engine,
-            &self.dma,
-        )
+        Engine::reset(engines, Reset::Engine, &self.dma)
     }
 
     fn reset_device(&mut self) -> io::Result<()> {

@@ -62,7 +62,7 @@ pub enum Reset {
 enum Message {
     Post(Post),
     Unmapped { iova: u64, size: u64 },
-    Reset(Reset, SyncSender<()>),
+    Reset(Reset, SyncSender<EngineId>),
     Stop,
 }
 
@@ -188,25 +188,35 @@ impl Engine {
     ///
     /// ETIMEDOUT: one does not come to an end.
     pub fn reset<'a>(
-        engines: impl Iterator<Item = &'a Engine> + Clone,
+        engines: impl Iterator<Item = &'a Engine>,
         reset: Reset,
         table: &DmaTable,
     ) -> io::Result<()> {
-        for engine in engines.clone() {
+        let (done, is_done) = sync_channel(EngineId::ALL.len());
+        let ask = |engine: &'a Engine| {
             engine.shared.resetting.store(true, Ordering::SeqCst);
-        }
+            (engine, Some(Message::Reset(reset, done.clone())))
+        };
+        let mut asked: Vec<_> = engines.map(ask).collect();
         let deadline = Instant::now() + RESET_DEADLINE;
-        for engine in engines {
-            let (done, is_done) = sync_channel(1);
-            let mut message = Some(Message::Reset(reset, done));
-            while is_done.recv_timeout(Duration::from_millis(1)).is_err() {
-                // What waits for the client would wait for us.
-                table.cancel_messages();
-                message = message.and_then(|message| engine.send(message).err());
-                if Instant::now() >= deadline {
+        while !asked.is_empty() {
+            // All of them before any is waited for: one that is late keeps no other from its reset.
+            for (engine, message) in &mut asked {
+                *message = message
+                    .take()
+                    .and_then(|message| engine.send(message).err());
+            }
+            if let Ok(id) = is_done.recv_timeout(Duration::from_millis(1)) {
+                asked.retain(|(engine, _)| engine.id != id);
+                continue;
+            }
+            // What waits for the client would wait for us.
+            table.cancel_messages();
+            if Instant::now() >= deadline {
+                for (engine, _) in &asked {
                     log::error!("{:?} does not come to an end", engine.id);
-                    return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
                 }
+                return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
             }
         }
         Ok(())
@@ -293,7 +303,7 @@ impl Worker {
                 }
                 *self.shared.lock() = published(self.id, &self.vgpu);
                 self.shared.resetting.store(false, Ordering::SeqCst);
-                let _ = done.send(());
+                let _ = done.send(self.id);
             }
             Message::Stop => {}
         }

@@ -167,7 +167,8 @@ impl Interrupts {
             (IrqAction::Trigger, IrqData::Eventfd(fds)) => {
                 let fd = fds.into_iter().next();
                 match set.index {
-                    MSI => state.msi = fd,
+                    // What was raised before has been sent to nobody.
+                    MSI => (state.msi, state.raised) = (fd, false),
                     _ => (state.intx, state.intx_masked) = (fd, false),
                 }
             }

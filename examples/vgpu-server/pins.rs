@@ -73,9 +73,10 @@ impl PinPages for Pins {
         npages: usize,
         prot: Permissions,
     ) -> Result<Token, vfio_user_dma::Error> {
+        // Before it is pinned: the notice of an unmap that comes now waits here, and finds the pin.
+        let mut state = self.held.lock();
         let pin = self.pins.pin_pages(iova, npages, prot)?;
         let last = iova.saturating_add((npages as u64).saturating_mul(page_size()) - 1);
-        let mut state = self.held.lock();
         let key = (iova, state.next);
         state.next += 1;
         state.held.insert(key, (last, pin));

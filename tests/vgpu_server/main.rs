@@ -98,6 +98,21 @@ fn intx_is_a_level_that_stays_until_the_guest_has_handled_it() {
 }
 
 #[test]
+fn an_interrupt_that_comes_before_its_eventfd_is_not_lost() {
+    let server = Server::start(&[]);
+    let mut guest = Guest::new(&server);
+    let (engine, lrca) = (EngineId::Bcs, 10);
+    let context = guest.make_context(engine, lrca, 2);
+    guest.enable_interrupts(engine);
+    guest.submit(engine, context);
+    while guest.read(irq::MASTER_IRQ) == irq::MASTER_CONTROL {}
+    guest.use_eventfd(MSI);
+    assert_eq!(guest.interrupts(), 1);
+    guest.acknowledge(engine);
+    assert_eq!(guest.pending(), 0);
+}
+
+#[test]
 fn a_batch_runs_in_page_tables_that_the_guest_changes() {
     let server = Server::start(&["--once"]);
     let mut guest = Guest::new(&server);
