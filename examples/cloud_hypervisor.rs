@@ -60,7 +60,6 @@ impl ExternalDmaMapping for Platform {
 }
 
 impl AccessPlatform for Platform {
-    /// A device that takes `self.space.memory()` needs no such address, and no memory in one piece.
     fn translate_gva(&self, base: u64, size: u64) -> io::Result<u64> {
         let iommu = IommuAdapter::new(&self.space);
         let found = iommu.translate(GuestAddress(base), size as usize, Permissions::Read);
