@@ -171,6 +171,32 @@ fn mapped_anew_it_is_there_again() {
 }
 
 #[test]
+fn a_region_that_has_lost_memory_is_not_good_when_it_is_guarded_again() {
+    let page = page_size() as usize;
+    let file = memfd(4 * page_size(), 0);
+    let memory = backing(&file, 4 * page_size());
+    let space = IoAddressSpace::new();
+    let first = memory.clone().guarded().unwrap();
+    space.map(0, first, ReadWrite).unwrap();
+    file.set_len(page_size()).unwrap();
+    space.write(0, &vec![1; 4 * page]).unwrap_err();
+    file.set_len(4 * page_size()).unwrap();
+    // Beside the first, and when nobody watches it any more.
+    let second = memory.slice(0, 2 * page).unwrap().guarded().unwrap();
+    assert_eq!(second.fault_offset(), Some(page));
+    space.unmap_all().unwrap();
+    drop(second);
+    let third = memory.guarded().unwrap();
+    assert_eq!(third.fault_offset(), Some(page));
+    space.map(0, third, ReadWrite).unwrap();
+    assert_fault(
+        space.read(page_size(), &mut [0]).unwrap_err(),
+        page_size(),
+        0,
+    );
+}
+
+#[test]
 fn parts_of_a_region_know_what_of_them_is_gone() {
     let page = page_size() as usize;
     let file = memfd(8 * page_size(), 0);

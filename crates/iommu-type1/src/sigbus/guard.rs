@@ -4,8 +4,9 @@
 //! Who wants to survive, and the word that everybody looks at.
 
 use std::os::fd::AsRawFd;
+use std::ptr;
 use std::sync::atomic::{compiler_fence, fence, AtomicBool, Ordering};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, Weak};
 
 use vm_memory::{FileOffset, Permissions};
 
@@ -13,10 +14,19 @@ use super::handler;
 use super::watches::{Watch, Watches};
 use crate::backing::{to_prot, Region};
 use crate::range::page_size;
+use crate::sync::{lock, Mutex};
 use crate::{Backing, Result};
 
 /// Every region that is watched, in all spaces: signals are of the process.
 pub(super) static WATCHES: OnceLock<Watches> = OnceLock::new();
+
+/// Regions of which something is gone, though nobody watches them any more: their memory stays what has replaced it.
+static GONE: OnceLock<Mutex<Vec<Gone>>> = OnceLock::new();
+
+struct Gone {
+    region: Weak<dyn Region>,
+    offset: usize,
+}
 
 /// Whether any memory has gone bad since the process began.
 pub(super) static SEEN: AtomicBool = AtomicBool::new(false);
@@ -43,7 +53,7 @@ impl Backing {
     /// handler makes one system call, `mmap`.
     ///
     /// From the first byte that was missed when somebody looked, the memory of the whole region counts
-    /// as bad, for good: map it anew when the file has its size again. What is lent (slices of a
+    /// as bad, for good, however often it is guarded: map the file anew when it has its size again. What is lent (slices of a
     /// [`DmaGuard`](crate::DmaGuard), pinned pages) reads as zeros from there and what is written is lost;
     /// [`IoAddressSpace::check_memory`](crate::IoAddressSpace::check_memory) tells.
     ///
@@ -82,6 +92,10 @@ impl Backing {
             let first = inner.host_address().expose_provenance();
             let prot = to_prot(inner.access());
             let watch = watches.watch(first, inner.size(), unit(&file), prot);
+            // By now: whoever has watched it and does not any more has written it down before.
+            if let Some(offset) = gone_before(&inner) {
+                watch.note(offset);
+            }
             Guarded { watch, inner }
         }))
     }
@@ -97,7 +111,34 @@ impl Backing {
 struct Guarded {
     // Dropped before the memory: nobody may look for faults of what comes there next.
     watch: Watch,
-    inner: std::sync::Arc<dyn Region>,
+    inner: Arc<dyn Region>,
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let Some(offset) = self.watch.fault_offset() else {
+            return;
+        };
+        let mut gone = lock(GONE.get_or_init(Mutex::default));
+        gone.retain(|gone| gone.region.strong_count() > 0 && !gone.is_of(&self.inner));
+        if Arc::strong_count(&self.inner) > 1 {
+            let region = Arc::downgrade(&self.inner);
+            gone.push(Gone { region, offset });
+        }
+    }
+}
+
+impl Gone {
+    fn is_of(&self, region: &Arc<dyn Region>) -> bool {
+        ptr::addr_eq(self.region.as_ptr(), Arc::as_ptr(region))
+    }
+}
+
+/// What of a region is known to be gone since it was watched the last time.
+fn gone_before(region: &Arc<dyn Region>) -> Option<usize> {
+    let gone = lock(GONE.get()?);
+    let of_it = gone.iter().find(|gone| gone.is_of(region))?;
+    Some(of_it.offset)
 }
 
 // SAFETY: it is the inner region, whose memory stays mapped: the handler only ever replaces it by other memory that

@@ -9,6 +9,7 @@
 //! that is being entered, or left, is not accessed yet, or not any more. So whoever looks for an address that is
 //! accessed finds the entry of its region, which does not change meanwhile.
 
+use std::collections::BTreeMap;
 use std::ptr;
 
 use crate::sync::{fence, lock, AtomicPtr, AtomicUsize, Mutex, Ordering};
@@ -18,8 +19,22 @@ const NONE: usize = usize::MAX;
 
 pub(crate) struct Watches {
     newest: AtomicPtr<Entry>,
-    /// Those that are not in use; held by whoever changes anything here.
-    free: Mutex<Vec<&'static Entry>>,
+    /// Held by whoever changes anything here.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By the first byte and the last; the same region has one, however often it is watched: so what was missed is
+    /// known to whoever comes later.
+    used: BTreeMap<(usize, usize), Used>,
+    /// Those that are not in use.
+    free: Vec<&'static Entry>,
+}
+
+struct Used {
+    entry: &'static Entry,
+    watches: usize,
 }
 
 struct Entry {
@@ -54,21 +69,31 @@ impl Watches {
     pub(crate) fn new() -> Self {
         Watches {
             newest: AtomicPtr::new(ptr::null_mut()),
-            free: Mutex::new(Vec::new()),
+            state: Mutex::new(State::default()),
         }
     }
 
     /// Watches `len` bytes of memory, at least one, that nobody accesses yet.
     pub(crate) fn watch(&'static self, first: usize, len: usize, unit: usize, prot: i32) -> Watch {
-        let mut free = lock(&self.free);
-        let entry = free.pop().unwrap_or_else(|| self.grow());
+        let last = first + (len - 1);
+        let mut state = lock(&self.state);
+        if let Some(used) = state.used.get_mut(&(first, last)) {
+            used.watches += 1;
+            return Watch {
+                watches: self,
+                entry: used.entry,
+            };
+        }
+        let entry = state.free.pop().unwrap_or_else(|| self.grow());
         entry.change(|entry| {
             entry.first.store(first, Ordering::Relaxed);
-            entry.last.store(first + (len - 1), Ordering::Relaxed);
+            entry.last.store(last, Ordering::Relaxed);
             entry.unit.store(unit, Ordering::Relaxed);
             entry.prot.store(prot as usize, Ordering::Relaxed);
             entry.fault.store(NONE, Ordering::Relaxed);
         });
+        let used = Used { entry, watches: 1 };
+        state.used.insert((first, last), used);
         Watch {
             watches: self,
             entry,
@@ -98,7 +123,7 @@ impl Watches {
         while !next.is_null() {
             // SAFETY: entries are never freed.
             let entry = unsafe { &*next };
-            // The same region may be watched more than once: all of them hear of it.
+            // A region may be a part of another: both hear of it.
             rest = entry.fault(address).or(rest);
             next = entry.next.load(Ordering::Acquire);
         }
@@ -131,7 +156,8 @@ impl Entry {
         self.fault.fetch_min(offset, Ordering::Release);
         Some(Rest {
             first: first + offset,
-            len: last - (first + offset) + 1,
+            // To the end of the page where the region ends: a large one goes as a whole.
+            len: (last - (first + offset) + 1).next_multiple_of(unit),
             prot,
         })
     }
@@ -143,16 +169,30 @@ impl Watch {
         let offset = self.entry.fault.load(Ordering::Acquire);
         (offset != NONE).then_some(offset)
     }
+
+    /// Notes what was gone before it was watched.
+    pub(crate) fn note(&self, offset: usize) {
+        self.entry.fault.fetch_min(offset, Ordering::Release);
+    }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let mut free = lock(&self.watches.free);
+        let mut state = lock(&self.watches.state);
+        let first = self.entry.first.load(Ordering::Relaxed);
+        let last = self.entry.last.load(Ordering::Relaxed);
+        if let Some(used) = state.used.get_mut(&(first, last)) {
+            used.watches -= 1;
+            if used.watches > 0 {
+                return;
+            }
+        }
+        state.used.remove(&(first, last));
         self.entry.change(|entry| {
             entry.first.store(1, Ordering::Relaxed);
             entry.last.store(0, Ordering::Relaxed);
         });
-        free.push(self.entry);
+        state.free.push(self.entry);
     }
 }
 
@@ -193,6 +233,10 @@ mod tests {
         assert_eq!(rest.first, usize::MAX - 0x1f_ffff);
         assert_eq!(rest.len, 0x20_0000);
         assert_eq!(watch.fault_offset(), Some(0x20_0000));
+        let watch = watches.watch(0x4000_0000, 0x20_1000, 0x20_0000, 1);
+        let rest = watches.fault(0x4020_0fff).unwrap();
+        assert_eq!((rest.first, rest.len), (0x4020_0000, 0x20_0000));
+        assert_eq!(watch.fault_offset(), Some(0x20_0000));
     }
 
     #[test]
@@ -222,5 +266,15 @@ mod tests {
             (one.fault_offset(), other.fault_offset()),
             (Some(0x1000), Some(0x1000))
         );
+        // Also who comes later, until the last has gone.
+        drop(one);
+        let late = watches.watch(0x1000, 0x2000, 0x1000, 3);
+        drop(other);
+        assert_eq!(late.fault_offset(), Some(0x1000));
+        assert!(watches.fault(0x1000).is_some());
+        drop(late);
+        assert_eq!(watches.fault(0x1000), None);
+        let next = watches.watch(0x1000, 0x2000, 0x1000, 3);
+        assert_eq!(next.fault_offset(), None);
     }
 }
