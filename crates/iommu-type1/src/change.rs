@@ -190,9 +190,6 @@ pub(crate) fn change(
             check_backing(space, piece.range, backing, *prot)?;
         }
     }
-    if !before.is_empty() {
-        check_outside(space, first.range)?;
-    }
     let mut undo = Undo::default();
     for piece in &pieces {
         match &piece.memory {
@@ -214,6 +211,15 @@ pub(crate) fn change(
         let others = writer.replaced_in(*hole).cloned();
         memory::extend(&mut replaced, others.map(Replaced::of))?;
     }
+    // And so is, where everything goes, who uses what was revoked in vain.
+    let mut retried = Vec::new();
+    let is_all = first.range == IovaRange::ALL;
+    if is_all {
+        memory::reserve(&mut retried, writer.may_retry(first.range))?;
+    }
+    if !replaced.is_empty() || retried.capacity() > 0 {
+        check_outside(space, first.range)?;
+    }
     let (mut writer, agreed) = writer.ask(&before, &after, room);
     agreed?;
     let mut unlinked = Unlinked::default();
@@ -225,9 +231,14 @@ pub(crate) fn change(
     }
     drop(after);
     space.counters.maps.add(undo.by.len());
+    if is_all {
+        writer.retry(first.range, &mut retried);
+    }
     drop(writer);
     drop(before);
-    Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;
+    let mut revocation = Revocation::of_replaced(space, replaced, undo, unlinked, options);
+    revocation.mappings = retried;
+    revocation.run(None)?;
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use iommu_type1::{
 };
 use proptest::prelude::*;
 use vm_memory::Permissions::{self, Read, ReadWrite, Write};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory};
 
 /// Pages that the properties are about.
 const PAGES: u64 = 12;
@@ -183,6 +184,24 @@ fn users_of_all_that_goes_are_waited_for_and_named_once() {
         space.change([Change::UnmapAll]).unwrap();
         assert_eq!(space.mappings(), 0);
     }
+}
+
+#[test]
+fn everything_includes_what_was_revoked_in_vain() {
+    let space = iotlb();
+    space.change([map(0, 1, 1)]).unwrap();
+    let guard = space.memory();
+    let slice = guard.get_slices(GuestAddress(0), 8, ReadWrite).unwrap();
+    let slice = slice.map(Result::unwrap).next().unwrap();
+    let refused = space.unmap_with(0, p(1), at_once());
+    assert_eq!(refused.unwrap_err().errno(), libc::EDEADLK);
+    let refused = space.change_with([Change::UnmapAll], at_once());
+    assert_eq!(refused.unwrap_err().errno(), libc::EDEADLK);
+    assert_eq!(slice.len(), 8);
+    drop(guard);
+    space.change([Change::UnmapAll]).unwrap();
+    assert_eq!(space.mappings(), 0);
+    space.change([map(0, 1, 2)]).unwrap();
 }
 
 #[test]
