@@ -86,9 +86,9 @@ impl IoAddressSpace {
     #[cfg(feature = "sigbus")]
     pub fn check_memory(&self, iova: u64, len: usize) -> Result<()> {
         let space = &self.view.space;
-        space
-            .grace
-            .enter_shared(|inside| space.look_for_faults(inside, iova, len, Need::NOTHING))
+        space.grace.enter_shared(|inside| {
+            space.for_each_chunk(inside, iova, len, Need::NOTHING, |_, _, _, _| ())
+        })
     }
 }
 
@@ -246,12 +246,16 @@ impl Space {
         Ok(())
     }
 
-    /// Whether the memory of a range is there, as far as is known. If somebody has replaced a mapping since,
-    /// the new one is looked at: nobody could say whether the access came before the old one was gone.
+    /// Whether the memory of an access that took place is there, as far as is known. A mapping that has gone
+    /// since says nothing; of one that was replaced the new one is looked at, as nobody could say whether the
+    /// access came before the old one's memory was gone.
     #[cold]
     #[inline(never)]
     fn look_for_faults(&self, inside: Inside<'_>, iova: u64, len: usize, need: Need) -> Result<()> {
-        self.for_each_chunk(inside, iova, len, need, |_, _, _, _| ())
+        match self.for_each_chunk(inside, iova, len, need, |_, _, _, _| ()) {
+            Err(fault @ Error::Fault { .. }) => Err(fault),
+            _ => Ok(()),
+        }
     }
 
     /// Visits the mappings that `len` bytes from `iova` touch, in order, as

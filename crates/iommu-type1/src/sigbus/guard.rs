@@ -55,7 +55,8 @@ impl Backing {
     /// From the first byte that was missed when somebody looked, the memory of the whole region counts
     /// as bad, for good, however often it is guarded: map the file anew when it has its size again. What is lent (slices of a
     /// [`DmaGuard`](crate::DmaGuard), pinned pages) reads as zeros from there and what is written is lost;
-    /// [`IoAddressSpace::check_memory`](crate::IoAddressSpace::check_memory) tells.
+    /// [`IoAddressSpace::check_memory`](crate::IoAddressSpace::check_memory) tells. So does what others do with
+    /// the same region, through a backing that is not guarded or without any, and nobody tells them.
     ///
     /// ```
     /// use std::fs::File;

@@ -45,7 +45,8 @@ fn try_install() -> io::Result<()> {
     let mut ours: libc::sigaction = unsafe { zeroed() };
     ours.sa_sigaction = on_sigbus as *const () as usize;
     // On the thread's alternate stack, where it has one: the fault may have found little room.
-    ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // What others send and the one before would have let pass ends no system call.
+    ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
     // SAFETY: the handler has the signature that the flags say, and does what handlers may do.
     if unsafe { libc::sigaction(libc::SIGBUS, &ours, ptr::null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
@@ -95,9 +96,10 @@ fn replace(rest: &Rest) -> bool {
 unsafe fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     type Handler = unsafe extern "C" fn(c_int);
     type InfoHandler = unsafe extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
-    // By a process, not because of an access.
+    // By a process, or to tell of memory that is lost: not because of an access, which would fault again.
     // SAFETY: by the caller's promise.
-    let sent = unsafe { (*info).si_code } <= 0;
+    let code = unsafe { (*info).si_code };
+    let sent = code <= 0 || code == libc::BUS_MCEERR_AO;
     let before = BEFORE.get();
     let handler = before.map_or(libc::SIG_DFL, |before| before.sa_sigaction);
     match before {
