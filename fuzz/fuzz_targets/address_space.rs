@@ -77,6 +77,12 @@ impl Held {
     }
 }
 
+/// Pages that are pinned by now: whoever has pinned them may write them at any time, and says nothing.
+fn pinned(held: &[Held]) -> impl Iterator<Item = u64> + '_ {
+    let pins = held.iter().filter(|Held(memory, _, _)| matches!(memory, Memory::Pin(_)));
+    pins.flat_map(|Held(_, from, to)| (0..=(to - from) / page_size()).map(move |page| from + page * page_size()))
+}
+
 const LIMIT: usize = 16;
 
 /// The first 128 page numbers lie low, the others end at the top of the 64-bit space.
@@ -196,14 +202,23 @@ impl Model {
         Ok((unmapped, left))
     }
 
-    fn set_tracking(&mut self, tracking: bool) {
+    fn set_tracking(&mut self, tracking: bool, held: &[Held]) {
         if self.tracking != tracking {
             self.mappings.values_mut().for_each(|mapped| mapped.dirty.clear());
+            self.tracking = tracking;
+            pinned(held).for_each(|page| self.mark(page));
         }
-        self.tracking = tracking;
     }
 
-    fn take(&mut self, range: (u64, u64)) -> Result<Vec<u64>, i32> {
+    /// Says that a page was written.
+    fn mark(&mut self, page: u64) {
+        if self.tracking {
+            let (start, mapped) = self.find(page).unwrap();
+            mapped.dirty.insert((page - start) / page_size());
+        }
+    }
+
+    fn take(&mut self, range: (u64, u64), held: &[Held]) -> Result<Vec<u64>, i32> {
         range.0.checked_add(range.1 - 1).ok_or(libc::EOVERFLOW)?;
         if !self.tracking {
             return Err(libc::EINVAL);
@@ -214,6 +229,9 @@ impl Model {
             let dirty = std::mem::take(&mut mapped.dirty);
             taken.extend(dirty.iter().map(|page| start + page * page_size()));
         }
+        let last = range.0 + (range.1 - 1);
+        let again = pinned(held).filter(|page| (range.0..=last).contains(page));
+        again.for_each(|page| self.mark(page));
         Ok(taken)
     }
 
@@ -372,6 +390,9 @@ fuzz_target!(|actions: Vec<Action>| {
                         pinned.page(pages - 1).unwrap().read_slice(&mut byte, 0).unwrap();
                         let last = at + (pages as u64 * p - 1);
                         assert_eq!(model.find(last).map(|(start, m)| m.bytes[(last + 1 - p - start) as usize]), Some(byte[0]));
+                        for page in 0..pages as u64 {
+                            model.mark(at + page * p);
+                        }
                         held.push(Held(Memory::Pin(pinned), at, last));
                     }
                     Err(error) if pages == 0 => assert_eq!(error.errno(), libc::EINVAL),
@@ -387,11 +408,11 @@ fuzz_target!(|actions: Vec<Action>| {
             Action::Release { .. } => {}
             Action::StartDirty => {
                 space.start_dirty_tracking().unwrap();
-                model.set_tracking(true);
+                model.set_tracking(true, &held);
             }
             Action::StopDirty => {
                 space.stop_dirty_tracking();
-                model.set_tracking(false);
+                model.set_tracking(false, &held);
             }
             Action::TakeDirty { page, pages } => {
                 let (at, size) = range(page, pages);
@@ -401,7 +422,7 @@ fuzz_target!(|actions: Vec<Action>| {
                     pages.sort_unstable();
                     pages
                 });
-                assert_eq!(taken, model.take((at, size)));
+                assert_eq!(taken, model.take((at, size), &held));
             }
         }
         assert_eq!(space.mappings(), model.mappings.len());
