@@ -11,7 +11,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2048))]
 
     #[test]
-    fn every_profile_equals_its_naive_model(case in suite::case(60)) {
-        suite::run(case)?;
+    fn every_profile_equals_its_naive_model(
+        space in suite::space(),
+        steps in prop::collection::vec(suite::one_step(), 1..60)
+    ) {
+        suite::run(suite::Case { space, steps })?;
     }
 }

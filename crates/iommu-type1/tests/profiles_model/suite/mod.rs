@@ -17,38 +17,48 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use model::Model;
-use op::{aim, op, profile, Op, LIMIT};
+pub use op::Op;
+use op::{aim, op, profile, LIMIT};
 use real::{compare, step, Real};
 
 /// A space, and what is done with it.
 #[derive(Clone, Debug)]
 pub struct Case {
+    pub space: Space,
+    pub steps: Vec<Step>,
+}
+
+/// What kind of space.
+#[derive(Clone, Debug)]
+pub struct Space {
     profile: Profile,
     other_policy: bool,
     is_tracked: bool,
-    ops: Vec<(Op, Index)>,
 }
 
-/// Any space, with up to so many operations.
-pub fn case(most: usize) -> impl Strategy<Value = Case> {
-    let ops = prop::collection::vec((op(), any::<Index>()), 1..most);
-    let case = (profile(), any::<bool>(), any::<bool>(), ops);
-    case.prop_map(|(profile, other_policy, is_tracked, ops)| Case {
+/// What is done, and which of what is there it is done to.
+pub type Step = (Op, Index);
+
+pub fn space() -> impl Strategy<Value = Space> {
+    let space = (profile(), any::<bool>(), any::<bool>());
+    space.prop_map(|(profile, other_policy, is_tracked)| Space {
         profile,
         other_policy,
         is_tracked,
-        ops,
     })
+}
+
+pub fn one_step() -> impl Strategy<Value = Step> {
+    (op(), any::<Index>())
 }
 
 /// Does it, and compares after each operation.
 pub fn run(case: Case) -> Result<(), TestCaseError> {
-    let Case {
+    let Space {
         profile,
         other_policy,
         is_tracked,
-        ops,
-    } = case;
+    } = case.space;
     let strict = matches!(profile, Profile::Iommufd | Profile::Iotlb) != other_policy;
     let mut builder = IoAddressSpace::builder()
         .entry_limit(LIMIT)
@@ -66,7 +76,7 @@ pub fn run(case: Case) -> Result<(), TestCaseError> {
     };
     let mut model = Model::new(profile, strict);
     step(&mut real, &mut model, Op::SetTracking(is_tracked))?;
-    for (op, pick) in ops {
+    for (op, pick) in case.steps {
         let op = aim(op, &model, pick);
         step(&mut real, &mut model, op)?;
         compare(&real, &mut model)?;

@@ -23,10 +23,10 @@ pub(crate) fn address(page: u64) -> u64 {
     }
 }
 
-pub(crate) type Range = (u64, u64);
+pub type Range = (u64, u64);
 
 #[derive(Clone, Debug)]
-pub(crate) enum Op {
+pub enum Op {
     Map(Range, Permissions),
     Unmap(Range, UnmapPolicy),
     UnmapBatch(Range, Range, UnmapPolicy),
