@@ -28,6 +28,23 @@ fn a_lease_against_an_unmap() {
     });
 }
 
+/// The first access of a holder begins with the claim of its place, a later one without.
+#[test]
+fn a_later_lease_against_an_unmap() {
+    exhaustively(|| {
+        let (space, owner) = space();
+        map(&space, 1, &Memory::new()).unwrap();
+        let guard = space.memory();
+        // The page at 0 is the second.
+        guard.write_slice(&[1], GuestAddress(page_size())).unwrap();
+        let user = spawn(move || {
+            let _refused = guard.write_slice(&[1], GuestAddress(8));
+        });
+        unmap(&space, &owner);
+        join([user]);
+    });
+}
+
 pub(super) fn use_up(list: ScatterList) {
     for slice in list.iter() {
         slice.write_slice(&[1; 8], 0).unwrap();

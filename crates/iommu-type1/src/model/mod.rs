@@ -10,6 +10,10 @@
 //! lost is reported as a deadlock; where a deadline is to pass, the model says when
 //! (`page_pin::clock`).
 //!
+//! Loom tries another order of a store only against the access before it, of whatever thread: code that loads an
+//! atomic just to store to it next hides that store from the loads of others. Production code does without such
+//! a load where a model is to see the race.
+//!
 //! `ci/loom-mutations` breaks the production code in many ways and expects a model to fail for each.
 
 mod batch;

@@ -54,6 +54,8 @@ struct Entry {
 /// A region that is watched until this is dropped.
 pub(crate) struct Watch {
     watches: &'static Watches,
+    /// Its first byte and its last.
+    region: (usize, usize),
     entry: &'static Entry,
 }
 
@@ -76,11 +78,13 @@ impl Watches {
     /// Watches `len` bytes of memory, at least one, that nobody accesses yet.
     pub(crate) fn watch(&'static self, first: usize, len: usize, unit: usize, prot: i32) -> Watch {
         let last = first + (len - 1);
+        let region = (first, last);
         let mut state = lock(&self.state);
-        if let Some(used) = state.used.get_mut(&(first, last)) {
+        if let Some(used) = state.used.get_mut(&region) {
             used.watches += 1;
             return Watch {
                 watches: self,
+                region,
                 entry: used.entry,
             };
         }
@@ -93,9 +97,10 @@ impl Watches {
             entry.fault.store(NONE, Ordering::Relaxed);
         });
         let used = Used { entry, watches: 1 };
-        state.used.insert((first, last), used);
+        state.used.insert(region, used);
         Watch {
             watches: self,
+            region,
             entry,
         }
     }
@@ -179,15 +184,13 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         let mut state = lock(&self.watches.state);
-        let first = self.entry.first.load(Ordering::Relaxed);
-        let last = self.entry.last.load(Ordering::Relaxed);
-        if let Some(used) = state.used.get_mut(&(first, last)) {
+        if let Some(used) = state.used.get_mut(&self.region) {
             used.watches -= 1;
             if used.watches > 0 {
                 return;
             }
         }
-        state.used.remove(&(first, last));
+        state.used.remove(&self.region);
         self.entry.change(|entry| {
             entry.first.store(1, Ordering::Relaxed);
             entry.last.store(0, Ordering::Relaxed);
