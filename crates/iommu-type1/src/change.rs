@@ -14,17 +14,17 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use crate::check::Request;
-use crate::map::{check_backing, check_entries, check_memory, check_not_unmapping};
+use crate::map::{check_backing, check_entries, check_memory, unmapping};
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
 use crate::memory;
 use crate::profile::Overlapping;
-use crate::range::IovaRange;
+use crate::range::{first_met, union, IovaRange};
 use crate::replace::{end_failed, outside};
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
 use crate::unmap::{check_outside, check_owned, Replaced, Revocation, Undo};
-use crate::writer::Writer;
+use crate::writer::{State, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
 
 /// One change of what an IOTLB maps, for [`IoAddressSpace::change`].
@@ -58,7 +58,8 @@ impl IoAddressSpace {
     /// made or none, with no map or unmap of somebody else in between, and one grace period serves all. An
     /// access that runs meanwhile finds at each address what was there or what is there, and never a hole where
     /// both have something. When this returns without error nobody uses what was there any more: accesses,
-    /// leases and pins are told and waited for, as by an unmap.
+    /// leases and pins are told and waited for, as by an unmap. So is whoever has made an unmap fail at its deadline,
+    /// where the list unmaps all of that mapping.
     ///
     /// ```
     /// use iommu_type1::{Backing, Change, IoAddressSpace, Profile};
@@ -160,16 +161,15 @@ pub(crate) fn change(
     set: SetId,
     options: UnmapOptions,
 ) -> Result<()> {
+    let unmapped = unmapped_by(&pieces)?;
     let pieces = apart(pieces)?;
     let Some(first) = pieces.first() else {
         return Ok(());
     };
     let writer = space.turn(first.range)?;
+    let mut revoked = Vec::new();
     for piece in &pieces {
-        // Everything means whatever there is to take.
-        if piece.range != IovaRange::ALL {
-            check_not_unmapping(&writer, piece.range)?;
-        }
+        meet_revoked(&writer, piece, &unmapped, &mut revoked)?;
         check_owned(&writer, space, piece.range, set)?;
     }
     let mut replaced = meet(space, &pieces)?;
@@ -207,23 +207,25 @@ pub(crate) fn change(
         memory::extend(&mut undo.parts, parts)?;
     }
     // Who uses what was replaced there before is waited for too.
-    for hole in &undo.holes {
-        let others = writer.replaced_in(*hole).cloned();
-        memory::extend(&mut replaced, others.map(Replaced::of))?;
-    }
-    // And so is, where everything goes, who uses what was revoked in vain.
-    let mut retried = Vec::new();
-    let is_all = first.range == IovaRange::ALL;
-    if is_all {
-        memory::reserve(&mut retried, writer.may_retry(first.range))?;
-    }
-    if !replaced.is_empty() || retried.capacity() > 0 {
+    let others = writer.replaced_in(&unmapped).cloned();
+    memory::extend(&mut replaced, others.map(Replaced::of))?;
+    // And so is who uses what was revoked in vain.
+    let others = revoked.iter().map(|mapping| Replaced {
+        gone: vec![mapping.range],
+        ..Replaced::of(mapping.clone())
+    });
+    memory::extend(&mut replaced, others)?;
+    if !replaced.is_empty() {
         check_outside(space, first.range)?;
     }
     let (mut writer, agreed) = writer.ask(&before, &after, room);
     agreed?;
     let mut unlinked = Unlinked::default();
-    let exchanged = writer.exchange(&space.table, &before, &after, &mut unlinked);
+    let room = revoked.len() + before.len().max(after.len());
+    let exchanged = match writer.reserve_replaced(room) {
+        Ok(()) => writer.exchange(&space.table, &before, &after, &mut unlinked),
+        Err(error) => Err((0, error)),
+    };
     if let Err((published, error)) = exchanged {
         drop(undo);
         end_failed(writer, space, &before, after, published, unlinked);
@@ -231,14 +233,46 @@ pub(crate) fn change(
     }
     drop(after);
     space.counters.maps.add(undo.by.len());
-    if is_all {
-        writer.retry(first.range, &mut retried);
+    if !revoked.is_empty() {
+        writer.supersede(&revoked);
     }
     drop(writer);
-    drop(before);
-    let mut revocation = Revocation::of_replaced(space, replaced, undo, unlinked, options);
-    revocation.mappings = retried;
-    revocation.run(None)?;
+    drop((before, revoked));
+    Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;
+    Ok(())
+}
+
+/// The addresses that a list unmaps, whatever it maps there then.
+fn unmapped_by(pieces: &[Piece]) -> Result<Vec<IovaRange>> {
+    let holes = pieces.iter().filter(|piece| piece.memory.is_none());
+    Ok(union(memory::collect(holes.map(|piece| piece.range))?))
+}
+
+/// Adds what was revoked in vain at the addresses of a piece, if the list unmaps all of it; refuses what else is
+/// being unmapped there. Of everything what another unmap is about is left to that.
+fn meet_revoked(
+    writer: &Writer,
+    piece: &Piece,
+    unmapped: &[IovaRange],
+    met: &mut Vec<Arc<Mapping>>,
+) -> Result<()> {
+    for leaving in writer.all_leaving_in(piece.range) {
+        let mapping = &leaving.mapping;
+        let unmapped = first_met(unmapped, mapping.range);
+        let is_all = unmapped.is_some_and(|range| range.contains_all(mapping.range));
+        let takes_what_there_is = unmapped == Some(IovaRange::ALL) && piece.memory.is_none();
+        match leaving.state {
+            State::Revoked if is_all => {
+                // The piece before may have met it.
+                let is_it = |last: &Arc<Mapping>| Arc::ptr_eq(last, mapping);
+                if !met.last().is_some_and(is_it) {
+                    memory::push(met, mapping.clone())?;
+                }
+            }
+            _ if takes_what_there_is => {}
+            _ => return Err(unmapping(piece.range, leaving)),
+        }
+    }
     Ok(())
 }
 

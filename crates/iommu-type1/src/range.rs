@@ -80,6 +80,26 @@ impl IovaRange {
     }
 }
 
+/// The same addresses as ascending ranges that do not touch each other.
+pub(crate) fn union(mut ranges: Vec<IovaRange>) -> Vec<IovaRange> {
+    ranges.sort_unstable_by_key(|range| range.first);
+    ranges.dedup_by(|next, range| {
+        let touches = range.last == u64::MAX || next.first <= range.last + 1;
+        if touches {
+            range.last = range.last.max(next.last);
+        }
+        touches
+    });
+    ranges
+}
+
+/// The first of ascending ranges that are apart which shares an address with another.
+pub(crate) fn first_met(ranges: &[IovaRange], other: IovaRange) -> Option<IovaRange> {
+    let at = ranges.partition_point(|range| range.last < other.first);
+    let met = ranges.get(at).copied();
+    met.filter(|range| range.overlaps(other))
+}
+
 /// Refuses a value that is not a multiple of the unit.
 pub(crate) fn check_aligned(what: &'static str, value: u64, unit: u64) -> Result<()> {
     if value % unit == 0 {

@@ -160,11 +160,9 @@ impl IoAddressSpace {
         check_valid(&writer, range)?;
         check_unpinned(space, &mappings)?;
         // The same memory may have been replaced here, and put back.
-        let mut used = Vec::new();
-        for mapping in &mappings {
-            let replaced = writer.replaced_in(mapping.range).cloned();
-            memory::extend(&mut used, replaced.map(Replaced::of))?;
-        }
+        let ranges = memory::collect(mappings.iter().map(|mapping| mapping.range))?;
+        let used = writer.replaced_in(&ranges).cloned();
+        let mut used = memory::collect(used.map(Replaced::of))?;
         writer.reserve_leaving(mappings.len())?;
         let mut unlinked = Unlinked::default();
         writer.revoke(&space.table, &mappings, &mut unlinked);

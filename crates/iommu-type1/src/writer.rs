@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::gaps::Gaps;
 use crate::mapping::Mapping;
 use crate::memory;
-use crate::range::{page_shift, IovaRange};
+use crate::range::{first_met, page_shift, IovaRange};
 use crate::table::{Table, Unlinked};
 use crate::unmap::Replaced;
 use crate::{Error, IovaRanges, Result};
@@ -238,7 +238,7 @@ impl Writer {
     ) -> std::result::Result<(), (usize, Error)> {
         // Whichever of the two is replaced in the end.
         let room = before.len().max(after.len());
-        memory::reserve(&mut self.replaced, room).map_err(|error| (0, error))?;
+        self.reserve_replaced(room).map_err(|error| (0, error))?;
         for mapping in before {
             drop(table.take(mapping));
         }
@@ -281,10 +281,25 @@ impl Writer {
         }
     }
 
-    /// The mappings that were replaced and had addresses of `range`.
-    pub(crate) fn replaced_in(&self, range: IovaRange) -> impl Iterator<Item = &Arc<Mapping>> {
+    /// The mappings that were replaced and had addresses of `ranges`, which are ascending and apart.
+    pub(crate) fn replaced_in<'a>(
+        &'a self,
+        ranges: &'a [IovaRange],
+    ) -> impl Iterator<Item = &'a Arc<Mapping>> {
         let replaced = self.replaced.iter();
-        replaced.filter(move |mapping| mapping.range.overlaps(range))
+        replaced.filter(|mapping| first_met(ranges, mapping.range).is_some())
+    }
+
+    /// Gives the addresses of revoked mappings to whatever comes there; they are among the replaced then, for which
+    /// there is [room](Writer::reserve_replaced).
+    pub(crate) fn supersede(&mut self, revoked: &[Arc<Mapping>]) {
+        self.forget(revoked);
+        self.replaced.extend_from_slice(revoked);
+    }
+
+    /// Makes room for so many mappings to be replaced.
+    pub(crate) fn reserve_replaced(&mut self, mappings: usize) -> Result<()> {
+        memory::reserve(&mut self.replaced, mappings)
     }
 
     /// Forgets those of replaced mappings that are over, as no access and no lease uses them, but for those to which

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use iommu_type1::{
-    page_size, Backing, Change, Error, HolderKind, Interest, IoAddressSpace, Profile, UnmapOptions,
-    UnmapPolicy,
+    page_size, Backing, Change, Error, HolderKind, Interest, IoAddressSpace, Profile, ScatterList,
+    UnmapOptions, UnmapPolicy,
 };
 use proptest::prelude::*;
 use vm_memory::Permissions::{self, Read, ReadWrite, Write};
@@ -204,6 +204,110 @@ fn everything_includes_what_was_revoked_in_vain() {
     space.change([map(0, 1, 2)]).unwrap();
 }
 
+/// Has some pages mapped and revoked in vain: `None` as soon as nobody uses them.
+fn revoke(space: &IoAddressSpace, page: u64, pages: u64) -> Option<ScatterList> {
+    space.change([map(page, pages, 1)]).unwrap();
+    let list = space.scatter(p(page), 4, ReadWrite).unwrap();
+    let refused = space.unmap_with(p(page), p(pages), at_once());
+    assert_eq!(refused.unwrap_err().errno(), libc::EDEADLK);
+    Some(list)
+}
+
+#[test]
+fn a_list_completes_what_was_revoked_in_vain() {
+    for policy in [UnmapPolicy::Revoked, UnmapPolicy::Restore] {
+        for changes in [
+            vec![unmap(4, 2)],
+            vec![unmap(3, 2), unmap(5, 9)],
+            vec![unmap(4, 2), map(4, 3, 9)],
+            vec![Change::UnmapAll, map(5, 1, 9)],
+            vec![map(0, 1, 9), Change::UnmapAll],
+        ] {
+            let space = iotlb();
+            let list = revoke(&space, 4, 2);
+            assert_eq!(byte(&space, 4), Err(libc::EBUSY));
+            let options = at_once().policy(policy);
+            let refused = space.change_with(changes.clone(), options);
+            let Err(Error::Deadline { left, holders, .. }) = refused else {
+                panic!("{refused:?}");
+            };
+            assert_eq!((left, holders.len()), (p(2), 1));
+            drop(list);
+            space.change_with(changes.clone(), options).unwrap();
+            assert_eq!(space.stats().leaving, 0);
+            let is_mapped = |page| {
+                let of = |change: &Change| matches!(change, Change::Map { iova, backing, .. } if (*iova..*iova + backing.len() as u64).contains(&p(page)));
+                matches!(changes.last(), Some(last) if of(last))
+            };
+            for page in 0..8 {
+                let found = byte(&space, page);
+                assert_eq!(found.is_ok(), is_mapped(page), "{page} {found:?}");
+                assert!(found.is_ok() || found == Err(libc::EAGAIN));
+            }
+            space.change([map(4, 2, 1)]).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_was_revoked_stays_where_a_list_does_not_unmap_all_of_it() {
+    let space = iotlb();
+    drop(revoke(&space, 4, 4));
+    for changes in [
+        vec![unmap(4, 3)],
+        vec![map(4, 4, 9)],
+        vec![unmap(4, 2), map(6, 2, 9)],
+        vec![unmap(4, 3), unmap(8, 9), map(20, 1, 9)],
+    ] {
+        let error = space.change(changes).unwrap_err();
+        assert!(matches!(error, Error::Unmapping { .. }), "{error}");
+        assert_eq!((space.mappings(), space.stats().leaving), (1, 1));
+    }
+    space.change([unmap(4, 2), unmap(6, 2)]).unwrap();
+    assert_eq!(space.stats().leaving, 0);
+}
+
+#[test]
+fn everything_leaves_out_what_another_unmap_is_about() {
+    let space = iotlb();
+    space.change([map(0, 1, 1), map(4, 2, 1)]).unwrap();
+    let list = space.scatter(p(4), 4, ReadWrite).unwrap();
+    let other = space.clone();
+    let unmapper = thread::spawn(move || {
+        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
+        other.unmap_with(p(4), p(2), patient)
+    });
+    while byte(&space, 4).is_ok() {
+        thread::yield_now();
+    }
+    space.change([Change::UnmapAll, map(1, 1, 2)]).unwrap();
+    assert_eq!(space.stats().leaving, 1);
+    for changes in [vec![unmap(4, 2)], vec![Change::UnmapAll, map(5, 1, 2)]] {
+        let error = space.change(changes).unwrap_err();
+        assert!(matches!(error, Error::Unmapping { .. }), "{error}");
+    }
+    drop(list);
+    assert_eq!(unmapper.join().unwrap().unwrap(), p(2));
+    assert_eq!((space.mappings(), space.stats().leaving), (1, 0));
+}
+
+#[test]
+fn who_uses_what_was_replaced_before_is_named_once_for_all_holes() {
+    let space = iotlb();
+    space.change([map(0, 9, 1)]).unwrap();
+    let list = space.scatter(0, 4, ReadWrite).unwrap();
+    space.change_with([map(0, 9, 2)], at_once()).unwrap_err();
+    let holes = [unmap(1, 1), unmap(3, 2), unmap(8, 1)];
+    let refused = space.change_with(holes, at_once()).unwrap_err();
+    let Error::Deadline { holders, .. } = &refused else {
+        panic!("{refused}");
+    };
+    assert_eq!(holders.len(), 1, "{refused}");
+    drop(list);
+    space.change([unmap(8, 1)]).unwrap();
+    assert_eq!(space.stats().leaving, 0);
+}
+
 #[test]
 fn what_was_changed_meanwhile_is_not_put_back() {
     let space = iotlb();
@@ -339,6 +443,30 @@ fn change(op: &Op) -> Change {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn a_list_is_as_its_changes_one_by_one_also_over_what_was_revoked(
+        revoked in prop::collection::btree_map(0..PAGES, 1..4_u64, 0..3),
+        list in prop::collection::vec(op(), 1..6),
+    ) {
+        let [at_once, one_by_one] = [(); 2].map(|()| iotlb());
+        for space in [&at_once, &one_by_one] {
+            for (page, pages) in &revoked {
+                if (*page..page + pages).all(|page| byte(space, page) == Err(libc::EAGAIN)) {
+                    drop(revoke(space, *page, *pages));
+                }
+            }
+        }
+        let changes: Vec<_> = list.iter().map(change).collect();
+        if changes.iter().all(|change| one_by_one.change([change.clone()]).is_ok()) {
+            at_once.change(changes).unwrap();
+            prop_assert_eq!(at_once.mappings(), one_by_one.mappings());
+            prop_assert_eq!(at_once.stats().leaving, one_by_one.stats().leaving);
+            for page in 0..PAGES + 5 {
+                prop_assert_eq!(byte(&at_once, page), byte(&one_by_one, page), "page {}", page);
+            }
+        }
+    }
 
     #[test]
     fn a_list_is_as_its_changes_one_by_one(lists in prop::collection::vec(prop::collection::vec(op(), 0..6), 1..8)) {

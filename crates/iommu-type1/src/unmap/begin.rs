@@ -11,7 +11,7 @@ use super::{check_outside, Cuts, Replaced, Revocation, UnmapOptions};
 use crate::dirty::check_tracking;
 use crate::mapping_set::SetId;
 use crate::memory;
-use crate::range::IovaRange;
+use crate::range::{union, IovaRange};
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
 use crate::writer::Writer;
@@ -59,9 +59,7 @@ impl<'a> Revocation<'a> {
             if writer.is_heard {
                 memory::extend(&mut cuts.before, mappings.iter().cloned())?;
             }
-            for range in ranges {
-                meet_replaced(&writer, *range, &mut replaced)?;
-            }
+            replaced = meet_replaced(&writer, ranges)?;
             if writer.leaving() > 0 {
                 let retried = ranges.iter().map(|range| writer.may_retry(*range));
                 memory::reserve(&mut mappings, retried.sum())?;
@@ -132,15 +130,15 @@ impl<'a> Revocation<'a> {
     }
 }
 
-/// Adds mappings that were replaced and had addresses of a range, each once.
-fn meet_replaced(writer: &Writer, range: IovaRange, met: &mut Vec<Replaced>) -> Result<()> {
-    // Of one range each is met once.
-    let before = met.len();
-    for mapping in writer.replaced_in(range) {
-        let is_it = |other: &Replaced| Arc::ptr_eq(&other.mapping, mapping);
-        if !met[..before].iter().any(is_it) {
-            memory::push(met, Replaced::of(mapping.clone()))?;
-        }
+/// The mappings that were replaced and had addresses of any of the ranges.
+fn meet_replaced(writer: &Writer, ranges: &[IovaRange]) -> Result<Vec<Replaced>> {
+    let mut met = Vec::new();
+    if writer.replaced.is_empty() {
+        return Ok(met);
     }
-    Ok(())
+    let ranges = union(memory::collect(ranges.iter().copied())?);
+    for mapping in writer.replaced_in(&ranges) {
+        memory::push(&mut met, Replaced::of(mapping.clone()))?;
+    }
+    Ok(met)
 }

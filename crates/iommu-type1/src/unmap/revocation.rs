@@ -19,7 +19,7 @@ use crate::{DirtyPages, Error, Holder, Result};
 /// panicked), it leaves them to the policy.
 pub(crate) struct Revocation<'a> {
     pub(super) space: &'a Space,
-    pub(crate) mappings: Vec<Arc<Mapping>>,
+    pub(super) mappings: Vec<Arc<Mapping>>,
     /// Mappings that others stand in place of.
     pub(super) replaced: Vec<Replaced>,
     /// What these were replaced by, where it can be put back.
