@@ -50,7 +50,8 @@ impl PinOptions {
         self
     }
 
-    /// Most pins at a time, a page and owner each; [`PIN_LIMIT`] unless told otherwise.
+    /// Most pins at a time, a page and owner each, however often the owner has pinned that page; [`PIN_LIMIT`] unless
+    /// told otherwise.
     pub fn pin_limit(mut self, pins: usize) -> Self {
         self.pin_limit = Some(pins);
         self

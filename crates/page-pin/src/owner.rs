@@ -60,7 +60,8 @@ impl Access {
     /// # Errors
     ///
     /// In this order: [`Error::Empty`], [`Error::Misaligned`], [`Error::TooMany`], [`Error::Overflow`];
-    /// [`Error::Detached`], [`Error::Prevented`], [`Error::Account`]. Nothing is pinned then.
+    /// [`Error::Detached`], [`Error::PinLimit`], [`Error::Prevented`], [`Error::Account`]; [`Error::NoMemory`].
+    /// Nothing is pinned then.
     pub fn pin(&self, iova: u64, npages: usize) -> Result<PinGuard> {
         self.pin_at(iova, npages, |_| None)
     }

@@ -342,6 +342,18 @@ impl State {
         self.prevented.values().any(|range| range.contains(page))
     }
 
+    /// How many of these pages the owner has not pinned yet.
+    fn new_pins(&self, id: AccessId, pages: &Pages) -> Result<usize> {
+        let is_new = |page: &u64| !self.pins.contains_key(&(*page, id));
+        Ok(match pages {
+            Pages::Range(_) => pages.iter().filter(is_new).count(),
+            Pages::List(_) => {
+                let counted = pages.counted()?.into_iter();
+                counted.filter(|(page, _)| is_new(page)).count()
+            }
+        })
+    }
+
     /// Changes the counts of one owner on every page of a pin, each as often as it is named.
     fn change(&mut self, id: AccessId, pages: &Pages, change: impl Fn(&mut Count)) {
         for page in pages.iter() {
@@ -474,7 +486,8 @@ impl Shared {
             return Err(owner.detached());
         }
         let limit = self.options.pin_limit_of();
-        if state.pins.len().saturating_add(pages.len()) > limit {
+        let most = state.pins.len().saturating_add(pages.len());
+        if most > limit && state.pins.len() + state.new_pins(owner.id, pages)? > limit {
             return Err(Error::PinLimit { limit });
         }
         self.admit(state, pages, host)?;

@@ -262,3 +262,43 @@ fn pins_have_a_limit_which_is_of_pages_and_owners() {
     drop(two);
     assert!(one.pin(PAGE, 2).is_ok());
 }
+
+#[test]
+fn what_is_pinned_already_is_not_new_at_the_limit() {
+    for options in [
+        PinOptions::new().pin_limit(3),
+        PinOptions::new()
+            .pin_limit(3)
+            .account(Arc::new(Quota::new(3))),
+    ] {
+        let table = PinTable::with_options(PAGE, options);
+        let [one, other] = ["one", "other"]
+            .map(|name| table.register(name, Interest::Holder, Arc::new(|_, _| ())));
+        let all = one.pin(0, 3).unwrap();
+        // As the kernel counts a pin more of a page that it has pinned.
+        let again = one.pin(0, 3).unwrap();
+        let listed = one.pin_list(&[PAGE, 0, PAGE]).unwrap();
+        assert_eq!([0, PAGE, 2 * PAGE].map(|iova| one.pins(iova)), [3, 4, 2]);
+        let full = Err(Error::PinLimit { limit: 3 });
+        for refused in [
+            one.pin(2 * PAGE, 2),
+            one.pin_list(&[0, 3 * PAGE]),
+            other.pin(0, 1),
+        ] {
+            assert_eq!(refused.map(drop), full);
+        }
+        assert_eq!((one.total_pins(), other.total_pins()), (9, 0));
+        drop((all, again));
+        // Two pages of one, and one that is named twice.
+        drop(one.pin_list(&[3 * PAGE, PAGE, 3 * PAGE]).unwrap());
+        assert_eq!(one.pin_list(&[3 * PAGE, 4 * PAGE]).map(drop), full);
+        drop(listed);
+        other.pin(0, 3).unwrap().keep();
+        other.pin(0, 3).unwrap().keep();
+        for _ in 0..2 {
+            assert_eq!(one.pin(0, 1).map(drop), full);
+            other.unpin(0, 3).unwrap();
+        }
+        one.pin(0, 3).unwrap();
+    }
+}
