@@ -299,6 +299,6 @@ fn what_is_pinned_already_is_not_new_at_the_limit() {
             assert_eq!(one.pin(0, 1).map(drop), full);
             other.unpin(0, 3).unwrap();
         }
-        one.pin(0, 3).unwrap();
+        drop(one.pin(0, 3).unwrap());
     }
 }
