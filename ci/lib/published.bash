@@ -1,5 +1,5 @@
 # The crates that are meant to be published, each before those that depend on it. Sourced.
-published=(page-pin iommu-type1 vfio-group gvt-scheduler vfio-user-dma vhost-iotlb vfio-dma)
+published=(checked-sync page-pin iommu-type1 vfio-group gvt-scheduler vfio-user-dma vhost-iotlb vfio-dma)
 
 # published_folder CRATE: where it is.
 published_folder() {

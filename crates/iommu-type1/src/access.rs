@@ -5,6 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
+use checked_sync::lock;
 use vm_memory::{AtomicAccess, ByteValued, Bytes};
 
 use crate::atomics::CompareExchange;
@@ -14,7 +15,6 @@ use crate::mapping::{InlineSlice, Mapping, Need};
 use crate::range::IovaRange;
 use crate::sigbus;
 use crate::space::Space;
-use crate::sync::lock;
 use crate::table::Found;
 use crate::{Error, IoAddressSpace, Result};
 

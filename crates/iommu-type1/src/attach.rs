@@ -6,11 +6,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use checked_sync::{lock, now, Mutex};
 use page_pin::{Access, Interest, UnmapNotice};
 
 use crate::deadline::Deadline;
 use crate::space::View;
-use crate::sync::{lock, now, Mutex};
 use crate::{Error, IoAddressSpace, Pinner, Result};
 
 /// An owner of pins, and where it is.

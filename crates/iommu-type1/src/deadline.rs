@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use crate::sync::now;
+use checked_sync::{now, CHECKED, LONGEST};
 
 /// A deadline whose time begins when somebody first waits for it: most never do, and reading the clock
 /// costs as much as the rest of a look-up.
@@ -20,13 +20,11 @@ impl Deadline {
         Deadline {
             after,
             // In a model time passes once, and not before it is looked at.
-            begun: Cell::new(cfg!(loom).then(now)),
+            begun: Cell::new(CHECKED.then(now)),
         }
     }
 
     pub(crate) fn instant(&self) -> Instant {
-        // A deadline beyond the clock's range is no deadline; a day is as good.
-        const LONGEST: Duration = Duration::from_secs(86_400);
         self.begun() + self.after.min(LONGEST)
     }
 

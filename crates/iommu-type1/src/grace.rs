@@ -30,20 +30,21 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use checked_sync::{fence, lock, now, yield_now, AtomicU32, AtomicU64, Mutex, Ordering, CHECKED};
+
 use crate::deadline::Deadline;
 use crate::membarrier::{self, ReaderBarrier};
 use crate::stats::Counter;
-use crate::sync::{fence, lock, now, yield_now, AtomicU32, AtomicU64, Mutex, Ordering};
 
 /// Slots that callers without one of their own share, by trial; more are made when all are taken.
-const SHARED_SLOTS: usize = if cfg!(loom) { 1 } else { 16 };
+const SHARED_SLOTS: usize = if CHECKED { 1 } else { 16 };
 
 /// Turns of the processor before it is given to somebody else, who may be the one waited for.
-const SPINS: u32 = if cfg!(loom) { 0 } else { 200 };
+const SPINS: u32 = if CHECKED { 0 } else { 200 };
 
 /// Accesses of a slot from an unmap until it goes without barriers. Barriers for so many cost as much as a
 /// few hundred interruptions by the kernel's, so that an unmap is rarely the one that needs it.
-const FENCED_ACCESSES: u32 = if cfg!(loom) { 1 } else { 1 << 16 };
+const FENCED_ACCESSES: u32 = if CHECKED { 1 } else { 1 << 16 };
 
 /// Instead of a number of accesses: the slot never goes without barriers.
 const ALWAYS_FENCED: u32 = u32::MAX;
@@ -258,7 +259,7 @@ impl Slot {
 }
 
 /// Whether an exchange is a full barrier too, and cheaper than a store and a fence.
-pub(crate) const EXCHANGE_IS_BARRIER: bool = cfg!(all(target_arch = "x86_64", not(loom)));
+pub(crate) const EXCHANGE_IS_BARRIER: bool = cfg!(target_arch = "x86_64") && !CHECKED;
 
 /// Says of the branch that calls it that it is to lie apart: what an access does by default is in a row.
 #[cold]

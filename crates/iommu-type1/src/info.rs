@@ -5,7 +5,8 @@
 
 use std::ops::RangeInclusive;
 
-use crate::sync::lock;
+use checked_sync::lock;
+
 use crate::{Error, IoAddressSpace, Result};
 
 /// Most bytes of a bitmap of dirty pages, as the kernel says it.

@@ -5,10 +5,11 @@
 
 use std::ops::{ControlFlow, RangeInclusive};
 
+use checked_sync::lock;
+
 use crate::profile::Rules;
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::lock;
 use crate::writer::Writer;
 use crate::{Error, IoAddressSpace, Result};
 

@@ -126,7 +126,6 @@ mod snapshot;
 mod space;
 mod stats;
 mod stream;
-mod sync;
 mod table;
 mod turn;
 #[cfg(feature = "uapi")]

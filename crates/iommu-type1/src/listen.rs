@@ -16,12 +16,12 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
+use checked_sync::{lock, thread_local};
 use vm_memory::Permissions;
 
 use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::space::{Space, View};
-use crate::sync::lock;
 use crate::unmap::share_all;
 use crate::{Backing, Error, IoAddressSpace, Result};
 
@@ -378,7 +378,7 @@ thread_local! {
 }
 
 fn is_inside(space: &Space) -> bool {
-    INSIDE.with_borrow(|spaces| spaces.contains(&ptr::from_ref(space)))
+    INSIDE.with(|spaces| spaces.borrow().contains(&ptr::from_ref(space)))
 }
 
 /// Refuses to change what is mapped from inside a call to a listener of the same space.
@@ -396,13 +396,13 @@ struct Inside;
 
 impl Inside {
     fn enter(space: &Space) -> Self {
-        INSIDE.with_borrow_mut(|spaces| spaces.push(ptr::from_ref(space)));
+        INSIDE.with(|spaces| spaces.borrow_mut().push(ptr::from_ref(space)));
         Inside
     }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        INSIDE.with_borrow_mut(|spaces| spaces.pop());
+        INSIDE.with(|spaces| spaces.borrow_mut().pop());
     }
 }

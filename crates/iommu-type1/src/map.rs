@@ -7,6 +7,8 @@ use std::ops::ControlFlow;
 use std::slice;
 use std::sync::Arc;
 
+#[cfg(feature = "uapi")]
+use checked_sync::lock;
 use vm_memory::Permissions;
 
 use crate::change::{change, Piece};
@@ -17,8 +19,6 @@ use crate::memory;
 use crate::profile::Overlapping;
 use crate::range::IovaRange;
 use crate::space::Space;
-#[cfg(feature = "uapi")]
-use crate::sync::lock;
 use crate::unmap::take_back;
 use crate::writer::{Leaving, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result};

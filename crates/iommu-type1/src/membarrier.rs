@@ -77,7 +77,7 @@ mod call {
 /// models of this crate have something nearer to it.
 #[cfg(all(loom, not(test)))]
 mod call {
-    use crate::sync::{fence, Ordering};
+    use checked_sync::{fence, Ordering};
     use std::io;
 
     pub(crate) fn register() -> io::Result<()> {

@@ -5,6 +5,7 @@
 
 use std::ops::ControlFlow;
 
+use checked_sync::lock;
 use vm_memory::Permissions;
 
 use crate::check::Request;
@@ -12,7 +13,6 @@ use crate::map::{check_backing, check_room, unmapping};
 use crate::mapping::Need;
 use crate::memory;
 use crate::range::IovaRange;
-use crate::sync::lock;
 use crate::{Backing, Error, IoAddressSpace, Result};
 
 /// Parts of a range, and the memory of each.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use checked_sync::lock;
 #[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, Permissions};
@@ -21,7 +22,6 @@ use crate::mapping_set::SetId;
 use crate::memory;
 use crate::range::{page_size, IovaRange};
 use crate::space::Space;
-use crate::sync::lock;
 use crate::{
     Backing, Error, IoAddressSpace, IoAddressSpaceBuilder, PermissionPolicy, Profile, Result,
 };

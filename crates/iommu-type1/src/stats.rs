@@ -3,7 +3,8 @@
 
 //! Counters of a space, for whoever watches it.
 
-use crate::sync::{lock, AtomicU64, Ordering};
+use checked_sync::{lock, AtomicU64, Ordering};
+
 use crate::IoAddressSpace;
 
 /// What a space has and what has happened to it; from [`IoAddressSpace::stats`].

@@ -11,6 +11,7 @@ use std::cell::RefCell;
 use std::io;
 use std::ptr;
 
+use checked_sync::thread_local;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 use crate::dirty::DirtySlice;
@@ -27,7 +28,7 @@ thread_local! {
 
 /// Whether the current thread is inside a stream of `space`.
 pub(crate) fn is_inside(space: &Space) -> bool {
-    INSIDE.with_borrow(|spaces| spaces.contains(&ptr::from_ref(space)))
+    INSIDE.with(|spaces| spaces.borrow().contains(&ptr::from_ref(space)))
 }
 
 /// How far a stream came, and why no further if memory was the reason.
@@ -157,13 +158,13 @@ struct Inside;
 
 impl Inside {
     fn enter(space: &Space) -> Self {
-        INSIDE.with_borrow_mut(|spaces| spaces.push(ptr::from_ref(space)));
+        INSIDE.with(|spaces| spaces.borrow_mut().push(ptr::from_ref(space)));
         Inside
     }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        INSIDE.with_borrow_mut(|spaces| spaces.pop());
+        INSIDE.with(|spaces| spaces.borrow_mut().pop());
     }
 }

@@ -11,11 +11,12 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
+use checked_sync::{lock, MutexGuard};
+
 use crate::listen::{check_not_told, Listeners};
 use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::{lock, MutexGuard};
 use crate::writer::Writer;
 use crate::Result;
 

@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 use std::slice;
 use std::sync::Arc;
 
+use checked_sync::lock;
 use vm_memory::Permissions;
 
 use crate::check::Request;
@@ -20,7 +21,6 @@ use crate::memory;
 use crate::profile::Cut;
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::lock;
 use crate::table::Unlinked;
 use crate::unmap::{beginning, check_outside, inside, put_back, stops, Replaced, HOLDERS_LISTED};
 use crate::writer::{State, Writer};

@@ -66,9 +66,6 @@
 compile_error!("page-pin models Linux VFIO page pinning and is built for Linux only");
 
 mod account;
-#[cfg(loom)]
-#[doc(hidden)]
-pub mod clock;
 mod error;
 mod guard;
 mod notice;
@@ -77,7 +74,6 @@ mod owner;
 mod pages;
 mod prevent;
 mod source;
-mod sync;
 mod table;
 
 pub use account::{Account, NoAccount, PinnedPage, Quota, Refusal};

@@ -9,9 +9,10 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use checked_sync::{current, lock, now, wait_until, Condvar, Mutex, MutexGuard, ThreadId};
+
 use crate::owner::Registration;
 use crate::pages::{reserved, PageRange, Pages};
-use crate::sync::{current, lock, now, wait_until, Condvar, Mutex, MutexGuard, ThreadId};
 use crate::{
     Access, AccessId, Account, Error, Interest, PinOptions, PinnedPage, Prevented, Result,
     UnmapNotice,

@@ -8,9 +8,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use checked_sync::clock;
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::sync::Mutex;
-use page_pin::{clock, Interest, PinGuard, PinTable};
+use page_pin::{Interest, PinGuard, PinTable};
 
 /// Loom's condition variable never times out: a lost wake-up is a deadlock, which loom reports.
 fn never() -> Instant {

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::sync::{lock, Mutex};
+use checked_sync::{lock, Mutex};
 
 type Call<T> = Arc<dyn Fn(Option<&T>) + Send + Sync>;
 

@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
+use checked_sync::{lock, Mutex};
 use iommu_type1::{Backing, IoAddressSpace, IoAddressSpaceBuilder, Profile};
 use vm_memory::Permissions;
 
 use crate::extension::{noiommu_extension, type1_extension, Served};
-use crate::sync::{lock, Mutex};
 use crate::{Error, GroupType, IommuType, Result};
 
 /// An open container: `/dev/vfio/vfio`.

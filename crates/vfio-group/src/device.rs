@@ -5,13 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use checked_sync::{lock, now, wait_until, Condvar, Mutex, MutexGuard, LONGEST};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::group::ContainerUser;
 use crate::kvm::KvmListener;
-use crate::sync::{lock, wait_timeout, Condvar, Mutex, MutexGuard};
 use crate::{Error, Group, GroupFile, Kvm, Result};
 
 /// How long [`Device::unplug`] waits before it asks again, as the kernel does.
@@ -159,9 +159,9 @@ impl Device {
             .get_mut(self)
             .ok_or_else(|| self.gone())?
             .leaving = true;
-        let begun = Instant::now();
+        let begun = now();
         while !self.ask()? {
-            let left = timeout.saturating_sub(begun.elapsed());
+            let left = timeout.saturating_sub(now().saturating_duration_since(begun));
             if self.wait_closed(left.min(REQUEST_INTERVAL))? || left <= REQUEST_INTERVAL {
                 break;
             }
@@ -222,7 +222,7 @@ impl Device {
 
     /// Waits until the device has no files, and says whether that is so.
     fn wait_closed(&self, timeout: Duration) -> Result<bool> {
-        let begun = Instant::now();
+        let deadline = now() + timeout.min(LONGEST);
         let table = self.group.devices();
         let mut devices = table.lock();
         loop {
@@ -230,11 +230,10 @@ impl Device {
             if entry.files.is_empty() {
                 return Ok(true);
             }
-            let left = timeout.saturating_sub(begun.elapsed());
-            if left.is_zero() {
-                return Ok(false);
+            match wait_until(&table.changed, &table.devices, devices, deadline) {
+                Some(woken) => devices = woken,
+                None => return Ok(false),
             }
-            devices = wait_timeout(&table.changed, devices, left);
         }
     }
 

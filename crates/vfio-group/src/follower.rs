@@ -15,9 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::mem::ManuallyDrop;
 
+use checked_sync::{lock, Mutex};
 use iommu_type1::{Backing, Listener, MappingInfo};
-
-use crate::sync::{lock, Mutex};
 
 /// The other side.
 pub(crate) trait Target: Send {

@@ -105,7 +105,6 @@ pub mod hardware;
 mod kvm;
 #[cfg(feature = "hardware")]
 mod mirror;
-mod sync;
 mod users;
 
 pub use container::Container;

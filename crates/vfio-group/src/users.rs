@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use crate::sync::{lock, AtomicUsize, Mutex, Ordering};
+use checked_sync::{lock, AtomicUsize, Mutex, Ordering};
 
 /// # Invariants
 ///

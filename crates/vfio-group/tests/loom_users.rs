@@ -11,9 +11,6 @@
 #[path = "../src/broadcast.rs"]
 mod broadcast;
 #[allow(dead_code)]
-#[path = "../src/sync.rs"]
-mod sync;
-#[allow(dead_code)]
 #[path = "../src/users.rs"]
 mod users;
 

@@ -7,13 +7,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use checked_sync::{lock, now, Mutex};
 use iommu_type1::{Backing, Change, Error as SpaceError, IoAddressSpace, Profile};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::Permissions;
 
 use crate::batch::Batch;
 use crate::miss::Misses;
-use crate::sync::{lock, now, Mutex};
 use crate::{Error, MemTable, Miss, MissSink, Result, MISS_DEADLINE, MISS_LIMIT};
 
 /// Pages that are looked at in one access, which an unmap has to wait for.

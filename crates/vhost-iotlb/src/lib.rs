@@ -90,7 +90,6 @@ mod iotlb;
 mod mem_table;
 pub mod message;
 mod miss;
-mod sync;
 
 #[cfg(all(test, loom))]
 mod model;

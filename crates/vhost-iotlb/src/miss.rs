@@ -16,10 +16,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::time::{Duration, Instant};
 
+use checked_sync::{lock, now, wait_until, Condvar, Mutex};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::Permissions;
 
-use crate::sync::{lock, now, wait_until, Condvar, Mutex};
 use crate::{Error, Result};
 
 /// Most misses that are not answered at a time.

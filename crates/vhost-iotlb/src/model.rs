@@ -11,9 +11,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use checked_sync::clock;
 use loom::sync::{Condvar, Mutex};
 use loom::thread::spawn;
-use page_pin::clock;
 use vm_memory::Permissions;
 
 use crate::miss::Misses;

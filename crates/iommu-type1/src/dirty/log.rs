@@ -14,9 +14,10 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::ptr;
 
+use checked_sync::{AtomicPtr, AtomicU64, Ordering};
+
 use crate::memory;
 use crate::range::page_shift;
-use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 use crate::Result;
 
 /// Pages that one word tells apart.

@@ -10,6 +10,7 @@ mod slice;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use checked_sync::lock;
 use vm_memory::Permissions;
 
 use crate::check::whole_pages;
@@ -19,7 +20,6 @@ use crate::mapping::{Mapping, Need};
 use crate::memory;
 use crate::range::{page_shift, page_size, IovaRange};
 use crate::space::Space;
-use crate::sync::lock;
 use crate::unmap::inside;
 use crate::writer::Writer;
 use crate::{Error, IoAddressSpace, Result};

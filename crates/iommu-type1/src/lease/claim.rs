@@ -6,13 +6,14 @@
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
+use checked_sync::lock;
+
 use super::ledger::PLACES;
 use super::place::Place;
 use super::Leased;
 use crate::grace::{thread_number, Inside, Running};
 use crate::mapping::Mapping;
 use crate::space::{Space, View};
-use crate::sync::lock;
 
 /// A place that a holder has. It must be [left](Claim::leave): whoever has it does so when dropped.
 ///

@@ -7,15 +7,16 @@ use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::sync::Arc;
 
+use checked_sync::{fence, lock, wait_until, AtomicUsize, Condvar, Mutex, Ordering, CHECKED};
+
 use super::place::Place;
 use crate::deadline::Deadline;
 use crate::grace::{Grace, EXCHANGE_IS_BARRIER};
 use crate::mapping::Mapping;
-use crate::sync::{fence, lock, wait_until, AtomicUsize, Condvar, Mutex, Ordering};
 use crate::Holder;
 
 /// Places that holders share, one at a time; more are made when all are taken.
-pub(super) const PLACES: usize = if cfg!(loom) { 1 } else { 16 };
+pub(super) const PLACES: usize = if CHECKED { 1 } else { 16 };
 
 /// Every place in a space, and those who wait.
 pub(crate) struct Ledger {

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use checked_sync::clock;
 use loom::thread::{spawn, yield_now, JoinHandle};
-use page_pin::clock;
 use vm_memory::{Bytes, Permissions};
 
 use super::holder::use_up;

@@ -96,7 +96,7 @@ impl<M: Fn() -> u8> Copy<M> {
 }
 
 fn space(pages: u64, deadline: Duration) -> (IoAddressSpace, Plain) {
-    page_pin::clock::now();
+    checked_sync::clock::now();
     let space = IoAddressSpace::builder().unmap_deadline(deadline).build();
     let memory = Plain::new();
     memory.map(&space, 0);
@@ -107,13 +107,13 @@ fn space(pages: u64, deadline: Duration) -> (IoAddressSpace, Plain) {
 }
 
 fn patiently(pages: u64) -> (IoAddressSpace, Plain) {
-    space(pages, 2 * page_pin::clock::NEVER)
+    space(pages, 2 * checked_sync::clock::NEVER)
 }
 
 /// A harvest against a thread that writes twice: the second write may find the page marked by the first.
 fn harvest_against_inline_writes(deadline: Duration) {
     exhaustively(move || {
-        page_pin::clock::now();
+        checked_sync::clock::now();
         let space = IoAddressSpace::builder().unmap_deadline(deadline).build();
         let (memory, turn) = (Plain::new(), Turn::new());
         let backing = Backing::for_model(Turning(memory.clone(), turn.clone()));
@@ -137,7 +137,7 @@ fn harvest_against_inline_writes(deadline: Duration) {
 
 #[test]
 fn inline_writes_against_a_harvest() {
-    harvest_against_inline_writes(2 * page_pin::clock::NEVER);
+    harvest_against_inline_writes(2 * checked_sync::clock::NEVER);
 }
 
 /// A harvest that gives up has taken nothing.

@@ -18,9 +18,9 @@ use crate::{Interest, IoAddressSpace, PinnedPages, Pinner};
 const PAGES: [u64; 2] = [1, 2];
 
 fn space(pages: u64) -> IoAddressSpace {
-    page_pin::clock::now();
+    checked_sync::clock::now();
     let space = IoAddressSpace::builder()
-        .unmap_deadline(2 * page_pin::clock::NEVER)
+        .unmap_deadline(2 * checked_sync::clock::NEVER)
         .build();
     (0..pages).for_each(|page| Plain::new().map(&space, page));
     space

@@ -8,7 +8,7 @@
 //! writes to it as if it were other memory by now, and loom fails the model for an access that comes
 //! later or is not ordered before. Loom's condition variables never time out, so a wake-up that is
 //! lost is reported as a deadlock; where a deadline is to pass, the model says when
-//! (`page_pin::clock`).
+//! (`checked_sync::clock`).
 //!
 //! Loom tries another order of a store only against the access before it, of whatever thread: code that loads an
 //! atomic just to store to it next hides that store from the loads of others. Production code does without such
@@ -37,9 +37,9 @@ mod unmap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use checked_sync::clock;
 use loom::cell::UnsafeCell;
 use loom::thread::{spawn, JoinHandle};
-use page_pin::clock;
 use vm_memory::{Bytes, MmapRegion, Permissions, VolatileMemory};
 
 use crate::backing::Region;

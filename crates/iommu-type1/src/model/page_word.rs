@@ -12,7 +12,7 @@ use crate::{Error, IoAddressSpace};
 
 /// A space with `pages` pages, of which the second will be unmapped. With three of them the node stays.
 fn space(pages: u64) -> (IoAddressSpace, Plain) {
-    page_pin::clock::now();
+    checked_sync::clock::now();
     let space = IoAddressSpace::new();
     let memory: Vec<_> = (0..pages).map(|_| Plain::new()).collect();
     for (page, memory) in (0..).zip(&memory) {

@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
+use checked_sync::clock;
 use loom::thread::spawn;
-use page_pin::clock;
 use vm_memory::{Bytes, Permissions};
 
 use super::{exhaustively, join, space};

@@ -54,7 +54,7 @@ unsafe impl Region for Pages {
 
 /// A device IOTLB with one mapping of two pages at 0.
 fn two_pages() -> (IoAddressSpace, [Memory; 2]) {
-    page_pin::clock::now();
+    checked_sync::clock::now();
     let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
     let memory = [Memory::new(), Memory::new()];
     let pages = Pages {

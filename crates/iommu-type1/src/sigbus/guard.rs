@@ -8,13 +8,13 @@ use std::ptr;
 use std::sync::atomic::{compiler_fence, fence, AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
+use checked_sync::{lock, Mutex};
 use vm_memory::{FileOffset, Permissions};
 
 use super::handler;
 use super::watches::{Watch, Watches};
 use crate::backing::{to_prot, Region};
 use crate::range::page_size;
-use crate::sync::{lock, Mutex};
 use crate::{Backing, Result};
 
 /// Every region that is watched, in all spaces: signals are of the process.

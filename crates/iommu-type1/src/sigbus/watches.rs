@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::ptr;
 
-use crate::sync::{fence, lock, AtomicPtr, AtomicUsize, Mutex, Ordering};
+use checked_sync::{fence, lock, AtomicPtr, AtomicUsize, Mutex, Ordering};
 
 /// No fault.
 const NONE: usize = usize::MAX;

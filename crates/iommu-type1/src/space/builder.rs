@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 use std::time::Duration;
 
+use checked_sync::{Mutex, CHECKED};
 use page_pin::{PinOptions, PinTable};
 
 use super::{IoAddressSpace, Space, View};
@@ -17,7 +18,6 @@ use crate::mapping_set::SetId;
 use crate::membarrier;
 use crate::range::page_size;
 use crate::stats::Counters;
-use crate::sync::Mutex;
 use crate::table::Table;
 use crate::writer::Writer;
 use crate::{IovaRanges, PermissionPolicy, Profile, ReaderBarrier, UnmapOptions, UnmapPolicy};
@@ -85,7 +85,7 @@ impl IoAddressSpace {
             profile: Profile::default(),
             permissions: None,
             // In a model time passes once.
-            reminders: if cfg!(loom) { 0 } else { UNMAP_REMINDERS },
+            reminders: if CHECKED { 0 } else { UNMAP_REMINDERS },
             pins: PinOptions::new(),
         }
     }

@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
+use checked_sync::{lock, Mutex};
 use page_pin::PinTable;
 use vm_memory::Permissions;
 
@@ -21,7 +22,6 @@ use crate::mapping_set::SetId;
 use crate::profile::Rules;
 use crate::range::IovaRange;
 use crate::stats::Counters;
-use crate::sync::{lock, Mutex};
 use crate::table::Table;
 use crate::writer::Writer;
 use crate::{Backing, PermissionPolicy, Profile, ReaderBarrier, UnmapOptions};

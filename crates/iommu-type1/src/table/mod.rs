@@ -20,10 +20,11 @@ use std::ops::ControlFlow;
 use std::ptr;
 use std::sync::Arc;
 
+use checked_sync::{AtomicPtr, Ordering};
+
 use crate::grace::Inside;
 use crate::mapping::{Mapping, PageWord};
 use crate::range::{page_shift, IovaRange};
-use crate::sync::{AtomicPtr, Ordering};
 use crate::{Error, Result};
 use node::{
     address, block_of, index, is_leaf, is_node, mapping_word, node, separating_level, Needed, Node,

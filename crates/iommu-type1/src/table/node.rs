@@ -14,13 +14,16 @@ use std::alloc::{alloc, Layout};
 use std::cell::Cell;
 use std::ptr;
 
+#[cfg(loom)]
+use checked_sync::AtomicBool;
+use checked_sync::{AtomicPtr, Ordering, CHECKED};
+
 use super::Pages;
 use crate::mapping::{Mapping, PageWord};
 use crate::range::page_shift;
-use crate::sync::{AtomicPtr, Ordering};
 
 /// Bits of a page number that one node resolves.
-pub(super) const BITS: u32 = if cfg!(loom) { 2 } else { 9 };
+pub(super) const BITS: u32 = if CHECKED { 2 } else { 9 };
 pub(super) const FANOUT: usize = 1 << BITS;
 
 /// Bits of a word that tell a node from a mapping.
@@ -120,7 +123,7 @@ pub(super) struct Node {
     pub(super) next: Cell<*mut Node>,
     /// In a model memory is not given back but marked, so that an access that comes late is seen.
     #[cfg(loom)]
-    freed: loom::sync::atomic::AtomicBool,
+    freed: AtomicBool,
 }
 
 /// A node of level 0.
@@ -148,7 +151,7 @@ impl Node {
             first: low >> block_bits(level) << block_bits(level),
             next: Cell::new(ptr::null_mut()),
             #[cfg(loom)]
-            freed: loom::sync::atomic::AtomicBool::new(false),
+            freed: AtomicBool::new(false),
         };
         if level > 0 {
             let raw = spares.take(false).cast::<Node>();

@@ -5,13 +5,14 @@
 
 use std::sync::Arc;
 
+use checked_sync::lock;
+
 use super::{UnmapOptions, UnmapPolicy};
 use crate::deadline::Deadline;
 use crate::mapping::Mapping;
 use crate::memory;
 use crate::range::IovaRange;
 use crate::space::Space;
-use crate::sync::lock;
 use crate::table::Unlinked;
 use crate::{DirtyPages, Error, Holder, Result};
 

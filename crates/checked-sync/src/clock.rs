@@ -3,32 +3,34 @@
 
 //! The time of a model: it stands still until the model lets it pass.
 
-use std::sync::OnceLock;
+use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use loom::sync::atomic::{AtomicU64, Ordering};
-use loom::sync::{Condvar, Mutex, MutexGuard};
+use crate::whose::lazy_static;
+use crate::{lock, yield_now, AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
 
 /// Deadlines from here on never pass: whoever waits for one needs a signal to go on.
 pub const NEVER: Duration = Duration::from_secs(1800);
 
-loom::lazy_static! {
+lazy_static! {
     static ref PASSED: AtomicU64 = AtomicU64::new(0);
 }
 
+/// What time it is in the model.
 pub fn now() -> Instant {
     static BEGUN: OnceLock<Instant> = OnceLock::new();
     let passed = Duration::from_secs(PASSED.load(Ordering::Relaxed));
     *BEGUN.get_or_init(Instant::now) + passed
 }
 
+/// Lets so many seconds pass.
 pub fn pass(seconds: u64) {
     PASSED.fetch_add(seconds, Ordering::Relaxed);
 }
 
-/// Loom's condition variables never time out. Where the time may run out, this wakes up for no reason
+/// A checker's condition variables never time out. Where the time may run out, this wakes up for no reason
 /// instead, which condition variables may do, and the caller looks at the clock.
-pub fn wait_timeout<'a, T>(
+pub(crate) fn wait_timeout<'a, T>(
     condvar: &Condvar,
     mutex: &'a Mutex<T>,
     guard: MutexGuard<'a, T>,
@@ -36,9 +38,9 @@ pub fn wait_timeout<'a, T>(
 ) -> MutexGuard<'a, T> {
     if left < NEVER {
         drop(guard);
-        loom::thread::yield_now();
-        mutex.lock().unwrap()
+        yield_now();
+        lock(mutex)
     } else {
-        condvar.wait(guard).unwrap()
+        condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
     }
 }
