@@ -45,10 +45,13 @@ fn during_a_move_pins_and_accesses_are_refused_and_unpins_go_on() {
     let slot: Arc<OnceLock<Pinner>> = Arc::default();
     let cache: Arc<Mutex<Vec<PinnedPages>>> = Arc::default();
     let calls = Arc::new(AtomicUsize::new(0));
-    let (owner, told, count, other) = (slot.clone(), cache.clone(), calls.clone(), new.clone());
+    // Weak: whoever has a pinner or pages has its notice, which would have itself.
+    let (owner, told) = (Arc::downgrade(&slot), Arc::downgrade(&cache));
+    let (count, other) = (calls.clone(), new.clone());
     let notice = move |iova, size| {
         assert_eq!((iova, size), (0, u64::MAX));
         count.fetch_add(1, Ordering::SeqCst);
+        let owner = owner.upgrade().unwrap();
         let pinner = owner.get().unwrap();
         let refused = [
             pinner.pin_pages(0, 1, ReadWrite).map(drop),
@@ -66,7 +69,7 @@ fn during_a_move_pins_and_accesses_are_refused_and_unpins_go_on() {
         );
         assert_eq!(pinner.attach(&other).unwrap_err().errno(), libc::EINVAL);
         pinner.unpin_pages(0, 2).unwrap();
-        told.lock().unwrap().clear();
+        told.upgrade().unwrap().lock().unwrap().clear();
     };
     let pinner = old.pinner("moving", Interest::Holder, Arc::new(notice));
     slot.set(pinner.clone()).unwrap();

@@ -23,14 +23,16 @@ fn a_detached_access_has_let_go_of_everything() {
     let table = PinTable::new(PAGE);
     let slot: Arc<OnceLock<Access>> = Arc::default();
     let cache: Arc<Mutex<Vec<PinGuard>>> = Arc::default();
-    let (owner, told) = (slot.clone(), cache.clone());
+    // Weak: whoever has an access or a pin has its notice, which would have itself.
+    let (owner, told) = (Arc::downgrade(&slot), Arc::downgrade(&cache));
     let notice = move |iova, size| {
         assert_eq!((iova, size), (0, u64::MAX));
+        let owner = owner.upgrade().unwrap();
         let access = owner.get().unwrap();
         // Pins are refused while it lets go, unpins are not.
         assert_eq!(access.pin(0, 1).unwrap_err().errno(), libc::ENOENT);
         access.unpin(0, 1).unwrap();
-        told.lock().unwrap().clear();
+        told.upgrade().unwrap().lock().unwrap().clear();
     };
     let access = table.register("leaving", Interest::Holder, Arc::new(notice));
     let other = table.register("other", Interest::Holder, Arc::new(|_, _| panic!("told")));
@@ -121,8 +123,9 @@ fn the_end_of_an_access_waits_for_its_notice() {
 fn a_notice_may_end_its_own_access() {
     let table = PinTable::new(PAGE);
     let slot: Arc<OnceLock<Access>> = Arc::default();
-    let owner = slot.clone();
-    let notice = move |_, _| owner.get().unwrap().end(soon()).unwrap();
+    // Weak: whoever has an access has its notice, which would have itself.
+    let owner = Arc::downgrade(&slot);
+    let notice = move |_, _| owner.upgrade().unwrap().get().unwrap().end(soon()).unwrap();
     let access = table.register("once", Interest::All, Arc::new(notice));
     slot.set(access).unwrap();
     table.tell(0, PAGE);
