@@ -181,7 +181,10 @@ pub(crate) fn change(
     let stay = memory::collect(after.iter().map(|mapping| mapping.range))?;
     let room = |writer: &Writer| {
         let new = maps().map(|piece| piece.range);
-        check_memory(writer, space, stay.iter().copied().chain(new))?;
+        // What only goes needs none, also where there is none left.
+        if more > 0 {
+            check_memory(writer, space, stay.iter().copied().chain(new))?;
+        }
         maps().try_for_each(|piece| writer.ranges.check(piece.range, space.rules))
     };
     room(&writer)?;

@@ -68,6 +68,27 @@ fn at_once() -> UnmapOptions {
 }
 
 #[test]
+fn a_full_table_can_be_emptied() {
+    let limit = 64 << 10;
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .table_limit(limit)
+        .build();
+    // Pairs that only a node of their own tells apart.
+    let full = (0..64).find_map(|pair| {
+        let pair = [map(512 * pair, 1, 1), map(512 * pair + 1, 1, 2)];
+        space.change(pair).err()
+    });
+    assert!(matches!(full, Some(Error::TableLimit { .. })), "{full:?}");
+    space.change([unmap(0, 1)]).unwrap();
+    assert_eq!(byte(&space, 0), Err(libc::EAGAIN));
+    space.change([Change::UnmapAll]).unwrap();
+    assert_eq!(space.mappings(), 0);
+    space.change([map(0, 1, 7)]).unwrap();
+    assert_eq!(byte(&space, 0), Ok(7));
+}
+
+#[test]
 fn other_profiles_know_no_lists_of_changes() {
     for profile in [Profile::Type1v1, Profile::Type1v2, Profile::Iommufd] {
         let space = IoAddressSpace::builder().profile(profile).build();
