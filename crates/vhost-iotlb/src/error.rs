@@ -80,6 +80,9 @@ pub enum Error {
     /// A space without the rules of an IOTLB.
     #[error("the space follows the rules of {0:?}, not those of an IOTLB")]
     Profile(iommu_type1::Profile),
+    /// A space in which what an invalidation does not get in time comes back.
+    #[error("the space unmaps with the policy {0:?}, an IOTLB takes Revoked")]
+    Policy(iommu_type1::UnmapPolicy),
     /// As many misses are waited for as may be.
     #[error("{limit} misses are not answered yet")]
     MissLimit {
@@ -142,7 +145,8 @@ impl Error {
             | Error::RegionsOverlap { .. }
             | Error::NoBatch
             | Error::BatchSpoiled { .. }
-            | Error::Profile(_) => libc::EINVAL,
+            | Error::Profile(_)
+            | Error::Policy(_) => libc::EINVAL,
             Error::NotInTable { .. } | Error::UserspaceRange { .. } => libc::EFAULT,
             Error::RegionLimit { .. } | Error::BatchLimit { .. } => libc::E2BIG,
             Error::BatchOpen => libc::EBUSY,

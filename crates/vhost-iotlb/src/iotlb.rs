@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checked_sync::{lock, now, Mutex};
-use iommu_type1::{Backing, Change, Error as SpaceError, IoAddressSpace, Profile};
+use iommu_type1::{Backing, Change, Error as SpaceError, IoAddressSpace, Profile, UnmapPolicy};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::Permissions;
 
 use crate::batch::Batch;
 use crate::miss::Misses;
-use crate::{Error, MemTable, Miss, MissSink, Result, MISS_DEADLINE, MISS_LIMIT};
+use crate::{message, Error, MemTable, Miss, MissSink, Result, MISS_DEADLINE, MISS_LIMIT};
 
 /// Pages that are looked at in one access, which an unmap has to wait for.
 const PAGES_AT_ONCE: u64 = 512;
@@ -51,11 +51,13 @@ impl VhostIotlb {
     ///
     /// # Errors
     ///
-    /// [`Error::Profile`] (EINVAL) of one that is not made with [`Profile::Iotlb`].
+    /// [`Error::Profile`] (EINVAL) of one that is not made with [`Profile::Iotlb`]; [`Error::Policy`] (EINVAL) of one in which what
+    /// is still used at the deadline comes back ([`UnmapPolicy::Restore`]): what was invalidated would be accessible again.
     pub fn with_space(space: IoAddressSpace, sink: Arc<dyn MissSink>) -> Result<Self> {
-        match space.profile() {
-            Profile::Iotlb => Ok(VhostIotlb::of(space, sink)),
-            other => Err(Error::Profile(other)),
+        match (space.profile(), space.unmap_policy()) {
+            (Profile::Iotlb, UnmapPolicy::Revoked) => Ok(VhostIotlb::of(space, sink)),
+            (Profile::Iotlb, other) => Err(Error::Policy(other)),
+            (other, _) => Err(Error::Profile(other)),
         }
     }
 
@@ -172,6 +174,26 @@ impl VhostIotlb {
         }
     }
 
+    /// Takes a message as it comes from a socket: what [`message::decode`] says of it, and then [`apply`](VhostIotlb::apply).
+    ///
+    /// Bytes that are no message spoil an open batch as a message does that is wrong: one of its changes is not known,
+    /// and what the others come to without it is nobody's wish.
+    ///
+    /// # Errors
+    ///
+    /// Those of both.
+    pub fn apply_bytes(&self, bytes: &[u8]) -> Result<()> {
+        match message::decode(bytes) {
+            Ok(message) => self.apply(&message),
+            Err(error) => {
+                if let Some(batch) = &mut lock(&self.messages).batch {
+                    batch.spoil();
+                }
+                Err(error)
+            }
+        }
+    }
+
     /// The front end is gone: who waits for an answer fails with [`Error::Disconnected`], an open batch is forgotten,
     /// and the IOTLB and the memory table are empty. Another front end may come.
     ///
@@ -218,8 +240,11 @@ impl VhostIotlb {
         let last = last(iova, len as u64)?;
         let mut patience = Patience::until(deadline);
         let mut next = iova;
+        // So many pages may be more than all addresses.
+        let size = self.page.checked_mul(PAGES_AT_ONCE);
+        let inside = size.map_or(u64::MAX, |size| size - 1);
         loop {
-            let window = (next | (self.page * PAGES_AT_ONCE - 1)).min(last);
+            let window = (next | inside).min(last);
             match self.missing(next, (window - next) as usize + 1, access)? {
                 Some(missing) => {
                     self.miss(missing, access, &mut patience)?;
@@ -362,17 +387,15 @@ impl VhostIotlb {
             }
             _ => None,
         };
-        let answered: Vec<_> = changes.iter().filter_map(range).collect();
-        // Each may leave two mappings more than there were.
-        let most = self.space.mappings().saturating_add(2 * changes.len());
-        let kept = (most > self.space.entry_limit()).then(|| changes.clone());
-        let mut outcome = self.space.change(changes);
-        if let (Err(SpaceError::EntryLimit { .. }), Some(changes)) = (&outcome, kept) {
-            outcome = self.make_room().and_then(|()| self.space.change(changes));
+        let mut outcome = self.space.change(changes.iter().cloned());
+        if let Err(SpaceError::EntryLimit { .. } | SpaceError::TableLimit { .. }) = outcome {
+            outcome = self
+                .make_room()
+                .and_then(|()| self.space.change(changes.iter().cloned()));
         }
         let is_done = matches!(outcome, Ok(()) | Err(SpaceError::Deadline { .. }));
         if is_done {
-            for (first, last) in answered {
+            for (first, last) in changes.iter().filter_map(range) {
                 self.misses.answer(first, last);
             }
         }
@@ -381,7 +404,7 @@ impl VhostIotlb {
 
     /// Empties the IOTLB.
     fn make_room(&self) -> iommu_type1::Result<()> {
-        log::debug!("an IOTLB of {} entries is full", self.space.entry_limit());
+        log::debug!("an IOTLB of {} entries is full", self.space.mappings());
         match self.space.change([Change::UnmapAll]) {
             // Who invalidates what is still used waits for it.
             Err(SpaceError::Deadline { .. }) => Ok(()),

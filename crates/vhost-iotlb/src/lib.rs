@@ -14,7 +14,7 @@
 //!
 //! - [`MemTable`] is what the front end says of its memory (`SET_MEM_TABLE`): the addresses in a message are those of
 //!   the *front end*, and the table turns them into memory of this process.
-//! - [`VhostIotlb::apply`] takes one message. An update replaces what it overlaps, an invalidation splits, and what
+//! - [`VhostIotlb::apply`] takes one message, [`apply_bytes`](VhostIotlb::apply_bytes) as it comes from a socket. An update replaces what it overlaps, an invalidation splits, and what
 //!   stands between the beginning and the end of a batch comes at once or not at all. An invalidation that succeeds
 //!   means that nobody uses the memory any more: it waits for requests that do, up to the deadline of the space.
 //! - Devices use the [space](VhostIotlb::space): its handles, its guards for virtio queues. An access that finds
@@ -79,7 +79,8 @@
 //!   the rings before looking at them.
 //! - Pages are those of the host. An invalidation of a part of a page takes the page; an update of a part is refused.
 //! - An IOTLB that has no room for more is emptied: it is a cache, and what is needed is missed again.
-//! - Who can shrink a file behind the memory table can kill this process (SIGBUS).
+//! - Who can shrink a file behind the memory table can kill this process (SIGBUS). With the feature `sigbus` of iommu-type1
+//!   a region can be made of memory for which that is an error of the access instead: [`MemRegion::new`] with `Backing::guarded`.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("vhost-iotlb is built for Linux only");

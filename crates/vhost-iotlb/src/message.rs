@@ -17,6 +17,7 @@ pub const USED: usize = 26;
 ///
 /// Nothing is taken for granted but the length: an access or type that is not known is an error here, and cannot be
 /// in a [`VhostIotlbMsg`]. Addresses and sizes are looked at by whoever applies the message.
+/// [`VhostIotlb::apply_bytes`](crate::VhostIotlb::apply_bytes) does both, and knows what is no message inside of a batch.
 ///
 /// ```
 /// use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};

@@ -167,7 +167,9 @@ impl Misses {
         }
         if ticket.must_report {
             if let Err(error) = report(&miss) {
-                self.end(Outcome::NotReported(error.kind()), |other| *other == miss);
+                // It may have been answered meanwhile, and be missed again.
+                let own = ticket.note;
+                self.end(Outcome::NotReported(error.kind()), |_, note| note == own);
             }
             ticket.must_report = false;
         }
@@ -196,17 +198,17 @@ impl Misses {
 
     /// Something has come to `first..=last`.
     pub(crate) fn answer(&self, first: u64, last: u64) {
-        self.end(Outcome::Answered, |miss| miss.meets(first, last));
+        self.end(Outcome::Answered, |miss, _| miss.meets(first, last));
     }
 
     /// The front end refuses whatever is missing in `first..=last`.
     pub(crate) fn refuse(&self, first: u64, last: u64) {
-        self.end(Outcome::Refused, |miss| miss.meets(first, last));
+        self.end(Outcome::Refused, |miss, _| miss.meets(first, last));
     }
 
     /// Nobody answers any more.
     pub(crate) fn disconnect(&self) {
-        self.end(Outcome::Disconnected, |_| true);
+        self.end(Outcome::Disconnected, |_, _| true);
     }
 
     fn note(&self, miss: Miss) -> Result<Ticket<'_>> {
@@ -237,7 +239,7 @@ impl Misses {
         })
     }
 
-    fn end(&self, outcome: Outcome, is_meant: impl Fn(&Miss) -> bool) {
+    fn end(&self, outcome: Outcome, is_meant: impl Fn(&Miss, u64) -> bool) {
         let mut state = lock(&self.state);
         if state.end(outcome, is_meant) {
             self.ended.notify_all();
@@ -247,11 +249,11 @@ impl Misses {
 
 impl State {
     /// Ends the notes that are meant; whether there are any.
-    fn end(&mut self, outcome: Outcome, is_meant: impl Fn(&Miss) -> bool) -> bool {
+    fn end(&mut self, outcome: Outcome, is_meant: impl Fn(&Miss, u64) -> bool) -> bool {
         let (open, notes) = (&mut self.open, &mut self.notes);
         let before = open.len();
         open.retain(|miss, note| {
-            if !is_meant(miss) {
+            if !is_meant(miss, *note) {
                 return true;
             }
             if let Some(note) = notes.get_mut(note) {
@@ -295,7 +297,7 @@ impl Drop for Ticket<'_> {
             state.open.remove(&self.miss);
         } else if is_open && self.must_report {
             // Nobody else would report it.
-            state.end(Outcome::Answered, |miss| *miss == self.miss);
+            state.end(Outcome::Answered, |_, note| note == self.note);
             self.misses.ended.notify_all();
         }
     }

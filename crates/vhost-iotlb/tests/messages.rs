@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{byte, msg, p, table, update, Nobody, LOW, PAGES};
-use iommu_type1::{IoAddressSpace, Profile};
+use iommu_type1::{IoAddressSpace, Profile, UnmapPolicy};
 use vhost::VhostIotlbType::{AccessFail, BatchBegin, BatchEnd, Empty, Invalidate, Miss};
 use vhost::{VhostAccess, VhostIotlbMsg};
-use vhost_iotlb::{Error, MemRegion, MemTable, VhostIotlb, BATCH_LIMIT};
+use vhost_iotlb::{message, Error, MemRegion, MemTable, VhostIotlb, BATCH_LIMIT};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
     Bytes, GuestAddress, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice,
@@ -222,6 +222,31 @@ fn a_batch_takes_effect_at_its_end() {
 }
 
 #[test]
+fn bytes_that_are_no_message_spoil_a_batch() {
+    let iotlb = iotlb();
+    let map = message::encode(&update(0, 1, LOW));
+    let mut unknown = map;
+    unknown[25] = 77;
+    for wrong in [&unknown[..], &map[..20], &[]] {
+        iotlb.apply_bytes(wrong).unwrap_err();
+        let begin = message::encode(&msg(BatchBegin, 0, 0));
+        iotlb.apply_bytes(&begin).unwrap();
+        iotlb.apply_bytes(&map).unwrap();
+        let error = iotlb.apply_bytes(wrong).unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL);
+        let end = message::encode(&msg(BatchEnd, 0, 0));
+        let error = iotlb.apply_bytes(&end).unwrap_err();
+        assert!(
+            matches!(error, Error::BatchSpoiled { refused: 1 }),
+            "{error}"
+        );
+        assert_eq!(byte(&iotlb, 0), None);
+    }
+    iotlb.apply_bytes(&map).unwrap();
+    assert_eq!(byte(&iotlb, 0), Some(1));
+}
+
+#[test]
 fn a_batch_has_a_limit() {
     let iotlb = iotlb();
     iotlb.apply(&msg(BatchBegin, 0, 0)).unwrap();
@@ -262,6 +287,20 @@ fn a_request_in_flight_is_waited_for_and_named() {
 fn other_profiles_are_refused() {
     let made = VhostIotlb::with_space(IoAddressSpace::new(), Arc::new(Nobody));
     assert!(matches!(made, Err(Error::Profile(Profile::Type1v2))));
+}
+
+#[test]
+fn a_space_that_maps_again_what_was_invalidated_is_refused() {
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .unmap_policy(UnmapPolicy::Restore)
+        .build();
+    let error = VhostIotlb::with_space(space, Arc::new(Nobody)).unwrap_err();
+    assert!(
+        matches!(error, Error::Policy(UnmapPolicy::Restore)),
+        "{error}"
+    );
+    assert_eq!(error.errno(), libc::EINVAL);
 }
 
 #[test]
@@ -323,6 +362,43 @@ fn an_iotlb_that_is_full_is_emptied() {
     }
     let error = iotlb.apply(&msg(BatchEnd, 0, 0)).unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC);
+}
+
+#[test]
+fn an_iotlb_whose_table_is_full_is_emptied() {
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .table_limit(256 << 10)
+        .build();
+    let iotlb = VhostIotlb::with_space(space, Arc::new(Nobody)).unwrap();
+    iotlb.set_mem_table(table()).unwrap();
+    // Two pages that only a node of their own tells apart, and many such.
+    for pair in 0..64 {
+        for page in [512 * pair, 512 * pair + 1] {
+            iotlb.apply(&update(page, 1, LOW)).unwrap();
+            assert_eq!(byte(&iotlb, page), Some(1));
+        }
+    }
+    assert!(iotlb.space().mappings() < 128);
+}
+
+#[test]
+fn pages_of_which_few_are_all_addresses_can_be_missed() {
+    for bit in [55, 63] {
+        let space = IoAddressSpace::builder()
+            .profile(Profile::Iotlb)
+            .page_sizes(1 << bit)
+            .build();
+        let iotlb = VhostIotlb::with_space(space, Arc::new(Nobody)).unwrap();
+        let iotlb = iotlb.miss_deadline(Duration::ZERO);
+        let error = iotlb
+            .resolve(u64::MAX - 8, 8, Permissions::Read)
+            .unwrap_err();
+        let Error::MissDeadline { iova, size, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!((iova, size), (0_u64.wrapping_sub(1 << bit), 1 << bit));
+    }
 }
 
 #[test]

@@ -193,6 +193,43 @@ fn answers_at_once_that_never_help_end_at_the_deadline() {
     assert_eq!(sink.1.load(Ordering::Relaxed), 2);
 }
 
+/// The report of a miss fails when that was answered long ago, and somebody else waits for the same page anew.
+#[test]
+fn a_late_failure_of_a_report_is_not_that_of_a_newer_miss() {
+    type Waiting = thread::JoinHandle<vhost_iotlb::Result<()>>;
+    struct FailsLate(OnceLock<VhostIotlb>, Sender<Waiting>, AtomicUsize);
+    impl MissSink for FailsLate {
+        fn miss(&self, miss: &VhostIotlbMsg) -> io::Result<()> {
+            if self.2.fetch_add(1, Ordering::Relaxed) > 0 {
+                return Ok(());
+            }
+            let iotlb = self.0.get().unwrap();
+            answer(iotlb, miss);
+            iotlb.apply(&msg(Invalidate, miss.iova, miss.size)).unwrap();
+            let newer = iotlb.clone();
+            let newer = thread::spawn(move || newer.resolve(p(3), 1, Read));
+            self.1.send(newer).unwrap();
+            while iotlb.open_misses() == 0 {
+                thread::yield_now();
+            }
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+    }
+    let (sender, newer) = channel();
+    let sink = Arc::new(FailsLate(OnceLock::new(), sender, AtomicUsize::new(0)));
+    let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
+    let iotlb = VhostIotlb::with_space(space, sink.clone()).unwrap();
+    let iotlb = iotlb.miss_deadline(LONG);
+    assert!(sink.0.set(iotlb.clone()).is_ok());
+    iotlb.set_mem_table(table()).unwrap();
+    // Its own miss was answered, and there is no time for another.
+    let first = iotlb.clone().miss_deadline(Duration::ZERO);
+    let error = first.resolve(p(3), 1, Read).unwrap_err();
+    assert!(matches!(error, Error::MissDeadline { .. }), "{error}");
+    iotlb.apply(&update(3, 1, LOW)).unwrap();
+    newer.recv().unwrap().join().unwrap().unwrap();
+}
+
 #[test]
 fn there_are_only_so_many_and_the_deadline_ends_them() {
     let (iotlb, misses) = iotlb();

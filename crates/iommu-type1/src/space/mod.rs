@@ -24,7 +24,7 @@ use crate::range::IovaRange;
 use crate::stats::Counters;
 use crate::table::Table;
 use crate::writer::Writer;
-use crate::{Backing, PermissionPolicy, Profile, ReaderBarrier, UnmapOptions};
+use crate::{Backing, PermissionPolicy, Profile, ReaderBarrier, UnmapOptions, UnmapPolicy};
 
 pub use builder::{
     IoAddressSpaceBuilder, DIRTY_LIMIT, DMA_ENTRY_LIMIT, TABLE_LIMIT, UNMAP_DEADLINE,
@@ -139,6 +139,11 @@ impl IoAddressSpace {
     /// How many mappings there may be.
     pub fn entry_limit(&self) -> usize {
         self.view.space.entry_limit
+    }
+
+    /// What becomes of mappings that are still used at the deadline of an unmap that does not say so itself.
+    pub fn unmap_policy(&self) -> UnmapPolicy {
+        self.view.space.unmap.policy
     }
 
     /// Whose rules it follows.

@@ -35,7 +35,7 @@ pub enum UnmapPolicy {
 #[must_use]
 pub struct UnmapOptions {
     pub(super) deadline: Duration,
-    pub(super) policy: UnmapPolicy,
+    pub(crate) policy: UnmapPolicy,
 }
 
 impl UnmapOptions {
