@@ -69,9 +69,7 @@ fuzz_target!(|ops: Vec<Op>| {
     for op in ops.into_iter().take(64) {
         match op {
             Op::Bytes(bytes) => {
-                if let Ok(message) = message::decode(&bytes) {
-                    let _ = iotlb.apply(&message);
-                }
+                let _ = iotlb.apply_bytes(&bytes);
             }
             Op::Message { kind, perm, page, pages, at, off } => {
                 let mut bytes = [0; message::SIZE];

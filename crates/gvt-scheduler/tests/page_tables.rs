@@ -461,6 +461,22 @@ fn a_failed_entry_is_an_error_of_the_roots_that_reach_it_only() {
     assert_eq!(tables.guest.vgpu.shadowed_tables(), 3);
 }
 
+/// Found by fuzzing: the entry is read while a workload is created that does not reach it.
+#[test]
+fn a_table_beyond_memory_is_an_error_of_the_roots_that_reach_it_only() {
+    let mut tables = four_tables();
+    let (bad, good) = (four_level(0x200), four_level(0x210));
+    tables.submit(bad).unwrap();
+    tables.submit(good).unwrap();
+    tables.reads();
+    tables.write(0x202, 1, to(0xfff_ffff));
+    tables.submit(good).unwrap();
+    assert_eq!(tables.reads(), [0x20_2008, 0xff_ffff_f000]);
+    assert_eq!(tables.submit(bad).unwrap_err().errno(), libc::EFAULT);
+    tables.write(0x202, 1, 0);
+    tables.submit(bad).unwrap();
+}
+
 #[test]
 fn a_failure_goes_with_its_table() {
     let mut tables = four_tables();
