@@ -1,20 +1,23 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the client has mapped for the device, and the one face through which the device reads and writes it.
+//! What the client has mapped for the device.
 //!
 //! Memory that came with a file descriptor is in an [`IoAddressSpace`], and an access to it is one of that
 //! space and nothing else. Ranges without one are kept here only: the space does not know them, so an access
 //! finds them where the space has nothing.
+
+mod access;
+mod builder;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use iommu_type1::{page_size, DmaHandle, IoAddressSpace, UnmapOptions, DMA_ENTRY_LIMIT};
+use iommu_type1::{page_size, IoAddressSpace, UnmapOptions};
 use vfio_bindings::bindings::vfio::{
     VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL,
     VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
@@ -22,15 +25,11 @@ use vfio_bindings::bindings::vfio::{
 use vm_memory::Permissions;
 
 use crate::file_memory::{Checks, FileMemory, Files};
-use crate::message_dma::{Ask, MessageDma};
-use crate::{AccessError, Error, Result};
+use crate::message_dma::MessageDma;
+use crate::{Error, Result};
 
-/// How long an unmap waits for those who touch the range unless told otherwise: QEMU takes the server for dead
-/// after 5 s.
-pub const UNMAP_DEADLINE: Duration = Duration::from_secs(3);
-
-/// How long an access to memory without a file waits for the client unless told otherwise.
-pub const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
+pub use access::TableHandle;
+pub use builder::{DmaTableBuilder, MESSAGE_DEADLINE, UNMAP_DEADLINE};
 
 /// The DMA table of a vfio-user device. A cheap reference: clones are the same table.
 ///
@@ -83,90 +82,6 @@ enum Memory {
     Client(Permissions),
 }
 
-/// Limits and rules of a [`DmaTable`].
-///
-/// ```
-/// use std::time::Duration;
-/// use vfio_user_dma::DmaTable;
-///
-/// let table = DmaTable::builder().entry_limit(1).unmap_deadline(Duration::from_secs(1)).build()?;
-/// table.map(3, 0, 0, 0x1000, None)?;
-/// assert_eq!(table.map(3, 0, 0x1000, 0x1000, None).unwrap_err().errno(), libc::ENOSPC);
-/// # Ok::<(), vfio_user_dma::Error>(())
-/// ```
-#[derive(Clone, Debug)]
-pub struct DmaTableBuilder {
-    entry_limit: usize,
-    unmap_deadline: Duration,
-    message_deadline: Duration,
-    strict_unmap: bool,
-    require_seals: bool,
-    guard_files: bool,
-}
-
-impl DmaTableBuilder {
-    /// Most mappings, [`DMA_ENTRY_LIMIT`] unless told otherwise.
-    pub fn entry_limit(mut self, limit: usize) -> Self {
-        self.entry_limit = limit;
-        self
-    }
-
-    /// How long an unmap waits for those who touch the range, [`UNMAP_DEADLINE`] unless told otherwise.
-    pub fn unmap_deadline(mut self, deadline: Duration) -> Self {
-        self.unmap_deadline = deadline;
-        self
-    }
-
-    /// How long an access to memory without a file waits for the client, [`MESSAGE_DEADLINE`] unless told
-    /// otherwise.
-    pub fn message_deadline(mut self, deadline: Duration) -> Self {
-        self.message_deadline = deadline;
-        self
-    }
-
-    /// Whether an unmap must be of exactly one mapping, as the text of the protocol has it. Otherwise the rule
-    /// of type1 v2 holds: everything that is wholly inside goes, and nothing may be cut.
-    pub fn strict_unmap(mut self, strict: bool) -> Self {
-        self.strict_unmap = strict;
-        self
-    }
-
-    /// Whether files must be sealed against shrinking (`F_SEAL_SHRINK`, as QEMU seals its memfds). A client that
-    /// shrinks a file that is not kills this process with SIGBUS at the next access, unless files are guarded (feature
-    /// `sigbus`).
-    pub fn require_seals(mut self, require: bool) -> Self {
-        self.require_seals = require;
-        self
-    }
-
-    /// Whether an access ends with an error (EFAULT) where a client has shrunk a file that is not sealed, and not
-    /// this process. It installs a handler of SIGBUS; see [`Backing::guarded`](iommu_type1::Backing::guarded).
-    #[cfg(feature = "sigbus")]
-    pub fn guard_files(mut self, guard: bool) -> Self {
-        self.guard_files = guard;
-        self
-    }
-
-    /// Makes the table.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`]: no eventfd could be made.
-    pub fn build(self) -> Result<DmaTable> {
-        Ok(DmaTable(Arc::new(Inner {
-            space: IoAddressSpace::builder()
-                .entry_limit(self.entry_limit)
-                .unmap_deadline(self.unmap_deadline)
-                .build(),
-            turn: Mutex::default(),
-            entries: Mutex::default(),
-            messages: MessageDma::new(self.message_deadline)?,
-            client: AtomicI32::new(0),
-            config: self,
-        })))
-    }
-}
-
 impl DmaTable {
     /// An empty table with the usual limits.
     ///
@@ -179,14 +94,7 @@ impl DmaTable {
 
     /// A table with other limits.
     pub fn builder() -> DmaTableBuilder {
-        DmaTableBuilder {
-            entry_limit: DMA_ENTRY_LIMIT,
-            unmap_deadline: UNMAP_DEADLINE,
-            message_deadline: MESSAGE_DEADLINE,
-            strict_unmap: false,
-            require_seals: false,
-            guard_files: false,
-        }
+        DmaTableBuilder::new()
     }
 
     /// Where the memory is that came with files: for slices, queues and pins. Map and unmap through the table
@@ -382,67 +290,6 @@ impl DmaTable {
         }
     }
 
-    /// Reads bytes that are mapped in any way.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Access`] says how far it came and why it stopped.
-    pub fn read(&self, iova: u64, buf: &mut [u8]) -> Result<()> {
-        self.read_by(iova, buf, |iova, buf| self.0.space.read(iova, buf))
-    }
-
-    /// Writes bytes that are mapped in any way.
-    ///
-    /// # Errors
-    ///
-    /// As [`read`](DmaTable::read).
-    pub fn write(&self, iova: u64, buf: &[u8]) -> Result<()> {
-        self.write_by(iova, buf, |iova, buf| self.0.space.write(iova, buf))
-    }
-
-    /// A handle for one thread of the device: as fast as one of the address space where memory came with a file.
-    pub fn handle(&self) -> TableHandle {
-        TableHandle {
-            table: self.clone(),
-            space: self.0.space.handle(),
-        }
-    }
-
-    fn read_by(
-        &self,
-        iova: u64,
-        buf: &mut [u8],
-        read: impl Fn(u64, &mut [u8]) -> iommu_type1::Result<()>,
-    ) -> Result<()> {
-        let mut progress = Progress::at(iova);
-        while let Err(error) = read(progress.iova(), &mut buf[progress.done..]) {
-            progress.stopped(error)?;
-            let rest = &mut buf[progress.done..];
-            let ask = || Ask::Read(rest.len());
-            let (answer, len) = progress.ask(self, Permissions::Read, ask)?;
-            rest[..len].copy_from_slice(&answer);
-            progress.done += len;
-        }
-        Ok(())
-    }
-
-    fn write_by(
-        &self,
-        iova: u64,
-        buf: &[u8],
-        write: impl Fn(u64, &[u8]) -> iommu_type1::Result<()>,
-    ) -> Result<()> {
-        let mut progress = Progress::at(iova);
-        while let Err(error) = write(progress.iova(), &buf[progress.done..]) {
-            progress.stopped(error)?;
-            let rest = &buf[progress.done..];
-            let ask = || Ask::Write(rest);
-            let (_, len) = progress.ask(self, Permissions::ReadWrite, ask)?;
-            progress.done += len;
-        }
-        Ok(())
-    }
-
     /// Ends every access that waits for the client (ECANCELED), as for a reset that cannot wait: the thread that
     /// serves the socket is the one that brings the answers. Accesses that begin later are not concerned.
     pub fn cancel_messages(&self) {
@@ -474,128 +321,6 @@ impl DmaTable {
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
         lock(&self.0.entries)
-    }
-}
-
-/// How far an access has come.
-struct Progress {
-    start: u64,
-    done: usize,
-    /// Why the space had nothing more, for where the table has nothing either.
-    stopped: Option<iommu_type1::Error>,
-    deadline: Option<Instant>,
-}
-
-impl Progress {
-    fn at(start: u64) -> Self {
-        Progress {
-            start,
-            done: 0,
-            stopped: None,
-            deadline: None,
-        }
-    }
-
-    /// Past the last byte of the 64-bit space only when nothing is left to do.
-    fn iova(&self) -> u64 {
-        self.start.wrapping_add(self.done as u64)
-    }
-
-    fn error(&self, cause: AccessError) -> Error {
-        Error::Access {
-            iova: self.iova(),
-            completed: self.done,
-            cause,
-        }
-    }
-
-    /// The space came so far. It may go on where it has nothing.
-    fn stopped(&mut self, error: iommu_type1::Error) -> Result<()> {
-        self.done += error.completed();
-        match error {
-            iommu_type1::Error::NotMapped { .. } => {
-                self.stopped = Some(error);
-                Ok(())
-            }
-            error => Err(self.error(error.into())),
-        }
-    }
-
-    /// Asks the client for the rest, or as much of it as one message may have.
-    fn ask<'a>(
-        &mut self,
-        table: &DmaTable,
-        need: Permissions,
-        ask: impl Fn() -> Ask<'a>,
-    ) -> Result<(Vec<u8>, usize)> {
-        let messages = table.messages();
-        let deadline = *self.deadline.get_or_insert_with(|| messages.deadline());
-        let iova = self.iova();
-        loop {
-            let asked = {
-                let entries = table.entries();
-                match entries.client_range(iova) {
-                    // It may have been mapped since the space was asked; then that access came first.
-                    None => match self.stopped.take() {
-                        Some(error) => Err(error.into()),
-                        None => Err(AccessError::Unmapped),
-                    },
-                    Some((_, prot)) if prot & need != need => Err(AccessError::Permission),
-                    Some((last, _)) => messages.ask(iova, ask().up_to(last - iova)),
-                }
-            };
-            let answer =
-                asked.and_then(|(ticket, len)| Ok((messages.wait(ticket, deadline)?, len)));
-            match answer {
-                // The question was only how to ask.
-                Ok((_, 0)) => {}
-                Ok(answer) => return Ok(answer),
-                Err(cause) => return Err(self.error(cause)),
-            }
-        }
-    }
-}
-
-/// Reads and writes of one thread of the device through a [`DmaTable`].
-///
-/// ```
-/// use vfio_user_dma::DmaTable;
-///
-/// let table = DmaTable::new()?;
-/// let dma = table.handle();
-/// assert_eq!(dma.write(0x1000, &[1, 2, 3]).unwrap_err().errno(), libc::EINVAL);
-/// # Ok::<(), vfio_user_dma::Error>(())
-/// ```
-#[derive(Debug)]
-pub struct TableHandle {
-    table: DmaTable,
-    space: DmaHandle,
-}
-
-impl TableHandle {
-    /// As [`DmaTable::read`].
-    ///
-    /// # Errors
-    ///
-    /// As [`DmaTable::read`].
-    pub fn read(&self, iova: u64, buf: &mut [u8]) -> Result<()> {
-        let read = |iova, buf: &mut [u8]| self.space.read(iova, buf);
-        self.table.read_by(iova, buf, read)
-    }
-
-    /// As [`DmaTable::write`].
-    ///
-    /// # Errors
-    ///
-    /// As [`DmaTable::read`].
-    pub fn write(&self, iova: u64, buf: &[u8]) -> Result<()> {
-        let write = |iova, buf: &[u8]| self.space.write(iova, buf);
-        self.table.write_by(iova, buf, write)
-    }
-
-    /// The handle of the address space: memory that came with files, and nothing else.
-    pub fn space(&self) -> &DmaHandle {
-        &self.space
     }
 }
 
