@@ -3,6 +3,8 @@
 
 //! The replay example as a program: exit statuses, what goes to stdout and stderr, JSON.
 
+mod example;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -12,25 +14,9 @@ use serde_json::Value;
 
 const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/crates/gvt-replay/data");
 
-/// The example lies beside the tests: `deps/` of the tests and `examples/` are neighbours. With
-/// `cargo test --test` it is not built, so it is then built here.
 fn example() -> &'static Path {
     static EXAMPLE: OnceLock<PathBuf> = OnceLock::new();
-    EXAMPLE.get_or_init(|| {
-        let test = std::env::current_exe().unwrap();
-        let profile = test.parent().and_then(Path::parent).unwrap();
-        let example = profile.join("examples/replay");
-        if !example.exists() {
-            let mut build = Command::new(env!("CARGO"));
-            build.args(["build", "--example", "replay", "--target-dir"]);
-            build.arg(profile.parent().unwrap());
-            if !cfg!(debug_assertions) {
-                build.arg("--release");
-            }
-            assert!(build.status().unwrap().success());
-        }
-        example
-    })
+    EXAMPLE.get_or_init(|| example::example("replay"))
 }
 
 fn replay(args: &[&str]) -> Output {

@@ -5,6 +5,8 @@
 
 #[path = "../../crates/vfio-user-dma/tests/common/mod.rs"]
 mod common;
+#[path = "../example/mod.rs"]
+mod example;
 mod guest;
 mod server;
 

@@ -13,25 +13,11 @@ use std::sync::OnceLock;
 use vfio_user_dma::Capabilities;
 
 use crate::common::Client;
+use crate::example;
 
-/// The example lies beside the tests; with `cargo test --test` it is not built, so it is then built here.
 fn example() -> &'static Path {
     static EXAMPLE: OnceLock<PathBuf> = OnceLock::new();
-    EXAMPLE.get_or_init(|| {
-        let test = std::env::current_exe().unwrap();
-        let profile = test.parent().and_then(Path::parent).unwrap();
-        let example = profile.join("examples/vgpu-server");
-        if !example.exists() {
-            let mut build = Command::new(env!("CARGO"));
-            build.args(["build", "--example", "vgpu-server", "--target-dir"]);
-            build.arg(profile.parent().unwrap());
-            if !cfg!(debug_assertions) {
-                build.arg("--release");
-            }
-            assert!(build.status().unwrap().success());
-        }
-        example
-    })
+    EXAMPLE.get_or_init(|| example::example("vgpu-server"))
 }
 
 /// A server that runs.
