@@ -199,8 +199,20 @@ impl VgpuDevice {
         Ok(())
     }
 
+    /// Posts to each engine, however far others are behind.
+    ///
+    /// # Errors
+    ///
+    /// EBUSY: some are too far behind, as the log says.
     fn post_to_all(&self, post: Post) -> io::Result<()> {
-        self.engines.iter().try_for_each(|engine| engine.post(post))
+        let engines = self.engines.iter().zip(EngineId::ALL);
+        let behind = engines.filter(|(engine, _)| engine.post(post).is_err());
+        let behind: Vec<_> = behind.map(|(_, id)| id).collect();
+        if behind.is_empty() {
+            return Ok(());
+        }
+        log::warn!("{behind:?} are too far behind for {post:x?}");
+        Err(io::Error::from_raw_os_error(libc::EBUSY))
     }
 
     fn stored_pair(&self, offset: u32) -> u64 {

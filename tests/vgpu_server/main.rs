@@ -308,6 +308,37 @@ fn a_reset_ends_what_runs_and_forgets_everything() {
     guest.assert_written_back(lrca, &expected);
 }
 
+/// The first of them waits for its client, and has not taken what was written for too long.
+#[test]
+fn what_is_for_all_engines_reaches_those_that_are_not_behind() {
+    let server = Server::start(&[]);
+    let mut guest = Guest::without_memory(&server);
+    guest.map(0, DATA, true);
+    guest.map(DATA, 4, false);
+    guest.use_eventfd(MSI);
+    let (engine, lrca) = (EngineId::Bcs, 60);
+    let context = guest.make_context(engine, lrca, 2);
+    guest.enable_interrupts(engine);
+    let state = GGTT + 8 * (lrca + 1);
+    assert_eq!(guest.region_write(BAR0, state, &[0; 8]), 0);
+
+    let waits = guest.make_batch(EngineId::Rcs, 10, 0x1111);
+    guest.submit(EngineId::Rcs, waits);
+    while !guest.poll(20_000)[0] {}
+    let question = guest.client.receive();
+    let registers = u64::from(EngineId::Rcs.mmio_base() + 0x800);
+    let mut errnos = (0..300).map(|_| guest.region_write(BAR0, registers, &[0; 1024]));
+    assert!(errnos.any(|errno| errno == libc::EBUSY));
+
+    let entry = BASE + (lrca + 1) * PAGE + 1;
+    let errno = guest.region_write(BAR0, state, &entry.to_le_bytes());
+    assert_eq!(errno, libc::EBUSY);
+    guest.submit(engine, context);
+    assert_eq!(guest.interrupts(), 1);
+    guest.assert_told(engine, lrca);
+    guest.answer(&question);
+}
+
 #[test]
 fn a_killed_server_is_followed_by_another_and_a_client_by_the_next() {
     let mut server = Server::start(&[]);
