@@ -14,8 +14,12 @@ use iommu_type1::{
     UnmapOptions, UnmapPolicy,
 };
 use proptest::prelude::*;
+use vm_memory::bitmap::BitmapSlice;
 use vm_memory::Permissions::{self, Read, ReadWrite, Write};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory};
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemory, ReadVolatile, VolatileMemoryError,
+    VolatileSlice,
+};
 
 /// Pages that the properties are about.
 const PAGES: u64 = 12;
@@ -341,7 +345,7 @@ fn what_was_changed_meanwhile_is_not_put_back() {
             .policy(UnmapPolicy::Restore);
         other.change_with([unmap(0, 2)], patient)
     });
-    while byte(&space, 0).is_ok() {
+    while byte(&space, 0).is_ok() && !changer.is_finished() {
         thread::yield_now();
     }
     space.change([map(1, 1, 9)]).unwrap();
@@ -351,6 +355,67 @@ fn what_was_changed_meanwhile_is_not_put_back() {
         (Err(libc::EAGAIN), Ok(9))
     );
     drop(list);
+    space.change([Change::UnmapAll]).unwrap();
+    assert_eq!(space.mappings(), 0);
+}
+
+/// A reader that changes the space in the middle of the access that called it.
+struct Inside(IoAddressSpace);
+
+impl ReadVolatile for Inside {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buf: &mut VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let space = &self.0;
+        // Whoever uses what goes would be waited for, this access too.
+        for change in [map(0, 1, 1), unmap(2, 1), Change::UnmapAll] {
+            let error = space.change([change]).unwrap_err();
+            assert!(matches!(error, Error::InsideAccess { .. }), "{error}");
+        }
+        space.change([map(8, 1, 8), unmap(9, 1)]).unwrap();
+        Ok(buf.len())
+    }
+}
+
+#[test]
+fn changes_from_inside_an_access_are_refused_where_they_would_wait() {
+    let space = iotlb();
+    space.change([map(0, 1, 0), map(2, 1, 0)]).unwrap();
+    let mut inside = Inside(space.clone());
+    let handle = space.handle();
+    handle
+        .read_volatile_from(GuestAddress(0), &mut inside, 8)
+        .unwrap();
+    assert_eq!(space.mappings(), 3);
+}
+
+/// As [`Inside`], where all there is was revoked in vain.
+struct InsideOfRevoked(IoAddressSpace);
+
+impl ReadVolatile for InsideOfRevoked {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buf: &mut VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let space = self.0.clone();
+        let unmap = thread::spawn(move || space.unmap_with(0, p(1), at_once()));
+        assert_eq!(unmap.join().unwrap().unwrap_err().errno(), libc::EDEADLK);
+        let error = self.0.change([Change::UnmapAll]).unwrap_err();
+        assert!(matches!(error, Error::InsideAccess { .. }), "{error}");
+        Ok(buf.len())
+    }
+}
+
+#[test]
+fn what_was_revoked_in_vain_is_not_waited_for_from_inside_an_access() {
+    let space = iotlb();
+    space.change([map(0, 1, 0)]).unwrap();
+    let mut inside = InsideOfRevoked(space.clone());
+    let handle = space.handle();
+    handle
+        .read_volatile_from(GuestAddress(0), &mut inside, 8)
+        .unwrap();
     space.change([Change::UnmapAll]).unwrap();
     assert_eq!(space.mappings(), 0);
 }

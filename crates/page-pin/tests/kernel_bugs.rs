@@ -335,7 +335,8 @@ fn a_notice_that_pins_what_is_going_is_refused() {
     // Two of them at a time: each has to go.
     let [one, two] = prevented;
     drop(one);
-    assert_eq!(access.pin(PAGE, 1).unwrap_err().errno(), libc::EBUSY);
+    let refused = access.pin(PAGE, 1).unwrap_err();
+    assert_eq!(refused, Error::Prevented { iova: PAGE });
     drop(two);
     drop(access.pin(PAGE, 1).unwrap());
 }

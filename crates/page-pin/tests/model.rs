@@ -162,8 +162,13 @@ impl Model {
     }
 }
 
+/// The pages of a guard, which says the same of them one by one.
 fn pages_of(guard: &PinGuard) -> Vec<u64> {
-    guard.iovas().map(|iova| iova / PAGE).collect()
+    let iovas: Vec<u64> = guard.iovas().collect();
+    assert_eq!((guard.iova(), guard.npages()), (iovas[0], iovas.len()));
+    let one_by_one = (0..=iovas.len()).map_while(|index| guard.iova_of(index));
+    assert!(one_by_one.eq(iovas.iter().copied()));
+    iovas.iter().map(|iova| iova / PAGE).collect()
 }
 
 fn errno<T>(result: Result<T, page_pin::Error>) -> Result<T, i32> {
@@ -192,6 +197,7 @@ proptest! {
                     let expected = if npages == 0 { libc::EINVAL } else { libc::EOVERFLOW };
                     let result = real.accesses[owner].pin(page * PAGE, npages);
                     prop_assert_eq!(errno(result.map(drop)), Err(expected));
+                    prop_assert_eq!(errno(real.table.check(page * PAGE, npages)), Err(expected));
                 }
                 Op::Pin { owner, page, npages } => {
                     let pages: Vec<u64> = (page..=page + (npages as u64 - 1)).collect();
@@ -202,6 +208,7 @@ proptest! {
                 }
                 Op::PinList { owner, pages } => {
                     let iovas: Vec<u64> = pages.iter().map(|page| page * PAGE).collect();
+                    prop_assert_eq!(real.table.check_list(&iovas).is_ok(), !pages.is_empty());
                     let result = errno(real.accesses[owner].pin_list(&iovas));
                     let expected = if pages.is_empty() {
                         Err(libc::EINVAL)
@@ -307,6 +314,7 @@ proptest! {
                 prop_assert_eq!(&holders, &owners);
                 let released = real.table.wait_released(page * PAGE, PAGE, Instant::now());
                 prop_assert_eq!(released.is_ok(), owners.is_empty());
+                prop_assert_eq!(real.table.is_pinned(page * PAGE, PAGE), !owners.is_empty());
                 for (owner, access) in real.accesses.iter().enumerate() {
                     let own = expected.iter().filter(|pin| pin.0 == owner).count();
                     prop_assert_eq!(access.pins(page * PAGE), own as u64);

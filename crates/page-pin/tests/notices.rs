@@ -48,6 +48,20 @@ fn waiting_ends_when_another_thread_releases() {
 }
 
 #[test]
+fn who_lets_go_in_time_is_not_told_again() {
+    let table = PinTable::new(PAGE);
+    let access = table.register("nic", Interest::Holder, Arc::new(|_, _| panic!("told")));
+    let pin = access.pin(0, 1).unwrap();
+    let releaser = thread::spawn(move || {
+        // Long enough for whoever does not wait before it tells.
+        thread::sleep(Duration::from_millis(50));
+        drop(pin);
+    });
+    assert_eq!(table.remind(0, PAGE, 1, soon()), Ok(()));
+    releaser.join().unwrap();
+}
+
+#[test]
 fn a_deadline_names_everyone_who_still_holds() {
     let table = PinTable::new(PAGE);
     let nic = table.register("nic", Interest::Holder, Arc::new(|_, _| ()));
@@ -148,6 +162,7 @@ fn bad_ranges_are_refused_with_their_errno() {
     let table = PinTable::new(PAGE);
     let access = table.register("bad", Interest::Holder, Arc::new(|_, _| ()));
     let errno = |iova, npages| access.pin(iova, npages).map(drop).map_err(|e| e.errno());
+    assert_eq!((table.page_size(), table.max_pages()), (PAGE, 512));
 
     assert_eq!(errno(0, 0), Err(libc::EINVAL));
     assert_eq!(errno(1, 1), Err(libc::EINVAL));
@@ -177,6 +192,7 @@ fn a_table_may_allow_fewer_or_more_pages_a_call() {
         let list: Vec<u64> = (0..=max as u64).map(|page| page * PAGE).collect();
         assert_eq!(access.pin(0, max + 1).unwrap_err(), too_many);
         assert_eq!(access.pin_list(&list).unwrap_err(), too_many);
+        drop(access.pin_list(&list[..max]).unwrap());
         access.pin(0, max).unwrap().keep();
         assert_eq!(access.unpin(0, max + 1).unwrap_err(), too_many);
         assert_eq!(too_many.errno(), libc::E2BIG);
