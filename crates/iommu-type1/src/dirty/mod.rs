@@ -372,3 +372,16 @@ impl DirtyPages {
         self.words.is_empty()
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_whose_dirty_pages_are_kept_has_as_many_as_the_kernel_counts() {
+        let check = |pages: u64| check_pages(IovaRange::new(0, pages * page_size())?);
+        check(DIRTY_MAPPING_PAGES).unwrap();
+        let error = check(DIRTY_MAPPING_PAGES + 1).unwrap_err();
+        assert!(matches!(error, Error::DirtyMapping { pages, .. } if pages == 1 << 31));
+    }
+}
