@@ -393,7 +393,9 @@ fn b24_an_exact_unpin_names_the_pages_of_one_pin() {
         .keep();
     for (iova, npages) in [(0, 1), (0, 3), (PAGE, 3), (8 * PAGE, 2)] {
         let error = access.unpin(iova, npages).unwrap_err();
+        let due = format!("exactly the {npages} pages from {iova:#x}");
         assert!(matches!(error, Error::NotExact { .. }), "{error}");
+        assert!(error.to_string().ends_with(&due), "{error}");
         assert_eq!(error.errno(), libc::EINVAL);
     }
     assert_eq!(access.total_pins(), 12);
