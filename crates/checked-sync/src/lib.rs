@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The locks, atomics, thread-locals and the clock of the crates of `vfio-dma`: std's, or those of a model checker
-//! (`--cfg loom`), which so checks the code that runs.
+//! (`--cfg loom`, `--cfg shuttle`), which so checks the code that runs.
 //!
 //! A part of those crates: it changes with them, and promises nothing to others.
 //!
@@ -23,12 +23,14 @@
 
 #![forbid(unsafe_code)]
 
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 pub mod clock;
 
 #[cfg(loom)]
 use loom as whose;
-#[cfg(not(loom))]
+#[cfg(shuttle)]
+use shuttle as whose;
+#[cfg(not(any(loom, shuttle)))]
 use std as whose;
 
 use std::sync::PoisonError;
@@ -56,18 +58,18 @@ macro_rules! thread_local {
 }
 
 /// Whether they are a checker's. What only saves time is smaller then, so that a model meets what else comes late.
-pub const CHECKED: bool = cfg!(loom);
+pub const CHECKED: bool = cfg!(any(loom, shuttle));
 
 /// A deadline beyond the clock's range is no deadline; a day is as good.
 pub const LONGEST: Duration = Duration::from_secs(86_400);
 
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 pub use clock::now;
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 use clock::wait_timeout;
 
 /// What time it is.
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 #[inline]
 pub fn now() -> Instant {
     Instant::now()
@@ -93,7 +95,7 @@ pub fn wait_until<'a, T>(
     (!left.is_zero()).then(|| wait_timeout(condvar, mutex, guard, left))
 }
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 #[inline]
 fn wait_timeout<'a, T>(
     condvar: &Condvar,

@@ -43,7 +43,7 @@ pub(crate) fn granted(wanted: ReaderBarrier) -> ReaderBarrier {
     }
 }
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 mod call {
     use std::io;
 
@@ -73,9 +73,9 @@ mod call {
     }
 }
 
-/// Loom knows nothing of the kernel: here every access passes the barrier that it stands in for. The
+/// Checkers know nothing of the kernel: here every access passes the barrier that it stands in for. The
 /// models of this crate have something nearer to it.
-#[cfg(all(loom, not(test)))]
+#[cfg(any(all(loom, not(test)), shuttle))]
 mod call {
     use checked_sync::{fence, Ordering};
     use std::io;

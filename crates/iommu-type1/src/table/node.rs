@@ -14,7 +14,7 @@ use std::alloc::{alloc, Layout};
 use std::cell::Cell;
 use std::ptr;
 
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 use checked_sync::AtomicBool;
 use checked_sync::{AtomicPtr, Ordering, CHECKED};
 
@@ -122,7 +122,7 @@ pub(super) struct Node {
     /// The next of those that were unlinked.
     pub(super) next: Cell<*mut Node>,
     /// In a model memory is not given back but marked, so that an access that comes late is seen.
-    #[cfg(loom)]
+    #[cfg(any(loom, shuttle))]
     freed: AtomicBool,
 }
 
@@ -150,7 +150,7 @@ impl Node {
             kept: Cell::new(false),
             first: low >> block_bits(level) << block_bits(level),
             next: Cell::new(ptr::null_mut()),
-            #[cfg(loom)]
+            #[cfg(any(loom, shuttle))]
             freed: AtomicBool::new(false),
         };
         if level > 0 {
@@ -173,7 +173,7 @@ impl Node {
     /// The node came from [`separating`](Node::separating), is in no table, and no access that may
     /// have seen it runs.
     pub(super) unsafe fn free(node: *mut Node) {
-        #[cfg(not(loom))]
+        #[cfg(not(any(loom, shuttle)))]
         // SAFETY: the caller's promise; nodes of level 0 were made as leaves.
         unsafe {
             if (*node).level > 0 {
@@ -182,7 +182,7 @@ impl Node {
                 drop(Box::from_raw(node.cast::<Leaf>()));
             }
         }
-        #[cfg(loom)]
+        #[cfg(any(loom, shuttle))]
         // SAFETY: never freed in a model.
         unsafe { &(*node).freed }.store(true, Ordering::Relaxed);
     }
@@ -199,7 +199,7 @@ impl Node {
     /// The node stays allocated during the call.
     #[inline]
     pub(super) unsafe fn load(node: *const Node, index: usize) -> Raw {
-        #[cfg(loom)]
+        #[cfg(any(loom, shuttle))]
         // SAFETY: never freed in a model.
         assert!(
             !unsafe { &(*node).freed }.load(Ordering::Relaxed),
@@ -217,7 +217,7 @@ impl Node {
     /// The node is of level 0 and stays allocated during the call.
     #[inline]
     pub(super) unsafe fn load_page(node: *const Node, iova: u64, index: usize) -> PageWord {
-        #[cfg(loom)]
+        #[cfg(any(loom, shuttle))]
         // SAFETY: never freed in a model.
         assert!(
             !unsafe { &(*node).freed }.load(Ordering::Relaxed),
