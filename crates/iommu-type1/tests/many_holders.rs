@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use iommu_type1::{page_size, Backing, Error, IoAddressSpace, UnmapOptions};
+use iommu_type1::{page_size, Backing, Error, IoAddressSpace, UnmapOptions, HOLDERS_LISTED};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
 use Permissions::ReadWrite;
@@ -78,4 +78,21 @@ fn every_one_of_many_guards_is_named() {
     assert_eq!(names, expected);
     drop(guards);
     assert!(holders(&space, 0).is_empty());
+}
+
+#[test]
+fn of_very_many_holders_some_are_named() {
+    let space = many_mappings();
+    let lists: Vec<_> = (0..3 * HOLDERS_LISTED as u64)
+        .map(|i| space.scatter(i % MANY * page_size(), 8, Permissions::Read))
+        .collect();
+    let at_once = UnmapOptions::new().deadline(Duration::ZERO);
+    let error = space.unmap_with(0, MANY * page_size(), at_once);
+    let Err(Error::Deadline { left, holders, .. }) = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(left, MANY * page_size());
+    assert_eq!(holders.len(), HOLDERS_LISTED);
+    drop(lists);
+    assert_eq!(space.unmap_all().unwrap(), MANY * page_size());
 }

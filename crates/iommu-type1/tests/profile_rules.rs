@@ -313,6 +313,62 @@ fn a_cut_leaves_pins_beside_it_alone() {
 }
 
 #[test]
+fn a_cut_needs_room_for_the_parts_it_adds() {
+    let p = page_size();
+    let limited = |limit| {
+        let builder = IoAddressSpace::builder().profile(Iotlb).entry_limit(limit);
+        let space = builder.build();
+        space.map(0, pages(4), ReadWrite).unwrap();
+        space
+    };
+    assert_eq!(errno(limited(2).unmap(p, p)), Err(libc::ENOSPC));
+    let space = limited(3);
+    assert_eq!(space.unmap(p, p).unwrap(), p);
+    assert_eq!(space.mappings(), 2);
+}
+
+#[test]
+fn nothing_is_cut_where_something_else_of_the_range_leaves() {
+    let p = page_size();
+    let space = space(Iotlb);
+    space.map(0, pages(2), ReadWrite).unwrap();
+    space.map(2 * p, pages(2), ReadWrite).unwrap();
+    let list = space.scatter(0, 8, Read).unwrap();
+    thread::scope(|scope| {
+        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
+        let unmap = scope.spawn({
+            let space = &space;
+            move || space.unmap_with(0, 2 * p, patient)
+        });
+        while space.read(0, &mut [0]).is_ok() && !unmap.is_finished() {
+            thread::yield_now();
+        }
+        let refused = space.unmap(0, 3 * p).unwrap_err();
+        assert!(matches!(refused, Error::Unmapping { .. }), "{refused}");
+        assert_eq!(space.mappings(), 2);
+        // Everything is whatever nobody else unmaps.
+        assert_eq!(space.unmap_all().unwrap(), 2 * p);
+        drop(list);
+        assert_eq!(unmap.join().unwrap().unwrap(), 2 * p);
+    });
+    assert_eq!(space.mappings(), 0);
+}
+
+#[test]
+fn a_part_of_what_was_revoked_in_vain_is_not_unmapped_alone() {
+    let p = page_size();
+    let space = space(Iotlb);
+    space.map(0, pages(2), ReadWrite).unwrap();
+    let list = space.scatter(0, 8, Read).unwrap();
+    let held = space.unmap_with(0, 2 * p, at_once(UnmapPolicy::Revoked));
+    assert_eq!(errno(held), Err(libc::EDEADLK));
+    let refused = space.unmap(0, p).unwrap_err();
+    assert!(matches!(refused, Error::Unmapping { .. }), "{refused}");
+    drop(list);
+    assert_eq!(space.unmap(0, 2 * p).unwrap(), 2 * p);
+}
+
+#[test]
 fn dirty_pages_stay_dirty_whatever_stands_in_their_place() {
     let p = page_size();
     let space = space(Iotlb);
