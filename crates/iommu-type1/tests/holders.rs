@@ -415,3 +415,15 @@ fn readers_beside_a_thread_that_maps_and_unmaps() {
     assert!(reads.load(Ordering::Relaxed) >= ROUNDS - 1);
     assert_eq!(space.write(0, &[1]).unwrap_err().errno(), libc::EINVAL);
 }
+
+#[test]
+fn pinned_pages_say_where_they_are() {
+    let p = page_size();
+    let space = space();
+    let pinner = space.pinner("nic", Interest::Holder, Arc::new(|_, _| ()));
+    let pinned = pinner.pin_list(&[9 * p, p, 9 * p], Read).unwrap();
+    assert_eq!((pinned.iova(), pinned.npages()), (9 * p, 3));
+    let one_by_one = [0, 1, 2, 3].map(|index| pinned.iova_of(index));
+    assert_eq!(one_by_one, [Some(9 * p), Some(p), Some(9 * p), None]);
+    assert!(pinned.page(2).is_some() && pinned.page(3).is_none());
+}
