@@ -358,7 +358,12 @@ impl Drop for Pin {
 fn pin(machine: &Arc<Machine>, user: ExternalUser) {
     let cache: Arc<Mutex<Vec<Pin>>> = Arc::default();
     let told = cache.clone();
+    let hesitates = !machine.plan.unmaps_all;
     let notice = move |iova, size| {
+        // The unmap waits then, until the device is done or the time is up.
+        if hesitates && thread_rng().gen() {
+            return;
+        }
         let is_meant = |pin: &Pin| (iova..iova + size).contains(&pin.iova);
         let mut cached = told.lock().unwrap();
         let (released, kept) = cached.drain(..).partition(is_meant);
