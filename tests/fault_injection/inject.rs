@@ -1,7 +1,7 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Stands in front of the kernel and of the allocator, counts what this thread asks of them, and has one call fail.
+//! Stands in front of the kernel and of the allocator, counts what is asked of them, and has one call of this thread fail.
 //!
 //! The C library's functions are defined here once more: what the crates call is these, and behind them is the
 //! kernel. The allocator's own system calls are not among them.
@@ -11,6 +11,7 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::ffi::{c_int, c_long, c_void};
 use std::ptr;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -37,10 +38,11 @@ fn is_large(size: usize, layout: Layout) -> bool {
 
 thread_local! {
     static FAILS: Cell<Option<(Kind, u64)>> = const { Cell::new(None) };
-    static LARGE_BLOCKS: Cell<i64> = const { Cell::new(0) };
-    static MAPPINGS: Cell<i64> = const { Cell::new(0) };
-    static DEVICE_MAPS: Cell<i64> = const { Cell::new(0) };
 }
+
+static LARGE_BLOCKS: AtomicI64 = AtomicI64::new(0);
+static MAPPINGS: AtomicI64 = AtomicI64::new(0);
+static DEVICE_MAPS: AtomicI64 = AtomicI64::new(0);
 
 /// From now on the `n`-th call of a kind fails.
 pub fn arm(kind: Kind, n: u64) {
@@ -60,9 +62,9 @@ pub fn aside<T>(make: impl FnOnce() -> T) -> T {
     made
 }
 
-/// Large blocks, memory mappings and mappings of hardware that this thread has made and not given back.
+/// Large blocks, memory mappings and mappings of hardware that were made and not given back, by any thread.
 pub fn held() -> [i64; 3] {
-    [LARGE_BLOCKS.get(), MAPPINGS.get(), DEVICE_MAPS.get()]
+    [&LARGE_BLOCKS, &MAPPINGS, &DEVICE_MAPS].map(|held| held.load(Ordering::SeqCst))
 }
 
 fn fails(kind: Kind) -> bool {
@@ -82,7 +84,7 @@ static ALLOCATOR: Counting = Counting;
 
 fn note(size: usize, layout: Layout, blocks: i64) {
     if is_large(size, layout) {
-        LARGE_BLOCKS.set(LARGE_BLOCKS.get() + blocks);
+        LARGE_BLOCKS.fetch_add(blocks, Ordering::SeqCst);
     }
 }
 
@@ -164,13 +166,26 @@ extern "C" fn mmap(
         offset,
     ];
     let mapped = as_libc(kernel(libc::SYS_mmap, args));
-    MAPPINGS.set(MAPPINGS.get() + i64::from(mapped != -1));
+    MAPPINGS.fetch_add(i64::from(mapped != -1), Ordering::SeqCst);
     mapped as *mut c_void
+}
+
+/// As the standard library calls it, for each thread.
+#[no_mangle]
+extern "C" fn mmap64(
+    at: *mut c_void,
+    len: usize,
+    prot: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: i64,
+) -> *mut c_void {
+    mmap(at, len, prot, flags, fd, offset)
 }
 
 #[no_mangle]
 extern "C" fn munmap(at: *mut c_void, len: usize) -> c_int {
-    MAPPINGS.set(MAPPINGS.get() - 1);
+    MAPPINGS.fetch_sub(1, Ordering::SeqCst);
     as_libc(kernel(
         libc::SYS_munmap,
         [at as c_long, len as c_long, 0, 0, 0, 0],
@@ -230,6 +245,6 @@ extern "C" fn ioctl(fd: c_int, request: libc::Ioctl, argument: *mut c_void) -> c
     if fails(Kind::Ioctl) {
         return refused(libc::ENOMEM) as c_int;
     }
-    DEVICE_MAPS.set(DEVICE_MAPS.get() + more);
+    DEVICE_MAPS.fetch_add(more, Ordering::SeqCst);
     0
 }

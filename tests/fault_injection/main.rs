@@ -8,7 +8,10 @@
 #![cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 
 mod inject;
+mod iotlb;
+mod refused;
 mod scenarios;
+mod session;
 
 use std::fs;
 
@@ -43,7 +46,7 @@ fn fail_each(name: &str, scenario: fn(), kind: Kind) -> u64 {
 #[test]
 fn every_call_that_can_fail_fails_once_and_leaves_nothing() {
     for (_, scenario) in SCENARIOS {
-        // What is made once for the process.
+        // What is made once for the process, and how it is when nothing fails.
         scenario();
     }
     for kind in KINDS {

@@ -3,11 +3,12 @@
 
 //! What is done while something fails.
 
+use std::collections::BTreeMap;
 use std::ffi::c_ulong;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use page_pin::Quota;
@@ -34,31 +35,62 @@ pub const SCENARIOS: &[(&str, fn())] = &[
     ("files", files),
     ("hardware and KVM", followers),
     ("a vfio-user client", client),
+    ("a vfio-user session", crate::session::session),
+    ("a batch without room", crate::refused::batch),
+    ("an IOTLB", crate::iotlb::messages),
+    ("misses", crate::iotlb::misses),
 ];
 
 /// Mappings of a batch: lists of them take more than a page.
-const MANY: u64 = 600;
+pub const MANY: u64 = 600;
 
-fn p(pages: u64) -> u64 {
+pub fn p(pages: u64) -> u64 {
     pages * page_size()
 }
 
+/// What a space has at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    /// Mappings in the table, and beside it.
+    live: u64,
+    leaving: u64,
+    table_bytes: u64,
+    dirty_bytes: u64,
+    leases: u64,
+}
+
+impl State {
+    pub fn of(space: &IoAddressSpace) -> Self {
+        let stats = space.stats();
+        State {
+            live: stats.mappings - stats.leaving,
+            leaving: stats.leaving,
+            table_bytes: stats.table_bytes,
+            dirty_bytes: stats.dirty_bytes,
+            leases: stats.leases,
+        }
+    }
+}
+
+/// Whether a space has what it had here when nothing failed, which was the first time.
+fn check_as_without_failure(place: &'static str, space: &IoAddressSpace) {
+    static FIRST: Mutex<BTreeMap<&str, State>> = Mutex::new(BTreeMap::new());
+    let now = State::of(space);
+    let first = *FIRST.lock().unwrap().entry(place).or_insert(now);
+    assert_eq!(now, first, "{place}");
+}
+
 /// Does what may fail once, and succeeds when it is tried again; in between everything is as before.
-fn step<T, E: std::fmt::Display>(
+pub fn step<T, E: std::fmt::Display>(
     space: &IoAddressSpace,
     what: &str,
     mut attempt: impl FnMut() -> Result<T, E>,
 ) -> T {
-    let state = || {
-        let stats = space.stats();
-        let now = (stats.mappings, stats.leaving, stats.table_bytes);
-        (now, stats.dirty_bytes, stats.leases)
-    };
-    let before = state();
+    let before = State::of(space);
     attempt().unwrap_or_else(|error| {
+        let after = State::of(space);
         assert_eq!(
-            state(),
-            before,
+            after, before,
             "{what} has failed and left something: {error}"
         );
         attempt().unwrap_or_else(|error| panic!("{what} fails once more: {error}"))
@@ -66,7 +98,7 @@ fn step<T, E: std::fmt::Display>(
 }
 
 /// Memory, once there is some.
-fn memory(pages: u64) -> Backing {
+pub fn memory(pages: u64) -> Backing {
     let one = || Backing::anonymous(p(pages) as usize);
     one().or_else(|_| one()).unwrap()
 }
@@ -80,7 +112,7 @@ fn memfd(pages: u64) -> OwnedFd {
     file.into()
 }
 
-fn map(space: &IoAddressSpace, page: u64, pages: u64) {
+pub fn map(space: &IoAddressSpace, page: u64, pages: u64) {
     let backing = memory(pages);
     step(space, "map", || {
         space.map(p(page), backing.clone(), ReadWrite)
@@ -165,7 +197,9 @@ fn batches() {
 }
 
 fn replacements() {
+    let owner = Arc::new(());
     let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();
+    let space = space.held_by(owner.clone());
     let backing = memory(2000);
     let part =
         |first: u64, pages: u64| backing.slice(p(first) as usize, p(pages) as usize).unwrap();
@@ -198,19 +232,31 @@ fn replacements() {
     });
     check(&space, &[1, 2, 3, 4, 1999], &[0, 6, 12]);
     // What was there for a moment has gone when the addresses are unmapped.
+    let before = State::of(&space);
     let cut = || space.unmap(p(700), p(300));
-    if cut().is_err() {
-        cut().unwrap();
-    }
+    let bytes = cut().unwrap_or_else(|error| {
+        assert_eq!(State::of(&space).live, before.live, "{error}");
+        check(&space, &[1, 699, 700, 703, 999, 1000, 1999], &[0, 702]);
+        cut().unwrap()
+    });
+    assert_eq!(bytes, p(250));
+    check(&space, &[699, 1000], &[700, 703, 999]);
+    check_as_without_failure("a cut", &space);
     step(&space, "unmap all", || space.unmap_all());
-    assert_eq!(space.stats().table_bytes, 0);
+    assert_eq!((space.stats().table_bytes, space.mappings()), (0, 0));
+    drop(space);
+    assert_eq!(Arc::strong_count(&owner), 1);
 }
 
 /// Marks of so many pages take a page.
 const MARKED: u64 = 4096 * 8;
 
 fn dirty_pages() {
-    let space = IoAddressSpace::new();
+    let owner = Arc::new(());
+    let quota = Quota::new(8);
+    let options = PinOptions::new().account(Arc::new(quota.clone()));
+    let space = IoAddressSpace::builder().pin_options(options).build();
+    let space = space.held_by(owner.clone());
     map(&space, 0, MARKED);
     map(&space, MARKED, 2);
     step(&space, "start", || space.start_dirty_tracking());
@@ -224,16 +270,36 @@ fn dirty_pages() {
     for word in 0..MARKED / 64 {
         space.write(p(word * 64), &[1]).unwrap();
     }
+    // Pages that are given back while the unmap waits for them.
+    let pinned = Arc::new(Mutex::new(None));
+    let given_back = pinned.clone();
+    let notice = move |_, _| drop(given_back.lock().unwrap().take());
+    let pinner = space.pinner("told", Interest::Holder, Arc::new(notice));
+    let pages = pinner.pin_pages(p(64), 2, ReadWrite).unwrap();
+    *pinned.lock().unwrap() = Some(pages);
+    let before = State::of(&space);
     let unmap = || space.unmap_dirty(0, p(MARKED));
     // What is handed over is counted last: then all of it waits to be unmapped again.
-    let (_, pages) = unmap().or_else(|_| unmap()).unwrap();
-    assert_eq!(pages.len() as u64, MARKED / 64);
+    let (bytes, pages) = unmap().unwrap_or_else(|error| {
+        let after = State::of(&space);
+        let sum = |state: &State| (state.live + state.leaving, state.dirty_bytes, state.leases);
+        assert_eq!(sum(&after), sum(&before), "{error}");
+        check(&space, &[MARKED, 2 * MARKED], &[]);
+        unmap().unwrap()
+    });
+    assert_eq!(bytes, p(MARKED));
+    // One of the two that were pinned is marked by nothing else.
+    assert_eq!(pages.len() as u64, MARKED / 64 + 1);
+    assert_eq!(quota.charged(), 0);
+    check_as_without_failure("an unmap with dirty pages", &space);
     space.stop_dirty_tracking();
     step(&space, "start again", || space.start_dirty_tracking());
     assert!(space
         .take_dirty(p(2 * MARKED), p(MARKED))
         .unwrap_or_default()
         .is_empty());
+    drop((space, pinner));
+    assert_eq!(Arc::strong_count(&owner), 1);
 }
 
 fn vaddr() {

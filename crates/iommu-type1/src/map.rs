@@ -144,7 +144,7 @@ impl IoAddressSpace {
         let Some((first, ..)) = mappings.first() else {
             return Ok(());
         };
-        let mut turn = space.turn(*first)?;
+        let turn = space.turn(*first)?;
         check_apart(memory::collect(mappings.iter().map(|(range, ..)| *range))?)?;
         if space.rules.ranges_first {
             for (range, ..) in &mappings {
@@ -163,13 +163,16 @@ impl IoAddressSpace {
             Arc::new(space.mapping(range, prot, backing, self.view.set))
         });
         let mappings = memory::collect(mappings)?;
-        // If they cannot all stay.
-        turn.reserve_leaving(mappings.len())?;
         let (mut turn, agreed) = turn.ask(&[], &mappings, |writer| {
             let mut ranges = mappings.iter().map(|mapping| mapping.range);
             ranges.try_for_each(|range| writer.ranges.check(range, space.rules))
         });
         agreed?;
+        // If they cannot all stay. Those who were asked have let others unmap, which may give such room back.
+        if let Err(error) = turn.reserve_leaving(mappings.len()) {
+            drop(turn.report(&mappings, &[]));
+            return Err(error);
+        }
         for (published, mapping) in mappings.iter().enumerate() {
             let result = check_memory(&turn, space, [mapping.range])
                 .and_then(|()| turn.publish(&space.table, mapping.clone()));

@@ -159,12 +159,19 @@ impl<'a> Connection<'a> {
     }
 
     /// Leaves a message to be sent.
-    pub(crate) fn push(&mut self, bytes: Vec<u8>, fd: Option<Arc<OwnedFd>>) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`]: a client that takes no answers may have as many of them wait as it likes short messages.
+    pub(crate) fn push(&mut self, bytes: Vec<u8>, fd: Option<Arc<OwnedFd>>) -> Result<()> {
+        let room = self.outgoing.try_reserve(1);
+        room.map_err(|_| Error::NoMemory(bytes.len()))?;
         if self.outgoing.is_empty() {
             self.sent = Instant::now();
         }
         self.outgoing_bytes += bytes.len();
         self.outgoing.push_back(Outgoing { bytes, at: 0, fd });
+        Ok(())
     }
 
     /// Sends what there is room for.

@@ -196,6 +196,10 @@ impl MessageDma {
                 (Want::Write(copy(bytes)?), layout, bytes.len())
             }
         };
+        let state = &mut *state;
+        let room = state.requests.try_reserve(1);
+        let room = room.and_then(|()| state.unsent.try_reserve(1));
+        room.map_err(|_| AccessError::NoMemory(len))?;
         let ticket = state.next_ticket;
         state.next_ticket += 1;
         let request = Request {

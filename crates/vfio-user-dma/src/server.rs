@@ -170,7 +170,7 @@ impl Server {
     /// # Errors
     ///
     /// [`Error::Io`]: the socket failed, or the client was too slow (ETIMEDOUT). [`Error::Malformed`]: where its next
-    /// message begins cannot be told.
+    /// message begins cannot be told. [`Error::NoMemory`]: an answer cannot be kept until the client takes it.
     pub fn serve(&self, client: &UnixStream, backend: &mut dyn Backend) -> Result<End> {
         let table = backend.dma().clone();
         table.set_client(socket::peer(client));
@@ -201,7 +201,7 @@ impl Server {
                 let Some(message) = messages.next_message() else {
                     break;
                 };
-                connection.push(message, None);
+                connection.push(message, None)?;
                 connection.flush()?;
             }
             let sending = connection.has_output();
@@ -234,7 +234,7 @@ impl Server {
             {
                 for _ in 0..MESSAGES {
                     match connection.read()? {
-                        Input::Message(message) => session.serve(message, &mut connection),
+                        Input::Message(message) => session.serve(message, &mut connection)?,
                         Input::Nothing => break,
                         Input::Closed => return Ok(End::Closed),
                     }

@@ -68,20 +68,28 @@ impl<'a> Session<'a> {
     }
 
     /// Serves a message, and leaves the answer to be sent.
-    pub(crate) fn serve(&mut self, message: Message, connection: &mut Connection<'_>) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`]: it cannot be left, and the client would wait for it.
+    pub(crate) fn serve(
+        &mut self,
+        message: Message,
+        connection: &mut Connection<'_>,
+    ) -> Result<()> {
         let header = message.header;
         if header.is_reply() {
             if message.error.is_none() {
                 self.backend.dma().messages().reply(&header, &message.body);
             }
-            return;
+            return Ok(());
         }
         let result = self.answer(message, connection);
         if let Err(error) = &result {
             log::warn!("command {}: {error}", header.command);
         }
         if header.no_reply() {
-            return;
+            return Ok(());
         }
         let mut reply = Header {
             message_id: header.message_id,
@@ -104,7 +112,7 @@ impl<'a> Session<'a> {
             reply.error = libc::ENOMEM.unsigned_abs();
             wire::message(reply, |_| ())
         });
-        connection.push(message, fd);
+        connection.push(message, fd)
     }
 
     fn answer(&mut self, message: Message, connection: &mut Connection<'_>) -> Result<Reply> {
@@ -330,10 +338,7 @@ impl<'a> Session<'a> {
             VFIO_IRQ_SET_DATA_NONE if count > 0 || action == IrqAction::Trigger => {
                 (0, 0, IrqData::None)
             }
-            VFIO_IRQ_SET_DATA_BOOL if count > 0 => {
-                let flags = rest.iter().map(|byte| *byte != 0).collect();
-                (count, 0, IrqData::Bool(flags))
-            }
+            VFIO_IRQ_SET_DATA_BOOL if count > 0 => (count, 0, IrqData::Bool(Vec::new())),
             // None at all takes the eventfds away.
             VFIO_IRQ_SET_DATA_EVENTFD if count > 0 && fds.is_empty() => {
                 (0, 0, IrqData::Eventfd(Vec::new()))
@@ -350,7 +355,13 @@ impl<'a> Session<'a> {
                 let fds = fds.collect::<std::io::Result<_>>();
                 IrqData::Eventfd(fds.map_err(Error::io("the eventfd of an interrupt"))?)
             }
-            data => data,
+            IrqData::Bool(mut flags) => {
+                let room = flags.try_reserve_exact(count);
+                room.map_err(|_| Error::NoMemory(count))?;
+                flags.extend(rest.iter().map(|byte| *byte != 0));
+                IrqData::Bool(flags)
+            }
+            IrqData::None => IrqData::None,
         };
         let set = SetIrqs {
             index: set.index,

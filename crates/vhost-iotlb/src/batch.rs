@@ -5,7 +5,7 @@
 
 use iommu_type1::Change;
 
-use crate::{Error, Result};
+use crate::{memory, Error, Result};
 
 /// Most changes of a batch: an update is one for each region of the memory table that it touches.
 pub const BATCH_LIMIT: usize = 65_536;
@@ -26,15 +26,14 @@ impl Batch {
             }
             changes => changes,
         };
-        match changes {
-            Ok(changes) if self.refused == 0 => self.changes.extend(changes),
-            Ok(_) => {}
-            Err(error) => {
-                self.spoil();
-                return Err(error);
-            }
+        let kept = changes.and_then(|changes| match self.refused {
+            0 => memory::extend(&mut self.changes, changes.into_iter()),
+            _ => Ok(()),
+        });
+        if kept.is_err() {
+            self.spoil();
         }
-        Ok(())
+        kept
     }
 
     pub(crate) fn spoil(&mut self) {

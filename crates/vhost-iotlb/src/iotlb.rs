@@ -14,7 +14,7 @@ use vm_memory::Permissions;
 
 use crate::batch::Batch;
 use crate::miss::Misses;
-use crate::{message, Error, MemTable, Miss, MissSink, Result, MISS_DEADLINE, MISS_LIMIT};
+use crate::{memory, message, Error, MemTable, Miss, MissSink, Result, MISS_DEADLINE, MISS_LIMIT};
 
 /// Pages that are looked at in one access, which an unmap has to wait for.
 const PAGES_AT_ONCE: u64 = 512;
@@ -137,7 +137,7 @@ impl VhostIotlb {
     /// Nothing is done by a message that is wrong: [`Error::Unexpected`] (EINVAL); [`Error::NotInTable`],
     /// [`Error::UserspaceRange`] (EFAULT); [`Error::BatchOpen`] (EBUSY), [`Error::NoBatch`] (EINVAL),
     /// [`Error::BatchLimit`] (E2BIG); [`Error::Space`] with what
-    /// [`IoAddressSpace::change`] says: EINVAL, EOVERFLOW. Where one inside of a batch is refused, the end of the batch
+    /// [`IoAddressSpace::change`] says: EINVAL, EOVERFLOW, ENOMEM. Where one inside of a batch is refused, the end of the batch
     /// is [`Error::BatchSpoiled`] (EINVAL), and nothing of it was done.
     ///
     /// [`Error::Space`] with EDEADLK: it is done, but somebody still uses what was there when the deadline of the space
@@ -199,7 +199,8 @@ impl VhostIotlb {
     ///
     /// # Errors
     ///
-    /// [`Error::Space`] with EDEADLK: somebody still uses memory of it.
+    /// [`Error::Space`] with EDEADLK: somebody still uses memory of it; with ENOMEM: the IOTLB is not empty until this
+    /// is called again.
     pub fn disconnect(&self) -> Result<()> {
         let mut messages = lock(&self.messages);
         *messages = Messages::default();
@@ -217,7 +218,7 @@ impl VhostIotlb {
     ///
     /// [`Error::MissLimit`] (ENOBUFS), [`Error::MissDeadline`] (ETIMEDOUT), [`Error::AccessFail`] (EACCES),
     /// [`Error::Report`] (EIO), [`Error::Disconnected`] (ENOTCONN); [`Error::Space`] with EOVERFLOW of a range that ends beyond
-    /// 64 bits.
+    /// 64 bits, and with ENOMEM.
     pub fn resolve(&self, iova: u64, len: usize, access: Permissions) -> Result<()> {
         self.resolve_until(iova, len, access, now() + self.deadline)
     }
@@ -327,11 +328,10 @@ impl VhostIotlb {
             iova = iova.wrapping_add(backing.len() as u64);
             change
         };
-        let changes: Vec<_> = parts.into_iter().map(of).collect();
-        changes
-            .iter()
-            .try_for_each(|change| self.check(change))
-            .map(|()| changes)
+        let changes = memory::collect(parts.into_iter().map(of))?;
+        let mut each = changes.iter();
+        each.try_for_each(|change| self.check(change))?;
+        Ok(changes)
     }
 
     /// What an update in a batch would be refused for at its end, and alone at once.

@@ -89,6 +89,7 @@ mod batch;
 mod error;
 mod iotlb;
 mod mem_table;
+mod memory;
 pub mod message;
 mod miss;
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use iommu_type1::Backing;
 use vm_memory::{FileOffset, GuestAddress, Permissions};
 
-use crate::{Error, Result};
+use crate::{memory, Error, Result};
 
 /// Most regions of a memory table; QEMU and the kernel know fewer.
 pub const REGION_LIMIT: usize = 512;
@@ -115,7 +115,7 @@ impl MemTable {
     ///
     /// # Errors
     ///
-    /// [`Error::UserspaceRange`], [`Error::NotInTable`] (EFAULT).
+    /// [`Error::UserspaceRange`], [`Error::NotInTable`] (EFAULT); [`Error::Space`] with ENOMEM.
     pub fn resolve(&self, userspace_addr: u64, size: u64) -> Result<Vec<Backing>> {
         let last = check_range(userspace_addr, size)?;
         let mut parts = Vec::new();
@@ -134,7 +134,8 @@ impl MemTable {
             // Both lie in the region, and so are as small as its length.
             let offset = (next - region.userspace_addr) as usize;
             let len = left.min(region.last() - next) as usize + 1;
-            parts.push(region.backing.slice(offset, len)?);
+            let part = region.backing.slice(offset, len)?;
+            memory::extend(&mut parts, std::iter::once(part))?;
             match region.last().checked_add(1) {
                 Some(behind) if behind <= last => next = behind,
                 _ => return Ok(parts),

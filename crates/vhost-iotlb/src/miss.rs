@@ -20,6 +20,7 @@ use checked_sync::{lock, now, wait_until, Condvar, Mutex};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::Permissions;
 
+use crate::memory::no_memory;
 use crate::{Error, Result};
 
 /// Most misses that are not answered at a time.
@@ -221,6 +222,9 @@ impl Misses {
                 return Err(Error::MissLimit { limit: self.limit })
             }
             None => {
+                // Up to the limit. The open ones, in a tree, need little memory at a time.
+                let room = state.notes.try_reserve(1);
+                room.map_err(|_| no_memory::<(u64, Note)>(state.notes.len() + 1))?;
                 state.next += 1;
                 state.open.insert(miss, state.next);
                 state.next

@@ -40,6 +40,33 @@ fn at_once() -> UnmapOptions {
     UnmapOptions::new().deadline(Duration::ZERO)
 }
 
+/// Addresses only: none of this memory is ever touched.
+#[test]
+fn a_mapping_of_more_pages_than_a_bitmap_of_the_kernel_is_refused() {
+    const MOST: u64 = i32::MAX as u64;
+    let p = page_size();
+    let backing = Backing::anonymous(((MOST + 1) * p) as usize).unwrap();
+    let most = backing.slice(0, (MOST * p) as usize).unwrap();
+    let space = IoAddressSpace::new();
+    space.map(p, backing.clone(), Read).unwrap();
+    let too_many = |error: Error| {
+        let Error::DirtyMapping { iova, pages, limit } = error else {
+            panic!("{error}");
+        };
+        assert_eq!((iova, pages, limit), (p, MOST + 1, MOST));
+        assert_eq!(error.errno(), libc::EINVAL);
+    };
+    too_many(space.start_dirty_tracking().unwrap_err());
+    assert_eq!(space.stats().dirty_bytes, 0);
+    space.unmap(p, (MOST + 1) * p).unwrap();
+    space.start_dirty_tracking().unwrap();
+    too_many(space.map(p, backing, Read).unwrap_err());
+    // One page fewer is refused for the memory of its marks only.
+    let error = space.map(p, most, Read).unwrap_err();
+    assert!(matches!(error, Error::DirtyLimit { .. }), "{error}");
+    assert_eq!((space.mappings(), space.stats().dirty_bytes), (0, 0));
+}
+
 #[test]
 fn every_way_to_write_marks_the_pages_it_writes() {
     let p = page_size();

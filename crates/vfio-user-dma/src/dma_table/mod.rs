@@ -251,7 +251,12 @@ impl DmaTable {
         check(&entries)?;
         let mut removed = 0_u64;
         let mut in_space = Vec::new();
-        let touched: Vec<_> = entries.overlapping(first, last).collect();
+        let mut touched = Vec::new();
+        let met = entries.overlapping(first, last).count();
+        let room = touched.try_reserve_exact(met);
+        let room = room.and_then(|()| in_space.try_reserve_exact(met));
+        room.map_err(|_| Error::NoMemory(met * size_of::<(u64, u64)>()))?;
+        touched.extend(entries.overlapping(first, last));
         for (start, last) in touched {
             match entries.ranges[&start].memory {
                 Memory::File(_) => in_space.push((start, last - start + 1)),

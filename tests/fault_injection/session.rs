@@ -1,0 +1,159 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A vfio-user client that sends and asks for much at once.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use vfio_dma::vfio_user::wire::{self, command, Header};
+use vfio_dma::vfio_user::{
+    Backend, Capabilities, DmaTable, End, IrqData, Irqs, Region, Server, SetIrqs,
+};
+
+use crate::inject::aside;
+
+/// Bytes of a region, and interrupts: more than a page of either.
+const MUCH: usize = 8192;
+
+struct Device {
+    table: DmaTable,
+    regions: [Region; 1],
+    memory: Vec<u8>,
+    irqs: usize,
+}
+
+impl Backend for Device {
+    fn dma(&self) -> &DmaTable {
+        &self.table
+    }
+
+    fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    fn irqs(&self) -> &[Irqs] {
+        const IRQS: [Irqs; 1] = [Irqs {
+            flags: 9,
+            count: MUCH as u32,
+        }];
+        &IRQS
+    }
+
+    fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        data.copy_from_slice(&self.memory[offset as usize..][..data.len()]);
+        Ok(())
+    }
+
+    fn region_write(&mut self, _: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.memory[offset as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn set_irqs(&mut self, set: SetIrqs) -> io::Result<()> {
+        if let IrqData::Bool(which) = set.data {
+            self.irqs += which.len();
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn send(client: &mut UnixStream, command: u16, body: impl FnOnce(&mut Vec<u8>)) {
+    let header = Header {
+        command,
+        message_id: command,
+        ..Header::default()
+    };
+    client.write_all(&wire::message(header, body)).unwrap();
+}
+
+/// The header of an answer and what is behind it, if there is one.
+fn receive(client: &mut UnixStream) -> Option<(Header, Vec<u8>)> {
+    let mut header = [0; Header::SIZE];
+    client.read_exact(&mut header).ok()?;
+    let (header, _) = Header::decode(&header)?;
+    let mut body = vec![0; header.message_size as usize - Header::SIZE];
+    client.read_exact(&mut body).unwrap();
+    Some((header, body))
+}
+
+fn access(bytes: &mut Vec<u8>) {
+    let access = wire::RegionAccess {
+        count: MUCH as u32,
+        ..Default::default()
+    };
+    access.encode(bytes);
+}
+
+/// All that the client says, before it is listened to.
+fn say_all(client: &mut UnixStream) {
+    send(client, command::VERSION, |bytes| {
+        wire::Version { major: 0, minor: 0 }.encode(bytes);
+        bytes.extend_from_slice(&Capabilities::default().to_text());
+    });
+    send(client, command::REGION_WRITE, |bytes| {
+        access(bytes);
+        bytes.extend_from_slice(&[7; MUCH]);
+    });
+    send(client, command::REGION_READ, access);
+    send(client, command::DEVICE_SET_IRQS, |bytes| {
+        let set = wire::IrqSet {
+            argsz: wire::IrqSet::SIZE as u32,
+            // Trigger, by booleans.
+            flags: 1 << 5 | 1 << 1,
+            count: MUCH as u32,
+            ..Default::default()
+        };
+        set.encode(bytes);
+        bytes.extend_from_slice(&[1; MUCH]);
+    });
+    send(client, command::DEVICE_RESET, |_| ());
+    client.shutdown(Shutdown::Write).unwrap();
+}
+
+pub fn session() {
+    let (server, mut device) = aside(|| {
+        let name = format!("vfio-dma-fault-injection-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let listener = UnixListener::bind(&path).unwrap();
+        fs::remove_file(path).unwrap();
+        let device = Device {
+            table: DmaTable::new().unwrap(),
+            regions: [Region::new(MUCH as u64)],
+            memory: vec![0; MUCH],
+            irqs: 0,
+        };
+        (Server::from_listener(listener).unwrap(), device)
+    });
+    let (mut client, theirs) = UnixStream::pair().unwrap();
+    aside(|| say_all(&mut client));
+    assert_eq!(server.serve(&theirs, &mut device).unwrap(), End::Closed);
+    drop(theirs);
+    let answers: Vec<_> = aside(|| std::iter::from_fn(|| receive(&mut client)).collect());
+    let commands: Vec<_> = answers.iter().map(|(header, _)| header.command).collect();
+    let expected = [
+        command::VERSION,
+        command::REGION_WRITE,
+        command::REGION_READ,
+        command::DEVICE_SET_IRQS,
+        command::DEVICE_RESET,
+    ];
+    assert_eq!(commands, expected);
+    let errors: Vec<_> = answers.iter().map(|(header, _)| header.error).collect();
+    let failed: Vec<_> = errors.iter().filter(|error| **error != 0).collect();
+    assert!(failed.is_empty() || failed == [&(libc::ENOMEM as u32)]);
+    let [_, has_written, has_read, has_set, _] = [0, 1, 2, 3, 4].map(|at| errors[at] == 0);
+    let byte = u8::from(has_written) * 7;
+    assert!(device.memory.iter().all(|found| *found == byte));
+    if has_read {
+        let data = &answers[2].1[wire::RegionAccess::SIZE..];
+        assert!(data.len() == MUCH && data.iter().all(|found| *found == byte));
+    }
+    assert_eq!(device.irqs, if has_set { MUCH } else { 0 });
+}
