@@ -28,8 +28,9 @@ fn a_holder_that_answers_the_notice_is_not_waited_for() {
     );
     *cache.lock().unwrap() = Some(access.pin(0, 8).unwrap());
 
-    table.tell(4 * PAGE, PAGE);
+    assert!(table.tell(4 * PAGE, PAGE), "it was pinned");
     assert!(table.wait_released(0, 8 * PAGE, Instant::now()).is_ok());
+    assert!(!table.tell(4 * PAGE, PAGE));
 }
 
 #[test]
