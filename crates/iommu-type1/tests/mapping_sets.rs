@@ -89,6 +89,26 @@ fn what_is_held_is_an_error_of_the_close_and_of_others_again() {
     assert_eq!(space.unmap(p(1), p(1)).unwrap(), p(1));
 }
 
+/// What the set itself has replaced, too, while somebody uses it.
+#[test]
+fn what_was_replaced_and_is_held_is_an_error_of_the_close() {
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .unmap_deadline(Duration::ZERO)
+        .build();
+    let (set, other) = (space.mapping_set(), space.mapping_set());
+    set.map(p(1), memory(1), ReadWrite).unwrap();
+    let held = space.scatter(p(1), 8, Read).unwrap();
+    let replaced = set.map(p(1), memory(1), ReadWrite);
+    assert!(matches!(replaced, Err(Error::Deadline { .. })));
+    // It is nothing of another set's.
+    other.map(p(2), memory(1), ReadWrite).unwrap();
+    assert_eq!(other.close().unwrap(), p(1));
+    assert!(matches!(set.unmap_all(), Err(Error::Deadline { .. })));
+    drop(held);
+    assert_eq!(set.close().unwrap(), p(1));
+}
+
 #[test]
 fn parts_and_other_memory_belong_to_the_set_too() {
     let space = IoAddressSpace::builder().profile(Profile::Iotlb).build();

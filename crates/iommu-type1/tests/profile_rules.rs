@@ -354,6 +354,34 @@ fn nothing_is_cut_where_something_else_of_the_range_leaves() {
     assert_eq!(space.mappings(), 0);
 }
 
+/// By the rules of v1 nothing happens where the first mapping begins before the range, unless somebody is working on it.
+#[test]
+fn no_memory_is_taken_away_behind_the_beginning_of_what_leaves() {
+    let p = page_size();
+    let space = space(Type1v1);
+    space.map(0, pages(2), ReadWrite).unwrap();
+    let list = space.scatter(0, 8, Read).unwrap();
+    thread::scope(|scope| {
+        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
+        let unmap = scope.spawn({
+            let space = &space;
+            move || space.unmap_with(0, 2 * p, patient)
+        });
+        while space.read(0, &mut [0]).is_ok() && !unmap.is_finished() {
+            thread::yield_now();
+        }
+        let refused = space.invalidate_vaddr(p, p).unwrap_err();
+        assert!(matches!(refused, Error::Unmapping { .. }), "{refused}");
+        drop(list);
+        assert_eq!(unmap.join().unwrap().unwrap(), 2 * p);
+    });
+    space.map(0, pages(2), ReadWrite).unwrap();
+    let _held = space.scatter(0, 8, Read).unwrap();
+    let held = space.unmap_with(0, 2 * p, at_once(UnmapPolicy::Revoked));
+    assert_eq!(errno(held), Err(libc::EDEADLK));
+    assert_eq!(space.invalidate_vaddr(p, p).unwrap(), 0);
+}
+
 #[test]
 fn a_part_of_what_was_revoked_in_vain_is_not_unmapped_alone() {
     let p = page_size();
