@@ -99,7 +99,7 @@ impl DmaTableBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`]: no eventfd could be made.
+    /// [`Error::Io`](crate::Error::Io): no eventfd could be made.
     pub fn build(self) -> Result<DmaTable> {
         Ok(DmaTable(Arc::new(Inner {
             space: IoAddressSpace::builder()
