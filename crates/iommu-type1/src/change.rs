@@ -23,7 +23,7 @@ use crate::range::{first_met, union, IovaRange};
 use crate::replace::{end_failed, outside};
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
-use crate::unmap::{check_outside, check_owned, Replaced, Revocation, Undo};
+use crate::unmap::{check_outside, check_owned, meet_replaced, Replaced, Revocation, Undo};
 use crate::writer::{State, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result, UnmapOptions};
 
@@ -176,12 +176,14 @@ pub(crate) fn change(
     let before = memory::collect(replaced.iter().map(|met| met.mapping.clone()))?;
     let mut after = stays(&replaced)?;
     let maps = || pieces.iter().filter(|piece| piece.memory.is_some());
+    // What only goes needs no room, also where there is none left.
     let more = after.len() + maps().count();
-    check_entries(&writer, space, more.saturating_sub(before.len()))?;
+    if more > 0 {
+        check_entries(&writer, space, more.saturating_sub(before.len()))?;
+    }
     let stay = memory::collect(after.iter().map(|mapping| mapping.range))?;
     let room = |writer: &Writer| {
         let new = maps().map(|piece| piece.range);
-        // What only goes needs none, also where there is none left.
         if more > 0 {
             check_memory(writer, space, stay.iter().copied().chain(new))?;
         }
@@ -210,8 +212,8 @@ pub(crate) fn change(
         memory::extend(&mut undo.parts, parts)?;
     }
     // Who uses what was replaced there before is waited for too.
-    let others = writer.replaced_in(&unmapped).cloned();
-    memory::extend(&mut replaced, others.map(Replaced::of))?;
+    let others = meet_replaced(&writer, space, &unmapped, |_| true)?;
+    memory::extend(&mut replaced, others)?;
     // And so is who uses what was revoked in vain.
     let others = revoked.iter().map(|mapping| Replaced {
         gone: vec![mapping.range],

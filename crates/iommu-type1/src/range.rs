@@ -93,11 +93,16 @@ pub(crate) fn union(mut ranges: Vec<IovaRange>) -> Vec<IovaRange> {
     ranges
 }
 
-/// The first of ascending ranges that are apart which shares an address with another.
+/// Those of ascending ranges that are apart which share an address with another.
+pub(crate) fn all_met(ranges: &[IovaRange], other: IovaRange) -> &[IovaRange] {
+    let first = ranges.partition_point(|range| range.last < other.first);
+    let met = &ranges[first..];
+    &met[..met.partition_point(|range| range.first <= other.last)]
+}
+
+/// The first of them.
 pub(crate) fn first_met(ranges: &[IovaRange], other: IovaRange) -> Option<IovaRange> {
-    let at = ranges.partition_point(|range| range.last < other.first);
-    let met = ranges.get(at).copied();
-    met.filter(|range| range.overlaps(other))
+    all_met(ranges, other).first().copied()
 }
 
 /// Refuses a value that is not a multiple of the unit.

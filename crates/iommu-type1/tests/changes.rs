@@ -92,6 +92,27 @@ fn a_full_table_can_be_emptied() {
     assert_eq!(byte(&space, 0), Ok(7));
 }
 
+/// What is replaced and still used counts as entries.
+#[test]
+fn a_full_list_of_entries_can_be_emptied() {
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .entry_limit(1)
+        .build();
+    space.change([map(0, 1, 1)]).unwrap();
+    let list = space.scatter(0, 4, ReadWrite).unwrap();
+    let refused = space.change_with([map(0, 1, 2)], at_once());
+    assert!(matches!(refused, Err(Error::Deadline { .. })));
+    for changes in [[unmap(0, 1)], [Change::UnmapAll]] {
+        let refused = space.change_with(changes, at_once());
+        assert!(matches!(refused, Err(Error::Deadline { .. })));
+        assert_eq!(byte(&space, 0), Err(libc::EAGAIN));
+    }
+    drop(list);
+    space.change([Change::UnmapAll]).unwrap();
+    space.change([map(0, 1, 3)]).unwrap();
+}
+
 #[test]
 fn other_profiles_know_no_lists_of_changes() {
     for profile in [Profile::Type1v1, Profile::Type1v2, Profile::Iommufd] {

@@ -388,7 +388,13 @@ impl VhostIotlb {
             _ => None,
         };
         let mut outcome = self.space.change(changes.iter().cloned());
-        if let Err(SpaceError::EntryLimit { .. } | SpaceError::TableLimit { .. }) = outcome {
+        let is_full = matches!(
+            outcome,
+            Err(SpaceError::EntryLimit { .. }
+                | SpaceError::TableLimit { .. }
+                | SpaceError::DirtyLimit { .. })
+        );
+        if is_full {
             outcome = self
                 .make_room()
                 .and_then(|()| self.space.change(changes.iter().cloned()));

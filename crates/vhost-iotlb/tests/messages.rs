@@ -382,6 +382,49 @@ fn an_iotlb_whose_table_is_full_is_emptied() {
     assert!(iotlb.space().mappings() < 128);
 }
 
+/// An invalidation is never refused for want of room.
+#[test]
+fn an_iotlb_without_room_for_what_a_cut_leaves_is_emptied() {
+    let builder = || IoAddressSpace::builder().profile(Profile::Iotlb);
+    // Two words of marks instead of one; two entries instead of one.
+    for (builder, tracks) in [
+        (builder().dirty_limit(8), true),
+        (builder().entry_limit(1), false),
+    ] {
+        let iotlb = VhostIotlb::with_space(builder.build(), Arc::new(Nobody)).unwrap();
+        iotlb.set_mem_table(table()).unwrap();
+        iotlb.apply(&update(0, 3, LOW)).unwrap();
+        if tracks {
+            iotlb.space().start_dirty_tracking().unwrap();
+        }
+        iotlb.apply(&msg(Invalidate, p(1), p(1))).unwrap();
+        assert_eq!(bytes(&iotlb, 3), [None; 3]);
+    }
+}
+
+/// Also where what was replaced takes the last entry, because somebody uses it.
+#[test]
+fn what_is_replaced_and_used_keeps_no_invalidation_from_being_done() {
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .entry_limit(1)
+        .unmap_deadline(Duration::ZERO)
+        .build();
+    let iotlb = VhostIotlb::with_space(space, Arc::new(Nobody)).unwrap();
+    iotlb.set_mem_table(table()).unwrap();
+    iotlb.apply(&update(0, 1, LOW)).unwrap();
+    let list = iotlb.space().scatter(0, 8, Permissions::Read).unwrap();
+    let used = [update(0, 1, LOW + p(1)), msg(Invalidate, 0, p(1))];
+    for message in used {
+        let error = iotlb.apply(&message).unwrap_err();
+        assert_eq!(error.errno(), libc::EDEADLK, "{error}");
+    }
+    assert_eq!(byte(&iotlb, 0), None);
+    drop(list);
+    iotlb.disconnect().unwrap();
+    assert_eq!(iotlb.space().mappings(), 0);
+}
+
 #[test]
 fn pages_of_which_few_are_all_addresses_can_be_missed() {
     for bit in [55, 63] {

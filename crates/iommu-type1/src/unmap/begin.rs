@@ -9,9 +9,11 @@ use std::sync::Arc;
 use super::select::{check_owned, select, stops};
 use super::{check_outside, Cuts, Replaced, Revocation, UnmapOptions};
 use crate::dirty::check_tracking;
+use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
 use crate::memory;
-use crate::range::{union, IovaRange};
+use crate::range::{all_met, union, IovaRange};
+use crate::replace::outside;
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
 use crate::writer::Writer;
@@ -59,7 +61,7 @@ impl<'a> Revocation<'a> {
             if writer.is_heard {
                 memory::extend(&mut cuts.before, mappings.iter().cloned())?;
             }
-            replaced = meet_replaced(&writer, ranges)?;
+            replaced = meet_replaced(&writer, space, ranges, |_| true)?;
             if writer.leaving() > 0 {
                 let retried = ranges.iter().map(|range| writer.may_retry(*range));
                 memory::reserve(&mut mappings, retried.sum())?;
@@ -107,9 +109,8 @@ impl<'a> Revocation<'a> {
         let leaving = turn.leaving_inside(IovaRange::ALL);
         let left = leaving.filter(|leaving| leaving.mapping.set == set);
         let left = memory::collect(left.map(|leaving| leaving.mapping.range))?;
-        let replaced = turn.replaced.iter();
-        let replaced = replaced.filter(|mapping| mapping.set == set);
-        let replaced = memory::collect(replaced.cloned().map(Replaced::of))?;
+        let is_of_set = |mapping: &Mapping| mapping.set == set;
+        let replaced = meet_replaced(&turn, space, &[IovaRange::ALL], is_of_set)?;
         let revoked = match turn.is_heard {
             true => memory::collect(mappings.iter().cloned())?,
             false => Vec::new(),
@@ -130,15 +131,51 @@ impl<'a> Revocation<'a> {
     }
 }
 
-/// The mappings that were replaced and had addresses of any of the ranges.
-fn meet_replaced(writer: &Writer, ranges: &[IovaRange]) -> Result<Vec<Replaced>> {
+/// The mappings that were replaced and had addresses of any of the ranges. Where nothing has come in their place they
+/// are gone: pins there are theirs, and of nothing else that is removed.
+pub(crate) fn meet_replaced(
+    writer: &Writer,
+    space: &Space,
+    ranges: &[IovaRange],
+    is_meant: impl Fn(&Mapping) -> bool,
+) -> Result<Vec<Replaced>> {
     let mut met = Vec::new();
     if writer.replaced.is_empty() {
         return Ok(met);
     }
     let ranges = union(memory::collect(ranges.iter().copied())?);
-    for mapping in writer.replaced_in(&ranges) {
-        memory::push(&mut met, Replaced::of(mapping.clone()))?;
+    let mut taken = Vec::new();
+    for range in &ranges {
+        let failed = space.table.visit(*range, |mapping| {
+            match memory::push(&mut taken, mapping.range) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => ControlFlow::Break(error),
+            }
+        });
+        failed.map_or(Ok(()), Err)?;
+        let leaving = writer.all_leaving_in(*range);
+        memory::extend(&mut taken, leaving.map(|leaving| leaving.mapping.range))?;
+    }
+    let taken = union(taken);
+    let replaced = writer.replaced_in(&ranges);
+    for mapping in replaced.filter(|mapping| is_meant(mapping)) {
+        let mut gone = Vec::new();
+        for range in all_met(&ranges, mapping.range) {
+            add_free(range.clamp(mapping.range), &taken, &mut gone)?;
+        }
+        let of = Replaced::of(mapping.clone());
+        memory::push(&mut met, Replaced { gone, ..of })?;
     }
     Ok(met)
+}
+
+/// Adds the parts of a range that are not taken by any of others, which are ascending and apart.
+fn add_free(range: IovaRange, taken: &[IovaRange], free: &mut Vec<IovaRange>) -> Result<()> {
+    let mut rest = Some(range);
+    for taken in all_met(taken, range) {
+        let [below, behind] = rest.map_or([None, None], |rest| outside(rest, *taken));
+        memory::extend(free, below)?;
+        rest = behind;
+    }
+    memory::extend(free, rest)
 }

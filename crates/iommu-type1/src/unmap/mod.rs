@@ -31,6 +31,7 @@ use crate::table::Unlinked;
 use crate::turn::Turn;
 use crate::{DirtyPages, Error, IoAddressSpace, Result};
 
+pub(crate) use begin::meet_replaced;
 pub(crate) use cuts::Cuts;
 pub use options::{UnmapOptions, UnmapPolicy};
 pub(crate) use policy::put_back;

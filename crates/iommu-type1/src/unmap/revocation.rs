@@ -115,23 +115,25 @@ impl<'a> Revocation<'a> {
     }
 
     fn tell(&mut self) {
-        let gone = self.replaced.iter().flat_map(|replaced| &replaced.gone);
-        for range in self
-            .mappings
-            .iter()
-            .map(|mapping| mapping.range)
-            .chain(gone.copied())
-        {
-            let pinned = self.space.pins.tell(range.first, range.size());
-            self.pinned |= pinned;
+        let mut pinned = false;
+        for range in self.removed() {
+            pinned |= self.space.pins.tell(range.first, range.size());
         }
+        self.pinned |= pinned;
         self.remind();
+    }
+
+    /// Where pins are told and waited for.
+    fn removed(&self) -> impl Iterator<Item = IovaRange> + '_ {
+        let mappings = self.mappings.iter().map(|mapping| mapping.range);
+        let replaced = self.replaced.iter();
+        mappings.chain(replaced.flat_map(|replaced| replaced.gone.iter().copied()))
     }
 
     /// Tells those again who have pins and do not let go; whoever still does is found in the end.
     fn remind(&self) {
         let (pins, times) = (&self.space.pins, self.space.reminders);
-        for range in self.mappings.iter().map(|mapping| mapping.range) {
+        for range in self.removed() {
             if times > 0 && self.is_pinned(range) {
                 let deadline = self.deadline.instant();
                 let _holders = pins.remind(range.first, range.size(), times, deadline);
