@@ -7,7 +7,7 @@ guest_fetch() {
         return
     fi
     if [ -n "${ALLOW_SKIP:-}" ]; then
-        echo "$1 skipped: $ALLOW_SKIP"
+        echo "$1 skipped: $ALLOW_SKIP" | tee -a "${SKIPPED:-/dev/null}"
         exit 0
     fi
     echo "no QEMU or kernel to be had; ALLOW_SKIP=REASON says why that is right" >&2
