@@ -1,7 +1,8 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A batch that its space turns out to have no room for, while another unmap ends.
+//! A batch that its space turns out to have no room for, while another unmap ends; and an unmap whose memory more hold
+//! than a page has room to name.
 
 use std::io;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -9,7 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use vfio_dma::iommu::{Error, IoAddressSpace, Listener, MappingInfo, ScatterList, UnmapOptions};
+use vfio_dma::iommu::{
+    Error, IoAddressSpace, Listener, MappingInfo, ScatterList, UnmapOptions, HOLDERS_LISTED,
+};
 use vm_memory::Permissions::ReadWrite;
 
 use crate::inject::aside;
@@ -79,4 +82,24 @@ pub fn batch() {
     assert_eq!(listener.told.load(Ordering::Relaxed), 0);
     drop((listening, space));
     assert_eq!(Arc::strong_count(&owner), 1);
+}
+
+pub fn holders() {
+    let space = IoAddressSpace::new();
+    map(&space, 0, 1);
+    let held: Vec<_> = aside(|| {
+        let lists = (0..MANY).map(|_| space.scatter(0, 1, ReadWrite).unwrap());
+        lists.collect()
+    });
+    let at_once = UnmapOptions::new().deadline(Duration::ZERO);
+    match space.unmap_with(0, p(1), at_once) {
+        Err(Error::Deadline { left, holders, .. }) => {
+            assert_eq!(left, p(1));
+            // Without memory some are named, or none.
+            assert!(holders.len() <= HOLDERS_LISTED);
+        }
+        other => panic!("{other:?}"),
+    }
+    aside(|| drop(held));
+    assert_eq!(step(&space, "unmap", || space.unmap(0, p(1))), p(1));
 }

@@ -36,7 +36,9 @@ pub const SCENARIOS: &[(&str, fn())] = &[
     ("hardware and KVM", followers),
     ("a vfio-user client", client),
     ("a vfio-user session", crate::session::session),
+    ("an unmap of a vfio-user client", crate::session::unmap),
     ("a batch without room", crate::refused::batch),
+    ("holders", crate::refused::holders),
     ("an IOTLB", crate::iotlb::messages),
     ("misses", crate::iotlb::misses),
 ];
@@ -103,7 +105,7 @@ pub fn memory(pages: u64) -> Backing {
     one().or_else(|_| one()).unwrap()
 }
 
-fn memfd(pages: u64) -> OwnedFd {
+pub fn memfd(pages: u64) -> OwnedFd {
     // SAFETY: the name ends with a 0.
     let fd = unsafe { libc::memfd_create(c"fault".as_ptr(), libc::MFD_CLOEXEC) };
     // SAFETY: just made.

@@ -1,9 +1,9 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A vfio-user client that sends and asks for much at once.
+//! A vfio-user client that sends and asks for much at once, and unmaps much at once.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,6 +14,7 @@ use vfio_dma::vfio_user::{
 };
 
 use crate::inject::aside;
+use crate::scenarios::{memfd, p, step, MANY};
 
 /// Bytes of a region, and interrupts: more than a page of either.
 const MUCH: usize = 8192;
@@ -156,4 +157,25 @@ pub fn session() {
         assert!(data.len() == MUCH && data.iter().all(|found| *found == byte));
     }
     assert_eq!(device.irqs, if has_set { MUCH } else { 0 });
+}
+
+/// Ranges with a file, and as many without one.
+pub fn unmap() {
+    let table = DmaTable::new().unwrap();
+    let space = table.space();
+    aside(|| {
+        let file = File::from(memfd(MANY));
+        for n in 0..MANY {
+            let fd = file.try_clone().unwrap().into();
+            table.map(3, p(n), p(2 * n), p(1), Some(fd)).unwrap();
+            table.map(3, 0, p(2 * n + 1), p(1), None).unwrap();
+        }
+    });
+    let unmapped = step(space, "unmap", || {
+        let result = table.unmap(0, 0, p(2 * MANY));
+        let left = if result.is_ok() { 0 } else { 2 * MANY as usize };
+        assert_eq!(table.mappings(), left);
+        result
+    });
+    assert_eq!(unmapped, p(2 * MANY));
 }

@@ -165,14 +165,18 @@ impl Server {
     }
 
     /// Serves one client that is connected already, until it goes or the server is stopped. What it has mapped
-    /// is unmapped then.
+    /// is unmapped then, and before it whatever the table has.
     ///
     /// # Errors
     ///
     /// [`Error::Io`]: the socket failed, or the client was too slow (ETIMEDOUT). [`Error::Malformed`]: where its next
     /// message begins cannot be told. [`Error::NoMemory`]: an answer cannot be kept until the client takes it.
+    /// [`Error::Space`]: memory of the client before is still held (EDEADLK), as [`DmaTable::clear`](crate::DmaTable::clear)
+    /// says; this one is not served.
     pub fn serve(&self, client: &UnixStream, backend: &mut dyn Backend) -> Result<End> {
         let table = backend.dma().clone();
+        // What could not be unmapped when the client before has gone is not for this one.
+        table.clear()?;
         table.set_client(socket::peer(client));
         let mut session = Session::new(backend, self.max_data);
         let result = match self.serve_session(client, &mut session) {

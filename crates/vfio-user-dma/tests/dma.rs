@@ -6,12 +6,13 @@
 mod common;
 
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
 use common::{map_body, memfd, Client, Reply, Served, PAGE, READ_WRITE};
 use vfio_user_dma::wire::{command, flags, DmaAccess, NarrowDmaAccess};
-use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Error, REQUEST_LIMIT};
+use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Error, Server, REQUEST_LIMIT};
 use vm_memory::Permissions;
 
 fn cause<T: std::fmt::Debug>(result: Result<T, Error>) -> (usize, AccessError) {
@@ -335,6 +336,25 @@ fn an_unmap_fails_what_is_awaited_of_its_range_and_nothing_else() {
 }
 
 #[test]
+fn an_unmap_ends_what_somebody_awaits_who_holds_memory_of_its_range() {
+    let mut served = Served::new();
+    let file = memfd(1);
+    assert_eq!(served.client.map(0, PAGE, 0, None), 0);
+    assert_eq!(served.client.map(PAGE, PAGE, 0, Some(&file)), 0);
+    let table = served.table.clone();
+    let device = thread::spawn(move || {
+        let space = table.space();
+        let _held = space.scatter(PAGE, 8, Permissions::Read).unwrap();
+        table.read(0, &mut [0])
+    });
+    served.client.receive();
+    assert_eq!(served.client.unmap(0, 0, 2 * PAGE), Ok(2 * PAGE));
+    let read = device.join().unwrap();
+    assert!(matches!(cause(read), (0, AccessError::Unmapped)));
+    served.end().unwrap();
+}
+
+#[test]
 fn permissions_of_ranges_without_a_file() {
     let mut served = Served::new();
     assert_eq!(
@@ -396,6 +416,28 @@ fn an_unmap_waits_for_who_holds_memory() {
     later.join().unwrap();
     assert_eq!(served.client.unmap(2, 0, 0), Ok(2 * PAGE));
     served.end().unwrap();
+}
+
+#[test]
+fn a_client_gets_no_memory_of_the_one_before() {
+    let table = DmaTable::builder()
+        .unmap_deadline(Duration::from_millis(20))
+        .build()
+        .unwrap();
+    let server = Server::from_listener(common::listener()).unwrap();
+    let mut device = common::Device::new(table.clone());
+    table.map(3, 0, 0, PAGE, Some(memfd(1).into())).unwrap();
+    let held = table.space().scatter(0, 8, Permissions::Read).unwrap();
+    assert!(table.clear().is_err());
+
+    // The client has gone already, so that who serves it does not wait.
+    let (_, theirs) = UnixStream::pair().unwrap();
+    let error = server.serve(&theirs, &mut device).unwrap_err();
+    assert_eq!(error.errno(), libc::EDEADLK);
+    assert_eq!(table.mappings(), 1);
+    drop(held);
+    assert_eq!(server.serve(&theirs, &mut device).unwrap(), End::Closed);
+    assert_eq!(table.mappings(), 0);
 }
 
 #[test]

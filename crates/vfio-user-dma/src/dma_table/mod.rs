@@ -186,9 +186,12 @@ impl DmaTable {
     /// # Errors
     ///
     /// [`Error::DirtyBitmap`] (EOPNOTSUPP), [`Error::Flags`], [`Error::Range`] or [`Error::Cut`] (EINVAL), where unmaps
-    /// are strict [`Error::NothingMapped`] (ENOENT); nothing is unmapped then. [`Error::Space`]: somebody holds
-    /// memory of the range longer than the deadline (EDEADLK). What is held stays unusable and is there to be
-    /// unmapped again.
+    /// are strict [`Error::NothingMapped`] (ENOENT), and [`Error::NoMemory`] or [`Error::Space`] where there is no
+    /// memory for what it needs (ENOMEM); nothing is unmapped then. [`Error::Space`]: somebody holds memory of the
+    /// range longer than the deadline (EDEADLK). What is held stays unusable and is there to be unmapped again.
+    ///
+    /// An access that waits for the client has ended by then ([`AccessError::Unmapped`](crate::AccessError::Unmapped)),
+    /// also where there was no memory.
     pub fn unmap(&self, flags: u32, address: u64, size: u64) -> Result<u64> {
         if flags & VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP != 0 {
             return Err(Error::DirtyBitmap);
@@ -231,7 +234,8 @@ impl DmaTable {
     ///
     /// # Errors
     ///
-    /// [`Error::Space`]: somebody holds memory longer than the deadline.
+    /// [`Error::Space`]: somebody holds memory longer than the deadline (EDEADLK), or there is no memory for what it
+    /// needs (ENOMEM), as is [`Error::NoMemory`].
     pub fn clear(&self) -> Result<u64> {
         self.remove(0, u64::MAX)
     }
@@ -247,52 +251,52 @@ impl DmaTable {
         check: impl FnOnce(&Entries) -> Result<()>,
     ) -> Result<u64> {
         let _turn = lock(&self.0.turn);
-        let mut entries = self.entries();
+        let entries = self.entries();
         check(&entries)?;
-        let mut removed = 0_u64;
         let mut in_space = Vec::new();
-        let mut touched = Vec::new();
+        let mut with_client = Vec::new();
         let met = entries.overlapping(first, last).count();
-        let room = touched.try_reserve_exact(met);
+        let room = with_client.try_reserve_exact(met);
         let room = room.and_then(|()| in_space.try_reserve_exact(met));
         room.map_err(|_| Error::NoMemory(met * size_of::<(u64, u64)>()))?;
-        touched.extend(entries.overlapping(first, last));
-        for (start, last) in touched {
+        for (start, last) in entries.overlapping(first, last) {
             match entries.ranges[&start].memory {
                 Memory::File(_) => in_space.push((start, last - start + 1)),
-                Memory::Client(_) => {
-                    // All of the 64-bit space counts as one byte less, as its size has no number.
-                    removed = removed.saturating_add((last - start).saturating_add(1));
-                    entries.ranges.remove(&start);
-                }
+                // All of the 64-bit space counts as one byte less, as its size has no number.
+                Memory::Client(_) => with_client.push((start, (last - start).saturating_add(1))),
             }
         }
+        // Who waits for the client may hold memory of the range meanwhile, which is waited for below.
         self.0.messages.unmapped(first, last);
         // Nobody else changes the table during our turn; accesses may look meanwhile.
         drop(entries);
-        if in_space.is_empty() {
-            return Ok(removed);
-        }
-        let result = self.0.space.unmap_batch(&in_space);
+        let result = match in_space[..] {
+            [] => Ok(0),
+            _ => self.0.space.unmap_batch(&in_space),
+        };
+        // But for the deadline, whoever fails has changed nothing.
+        let result = match result {
+            Err(error) if !matches!(error, iommu_type1::Error::Deadline { .. }) => {
+                return Err(error.into());
+            }
+            result => result,
+        };
         let mut entries = self.entries();
-        match result {
-            Ok(bytes) => {
-                for (start, _) in in_space {
-                    entries.ranges.remove(&start);
-                }
-                Ok(removed.saturating_add(bytes))
-            }
-            Err(error) => {
-                // Those that nobody holds are gone, and are not to be in the way.
-                let now = UnmapOptions::new().deadline(Duration::ZERO);
-                for (start, size) in in_space {
-                    if self.0.space.unmap_with(start, size, now).is_ok() {
-                        entries.ranges.remove(&start);
-                    }
-                }
-                Err(error.into())
+        let mut removed = 0_u64;
+        for (start, size) in with_client {
+            entries.ranges.remove(&start);
+            removed = removed.saturating_add(size);
+        }
+        // What was asked since then.
+        self.0.messages.unmapped(first, last);
+        let at_once = UnmapOptions::new().deadline(Duration::ZERO);
+        for (start, size) in in_space {
+            // At the deadline those that nobody holds are gone, and are not to be in the way.
+            if result.is_ok() || self.0.space.unmap_with(start, size, at_once).is_ok() {
+                entries.ranges.remove(&start);
             }
         }
+        Ok(removed.saturating_add(result?))
     }
 
     /// Ends every access that waits for the client (ECANCELED), as for a reset that cannot wait: the thread that
