@@ -23,12 +23,15 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(all(loom, shuttle))]
+compile_error!("one checker at a time: build with --cfg loom or with --cfg shuttle, not with both");
+
 #[cfg(any(loom, shuttle))]
 pub mod clock;
 
 #[cfg(loom)]
 use loom as whose;
-#[cfg(shuttle)]
+#[cfg(all(shuttle, not(loom)))]
 use shuttle as whose;
 #[cfg(not(any(loom, shuttle)))]
 use std as whose;
