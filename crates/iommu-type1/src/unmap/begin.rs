@@ -144,24 +144,11 @@ pub(crate) fn meet_replaced(
         return Ok(met);
     }
     let ranges = union(memory::collect(ranges.iter().copied())?);
-    let mut taken = Vec::new();
-    for range in &ranges {
-        let failed = space.table.visit(*range, |mapping| {
-            match memory::push(&mut taken, mapping.range) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => ControlFlow::Break(error),
-            }
-        });
-        failed.map_or(Ok(()), Err)?;
-        let leaving = writer.all_leaving_in(*range);
-        memory::extend(&mut taken, leaving.map(|leaving| leaving.mapping.range))?;
-    }
-    let taken = union(taken);
     let replaced = writer.replaced_in(&ranges);
     for mapping in replaced.filter(|mapping| is_meant(mapping)) {
         let mut gone = Vec::new();
         for range in all_met(&ranges, mapping.range) {
-            add_free(range.clamp(mapping.range), &taken, &mut gone)?;
+            add_free(writer, space, range.clamp(mapping.range), &mut gone)?;
         }
         let of = Replaced::of(mapping.clone());
         memory::push(&mut met, Replaced { gone, ..of })?;
@@ -169,13 +156,41 @@ pub(crate) fn meet_replaced(
     Ok(met)
 }
 
-/// Adds the parts of a range that are not taken by any of others, which are ascending and apart.
-fn add_free(range: IovaRange, taken: &[IovaRange], free: &mut Vec<IovaRange>) -> Result<()> {
-    let mut rest = Some(range);
-    for taken in all_met(taken, range) {
-        let [below, behind] = rest.map_or([None, None], |rest| outside(rest, *taken));
-        memory::extend(free, below)?;
-        rest = behind;
+/// Adds the parts of a range where nothing is, in the table or leaving. Allocates only for those: what was cut before would
+/// stay cut.
+fn add_free(
+    writer: &Writer,
+    space: &Space,
+    range: IovaRange,
+    free: &mut Vec<IovaRange>,
+) -> Result<()> {
+    let mut add = |gap: IovaRange| {
+        let mut rest = Some(gap);
+        for leaving in writer.all_leaving_in(gap) {
+            let taken = leaving.mapping.range;
+            let [below, behind] = rest.map_or([None, None], |rest| outside(rest, taken));
+            memory::extend(free, below)?;
+            rest = behind;
+        }
+        memory::extend(free, rest)
+    };
+    // The first address that was not looked at yet.
+    let mut next = Some(range.first);
+    let failed = space.table.visit(range, |mapping| {
+        let first = next.filter(|first| *first < mapping.range.first);
+        next = mapping.range.last.checked_add(1);
+        let last = mapping.range.first.wrapping_sub(1);
+        match first.map_or(Ok(()), |first| add(IovaRange { first, last })) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(error),
+        }
+    });
+    failed.map_or(Ok(()), Err)?;
+    match next.filter(|first| *first <= range.last) {
+        Some(first) => add(IovaRange {
+            first,
+            last: range.last,
+        }),
+        None => Ok(()),
     }
-    memory::extend(free, rest)
 }
