@@ -327,29 +327,34 @@ fn a_cut_needs_room_for_the_parts_it_adds() {
     assert_eq!(space.mappings(), 2);
 }
 
+/// Does something while an unmap of the first two pages, which are a mapping, waits for who uses them.
+fn beside_an_unmap(space: &IoAddressSpace, meanwhile: impl FnOnce()) {
+    let p = page_size();
+    let list = space.scatter(0, 8, Read).unwrap();
+    thread::scope(|scope| {
+        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
+        let unmap = scope.spawn(move || space.unmap_with(0, 2 * p, patient));
+        while space.read(0, &mut [0]).is_ok() && !unmap.is_finished() {
+            thread::yield_now();
+        }
+        meanwhile();
+        drop(list);
+        assert_eq!(unmap.join().unwrap().unwrap(), 2 * p);
+    });
+}
+
 #[test]
 fn nothing_is_cut_where_something_else_of_the_range_leaves() {
     let p = page_size();
     let space = space(Iotlb);
     space.map(0, pages(2), ReadWrite).unwrap();
     space.map(2 * p, pages(2), ReadWrite).unwrap();
-    let list = space.scatter(0, 8, Read).unwrap();
-    thread::scope(|scope| {
-        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
-        let unmap = scope.spawn({
-            let space = &space;
-            move || space.unmap_with(0, 2 * p, patient)
-        });
-        while space.read(0, &mut [0]).is_ok() && !unmap.is_finished() {
-            thread::yield_now();
-        }
+    beside_an_unmap(&space, || {
         let refused = space.unmap(0, 3 * p).unwrap_err();
         assert!(matches!(refused, Error::Unmapping { .. }), "{refused}");
         assert_eq!(space.mappings(), 2);
         // Everything is whatever nobody else unmaps.
         assert_eq!(space.unmap_all().unwrap(), 2 * p);
-        drop(list);
-        assert_eq!(unmap.join().unwrap().unwrap(), 2 * p);
     });
     assert_eq!(space.mappings(), 0);
 }
@@ -360,20 +365,9 @@ fn no_memory_is_taken_away_behind_the_beginning_of_what_leaves() {
     let p = page_size();
     let space = space(Type1v1);
     space.map(0, pages(2), ReadWrite).unwrap();
-    let list = space.scatter(0, 8, Read).unwrap();
-    thread::scope(|scope| {
-        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
-        let unmap = scope.spawn({
-            let space = &space;
-            move || space.unmap_with(0, 2 * p, patient)
-        });
-        while space.read(0, &mut [0]).is_ok() && !unmap.is_finished() {
-            thread::yield_now();
-        }
+    beside_an_unmap(&space, || {
         let refused = space.invalidate_vaddr(p, p).unwrap_err();
         assert!(matches!(refused, Error::Unmapping { .. }), "{refused}");
-        drop(list);
-        assert_eq!(unmap.join().unwrap().unwrap(), 2 * p);
     });
     space.map(0, pages(2), ReadWrite).unwrap();
     let _held = space.scatter(0, 8, Read).unwrap();
