@@ -10,7 +10,9 @@ use std::sync::{mpsc, Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace, ReaderBarrier};
+use iommu_type1::{
+    page_size, Backing, Error, Interest, IoAddressSpace, ReaderBarrier, UnmapOptions, UnmapPolicy,
+};
 use vm_memory::Permissions::{Read, ReadWrite};
 
 const DEADLINE: Duration = Duration::from_millis(1);
@@ -76,6 +78,32 @@ fn memory_is_not_taken_away() {
                 space.write(0, &[1]).unwrap();
                 assert_eq!(space.mappings(), 2);
             }
+        });
+    }
+}
+
+#[test]
+fn what_has_no_memory_is_not_put_back_in_the_table() {
+    for policy in [UnmapPolicy::Restore, UnmapPolicy::Revoked] {
+        let p = page_size();
+        let without_memory = |space: &IoAddressSpace| {
+            space.invalidate_vaddr(0, p).unwrap();
+        };
+        let barrier = ReaderBarrier::Fence;
+        beside_a_write_after(without_memory, DEADLINE, barrier, |space| {
+            let options = UnmapOptions::new().deadline(DEADLINE).policy(policy);
+            let error = space.unmap_with(0, p, options).unwrap_err();
+            assert!(
+                matches!(error, Error::Deadline { unmapped: 0, left, .. } if left == p),
+                "{error}"
+            );
+            let error = space.read(0, &mut [0]).unwrap_err();
+            assert!(matches!(error, Error::VaddrInvalid { .. }), "{error}");
+            assert_eq!(space.without_memory(), 1);
+            let page = Backing::anonymous(p as usize).unwrap();
+            space.resume_vaddr(0, p, page).unwrap();
+            space.write(0, &[1]).unwrap();
+            assert_eq!(space.mappings(), 2);
         });
     }
 }

@@ -207,6 +207,19 @@ mod tests {
     use super::*;
     use crate::range::page_size;
 
+    /// The word behind the last would be memory of somebody else.
+    #[test]
+    fn takes_and_looks_at_no_page_behind_the_last() {
+        let mut log = DirtyLog::new();
+        log.start(3).unwrap();
+        log.put_back(0, u64::MAX);
+        let (mut seen, mut taken) = (Vec::new(), Vec::new());
+        log.look(3, |marks| seen.push(marks));
+        log.take(3, |index, marks| taken.push((index, marks)));
+        assert_eq!((seen, taken), (vec![0b111], vec![(0, 0b111)]));
+        log.free(3);
+    }
+
     proptest! {
         #[test]
         fn marks_and_takes_what_a_set_of_pages_does(

@@ -135,8 +135,9 @@ impl Bitmap for InlineMarks<'_> {
         }
     }
 
-    fn dirty_at(&self, _offset: usize) -> bool {
-        false
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.mapping
+            .is_some_and(|mapping| mapping.dirty_at(self.offset + offset))
     }
 
     fn slice_at(&self, offset: usize) -> Self {
@@ -144,5 +145,62 @@ impl Bitmap for InlineMarks<'_> {
             mapping: self.mapping,
             offset: self.offset + offset,
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use vm_memory::Permissions;
+
+    use super::*;
+    use crate::mapping_set::SetId;
+    use crate::range::{page_size, IovaRange};
+    use crate::{Backing, PermissionPolicy};
+
+    const PAGES: usize = 8;
+
+    fn mapping() -> Mapping {
+        let size = PAGES * page_size() as usize;
+        let range = IovaRange {
+            first: 0,
+            last: size as u64 - 1,
+        };
+        let backing = Backing::anonymous(size).unwrap();
+        let policy = PermissionPolicy::Strict;
+        let mapping = Mapping::new(range, Permissions::ReadWrite, backing, policy, SetId::NONE);
+        mapping.dirty.start(PAGES).unwrap();
+        mapping
+    }
+
+    /// Parts of parts of what begins in page 2: the marks stand where all their offsets together say.
+    fn marks_where_its_offsets_lead<'a, B: BitmapSlice>(
+        of: impl FnOnce(&'a Mapping, usize) -> B,
+        mapping: &'a Mapping,
+    ) {
+        let p = page_size() as usize;
+        let part = of(mapping, 2 * p).slice_at(p).slice_at(p - 1);
+        part.mark_dirty(p, p + 2);
+        for page in 0..PAGES {
+            let marked = (4..7).contains(&page);
+            assert_eq!(mapping.dirty_at(page * p), marked, "page {page}");
+            if let Some(offset) = (page * p).checked_sub(4 * p - 1) {
+                assert_eq!(part.dirty_at(offset), marked, "page {page}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_parts_mark_where_their_offsets_lead() {
+        marks_where_its_offsets_lead(DirtySlice::new, &mapping());
+        marks_where_its_offsets_lead(InlineMarks::new, &mapping());
+    }
+
+    #[test]
+    fn nothing_is_marked_by_the_whole_space_itself() {
+        let space = Dirty(());
+        space.mark_dirty(0, 1);
+        assert!(!space.dirty_at(0));
+        space.slice_at(0).mark_dirty(0, 1);
+        assert!(!space.slice_at(0).dirty_at(0));
     }
 }
