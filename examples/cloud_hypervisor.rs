@@ -34,18 +34,18 @@ impl Platform {
     fn map_with(&self, iova: u64, gpa: u64, size: u64, prot: Permissions) -> io::Result<()> {
         let end = gpa.checked_add(size);
         let end = end.filter(|_| iova.checked_add(size).is_some());
-        let end = end.ok_or_else(|| os_error(Error::Overflow { iova, size }))?;
+        let end = end.ok_or(Error::Overflow { iova, size })?;
         let (mut parts, mut at) = (Vec::new(), gpa);
         while at < end {
             let from = GuestAddress(at);
             let region = self.memory.find_region(from);
-            let region = region.ok_or_else(|| os_error(Error::NoRegion(at)))?;
+            let region = region.ok_or(Error::NoRegion(at))?;
             let len = (end - at).min(region.last_addr().0 - at + 1);
-            let backing = Backing::from_guest_memory(&self.memory, from, len as usize);
-            parts.push((iova + (at - gpa), backing.map_err(os_error)?, prot));
+            let backing = Backing::from_guest_memory(&self.memory, from, len as usize)?;
+            parts.push((iova + (at - gpa), backing, prot));
             at += len;
         }
-        self.space.map_batch(parts).map_err(os_error)
+        Ok(self.space.map_batch(parts)?)
     }
 }
 
@@ -55,7 +55,8 @@ impl ExternalDmaMapping for Platform {
     }
 
     fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {
-        self.space.unmap(iova, size).map(drop).map_err(os_error)
+        self.space.unmap(iova, size)?;
+        Ok(())
     }
 }
 
@@ -71,19 +72,15 @@ impl AccessPlatform for Platform {
 
     /// By a look at all mappings: for set-up, not for accesses.
     fn translate_gpa(&self, base: u64, size: u64) -> io::Result<u64> {
-        let (snapshot, _) = self.space.snapshot().map_err(os_error)?;
+        let (snapshot, _) = self.space.snapshot()?;
         let mut mappings = snapshot.mappings.into_iter();
         let iova = mappings.find_map(|mapping| {
             let offset = base.checked_sub(mapping.backing?.guest_address?)?;
             let left = mapping.size.checked_sub(offset)?;
             (size <= left).then(|| mapping.iova + offset)
         });
-        iova.ok_or_else(|| os_error(Error::NoRegion(base)))
+        Ok(iova.ok_or(Error::NoRegion(base))?)
     }
-}
-
-fn os_error(error: Error) -> io::Error {
-    io::Error::from_raw_os_error(error.errno())
 }
 
 fn main() -> io::Result<()> {

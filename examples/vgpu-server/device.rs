@@ -113,7 +113,7 @@ impl VgpuDevice {
     fn write_dword(&mut self, offset: u64, value: u32) -> io::Result<()> {
         log::trace!("{offset:#x} <- {value:#x}");
         if let Some((index, half)) = self.ggtt_entry(offset) {
-            self.ggtt.write_half(index, half, value).map_err(errno)?;
+            self.ggtt.write_half(index, half, value)?;
             return self.post_to_all(Post::GgttHalf { index, half, value });
         }
         let Some(offset) = u32::try_from(offset).ok().filter(is_register) else {
@@ -180,7 +180,7 @@ impl VgpuDevice {
             _ => return Ok(()),
         };
         let pdps = [0, 1, 2, 3].map(|index| self.stored_pair(pvinfo::PDP + 8 * index));
-        let root = PageTableRoot::new(mode, pdps).map_err(errno)?;
+        let root = PageTableRoot::new(mode, pdps)?;
         self.post_to_all(Post::PageTablesDropped(root))
     }
 
@@ -254,7 +254,7 @@ impl VgpuDevice {
                 Some(entry) if offset >= GGTT && offset % 8 == 0 => {
                     let index = ((offset - GGTT) / 8) as u32;
                     let value = u64::from_le_bytes(*entry);
-                    self.ggtt.write_entry(index, value).map_err(errno)?;
+                    self.ggtt.write_entry(index, value)?;
                     self.post_to_all(Post::Ggtt { index, value })?;
                     (offset, data) = (offset + 8, &data[8..]);
                 }
@@ -339,10 +339,6 @@ impl Backend for VgpuDevice {
 
 fn is_register(offset: &u32) -> bool {
     u64::from(*offset) < REGISTERS
-}
-
-fn errno(error: gvt_scheduler::Error) -> io::Error {
-    io::Error::from_raw_os_error(error.errno())
 }
 
 fn empty_ggtt() -> Ggtt {

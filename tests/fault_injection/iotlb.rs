@@ -97,7 +97,7 @@ impl MissSink for Deeper {
         };
         let update = message(VhostIotlbType::Update, page, 1);
         let answered = below.and_then(|()| iotlb.apply(&update));
-        answered.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+        answered.map_err(io::Error::from)
     }
 }
 

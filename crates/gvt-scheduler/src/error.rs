@@ -4,6 +4,7 @@
 //! What can go wrong, and what the kernel would return for it.
 
 use std::borrow::Cow;
+use std::io;
 
 use crate::audit::CommandError;
 use crate::command::Gtt;
@@ -237,6 +238,23 @@ impl Error {
             | Error::QueueFull { .. }
             | Error::NotRunning { .. } => libc::EINVAL,
         }
+    }
+}
+
+/// Its errno, for those who answer with one. The values are in the error alone: log them before.
+///
+/// ```
+/// use gvt_scheduler::{Vgpu, VgpuConfig};
+/// use vm_memory::GuestMemoryMmap;
+///
+/// let memory = GuestMemoryMmap::<()>::new();
+/// let mut vgpu = Vgpu::new(memory, (), (), VgpuConfig::default());
+/// let error = std::io::Error::from(vgpu.write_ggtt_entry(u32::MAX, 0).unwrap_err());
+/// assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+/// ```
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        io::Error::from_raw_os_error(error.errno())
     }
 }
 

@@ -587,6 +587,24 @@ impl From<Error> for GuestMemoryError {
     }
 }
 
+/// Its errno, for those who answer with one. The values are in the error alone: log them before.
+///
+/// ```
+/// use std::io;
+/// use iommu_type1::IoAddressSpace;
+///
+/// fn unmap(space: &IoAddressSpace) -> io::Result<u64> {
+///     Ok(space.unmap(1, 0x1000)?)
+/// }
+/// let error = unmap(&IoAddressSpace::new()).unwrap_err();
+/// assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+/// ```
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        io::Error::from_raw_os_error(error.errno())
+    }
+}
+
 /// The errno of a listener's error, also where that says it in words.
 fn refused_errno(error: &io::Error) -> i32 {
     let of_kind = match error.kind() {

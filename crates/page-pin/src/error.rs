@@ -146,5 +146,21 @@ impl Error {
     }
 }
 
+/// Its errno, for those who answer with one. The values are in the error alone: log them before.
+///
+/// ```
+/// use std::sync::Arc;
+/// use page_pin::{Interest, PinTable};
+///
+/// let access = PinTable::new(4096).register("disk", Interest::Holder, Arc::new(|_, _| ()));
+/// let error = std::io::Error::from(access.pin(1, 1).unwrap_err());
+/// assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+/// ```
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        io::Error::from_raw_os_error(error.errno())
+    }
+}
+
 /// Result of pinning and unpinning.
 pub type Result<T> = std::result::Result<T, Error>;

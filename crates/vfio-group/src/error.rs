@@ -3,6 +3,8 @@
 
 //! What can go wrong, with the errno the kernel answers in the same case.
 
+use std::io;
+
 use crate::IommuType;
 
 /// Errors of containers, groups, devices and external users.
@@ -163,7 +165,7 @@ pub enum Error {
         /// What was asked for: an ioctl's name, or `open`, or `dup`.
         operation: &'static str,
         /// What the kernel answered.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The IO address space refused.
     #[error(transparent)]
@@ -211,5 +213,17 @@ impl Error {
             Error::Iommu(error) => error.completed(),
             _ => 0,
         }
+    }
+}
+
+/// Its errno, for those who answer with one. The values are in the error alone: log them before.
+///
+/// ```
+/// let error = std::io::Error::from(vfio_group::Container::open().unmap(0, 0x1000).unwrap_err());
+/// assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+/// ```
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        io::Error::from_raw_os_error(error.errno())
     }
 }

@@ -222,6 +222,7 @@ impl AccessError {
     }
 }
 
+/// Its errno, as a [`Backend`](crate::Backend) answers with. The values are in the error alone: log them before.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         io::Error::from_raw_os_error(error.errno())

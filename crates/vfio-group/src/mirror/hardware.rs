@@ -13,7 +13,6 @@ use vm_memory::Permissions;
 
 use crate::follower::Target;
 use crate::hardware::{HardwareContainer, READ, WRITE};
-use crate::Error;
 
 impl Target for Arc<HardwareContainer> {
     unsafe fn map(&mut self, mapping: &MappingInfo) -> io::Result<()> {
@@ -22,7 +21,7 @@ impl Target for Arc<HardwareContainer> {
         // SAFETY: the caller keeps the memory, which is used as memory that others change.
         let mapped =
             unsafe { HardwareContainer::map(self, mapping.iova, memory, mapping.size, flags) };
-        mapped.map_err(into_io)
+        Ok(mapped?)
     }
 
     fn unmap(&mut self, iova: u64, size: u64) -> io::Result<()> {
@@ -34,7 +33,7 @@ impl Target for Arc<HardwareContainer> {
                 Ok(())
             }
             Err(_) if has_no_iommu(self) => Ok(()),
-            Err(error) => Err(into_io(error)),
+            Err(error) => Err(error.into()),
         }
     }
 }
@@ -53,11 +52,4 @@ fn flags(permissions: Permissions) -> u32 {
         }
     };
     flag(Permissions::Read, READ) | flag(Permissions::Write, WRITE)
-}
-
-fn into_io(error: Error) -> io::Error {
-    match error {
-        Error::Hardware { source, .. } => source,
-        error => io::Error::from_raw_os_error(error.errno()),
-    }
 }
