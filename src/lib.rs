@@ -17,6 +17,9 @@
 //! | `vfio_user` (feature `vfio-user`) | `vfio-user-dma` | a vfio-user device server and its DMA table |
 //! | `vhost` (feature `vhost-iotlb`) | `vhost-iotlb` | the device IOTLB of a vhost back end |
 //!
+//! Besides there are the features `hardware`, `vfio-ioctls` and `kvm` of `vfio-group`, and `iommu` of `iommu-type1`. All are
+//! off by default.
+//!
 //! ```
 //! use vfio_dma::group::{Container, ExternalUser, Group, IommuType};
 //! use vfio_dma::iommu::Backing;
@@ -45,3 +48,8 @@ pub use vfio_group as group;
 pub use vfio_user_dma as vfio_user;
 #[cfg(feature = "vhost-iotlb")]
 pub use vhost_iotlb as vhost;
+
+/// Examples of the README are tested as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
