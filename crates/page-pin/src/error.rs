@@ -77,7 +77,7 @@ pub enum Error {
         /// What the account said.
         errno: i32,
     },
-    /// As many pins as the table may have, a page and owner each.
+    /// As many pins as the table may have, a page and owner each; or, where unpins have to be exact, ranges.
     #[error("the limit of {limit} pins is reached")]
     PinLimit {
         /// The limit.

@@ -59,6 +59,9 @@ impl PinOptions {
 
     /// Whether an unpin has to name exactly the pages of one pin, as iommufd asks; each page of a list
     /// is a pin of its own there. Otherwise any kept page can be unpinned, as with VFIO.
+    ///
+    /// The ranges have to be remembered then: the limit of pins is one of them, too, of those that an owner has
+    /// kept once each.
     pub fn exact_unpin(mut self, exact: bool) -> Self {
         self.exact_unpin = exact;
         self

@@ -319,3 +319,32 @@ fn what_is_pinned_already_is_not_new_at_the_limit() {
         drop(one.pin(0, 3).unwrap());
     }
 }
+
+#[test]
+fn ranges_that_unpins_have_to_name_have_a_limit() {
+    let options = PinOptions::new().pin_limit(4).exact_unpin(true);
+    let table = PinTable::with_options(PAGE, options);
+    let access = table.register("one", Interest::Holder, Arc::new(|_, _| ()));
+    let full = Err(Error::PinLimit { limit: 4 });
+    // All of them are of the same three pages.
+    let ranges = [(0, 1), (0, 2), (0, 3), (PAGE, 2)];
+    for (iova, npages) in ranges {
+        access.pin(iova, npages).unwrap().keep();
+    }
+    assert_eq!(access.pin(PAGE, 1).map(drop), full);
+    assert_eq!(access.pin_list(&[0, 0]).map(drop), full);
+    access.unpin(0, 2).unwrap();
+    // Kept a second time it takes no more of them, but a guard has one of its own.
+    access.pin(0, 3).unwrap().keep();
+    let guard = access.pin(0, 1).unwrap();
+    assert_eq!(access.pin(0, 1).map(drop), full);
+    drop(guard);
+    access.unpin(0, 3).unwrap();
+    access.pin(0, 2).unwrap().keep();
+    assert_eq!(access.pin(0, 2).map(drop), full);
+    drop(access);
+    let access = table.register("other", Interest::Holder, Arc::new(|_, _| ()));
+    for page in 0..4 {
+        access.pin(page * PAGE, 1).map(|pin| pin.keep()).unwrap();
+    }
+}

@@ -33,10 +33,16 @@ impl Shared {
         if most > limit && state.pins.len() + state.new_pins(owner.id, pages)? > limit {
             return Err(Error::PinLimit { limit });
         }
+        // The same pages make up very many ranges.
+        let exact = self.exact_ranges(pages);
+        if state.exact.saturating_add(exact) > limit {
+            return Err(Error::PinLimit { limit });
+        }
         self.admit(state, pages, host)?;
         if let Some(entry) = state.accesses.get_mut(&owner.id) {
             entry.pins += pages.len() as u64;
         }
+        state.exact += exact;
         for page in pages.iter() {
             let count = state.pins.entry((page, owner.id)).or_insert(Count {
                 guarded: 0,
@@ -67,6 +73,7 @@ impl Shared {
     pub(crate) fn release(&self, id: AccessId, pages: &Pages) {
         let mut state = lock(&self.state);
         state.change(id, pages, |count| count.guarded -= 1);
+        state.exact -= self.exact_ranges(pages);
         if let Some(entry) = state.accesses.get_mut(&id) {
             entry.pins -= pages.len() as u64;
         }
@@ -77,6 +84,7 @@ impl Shared {
     /// Turns the pins of a guard into pins of the access.
     pub(crate) fn keep(&self, id: AccessId, pages: &Pages) {
         let mut state = lock(&self.state);
+        let state = &mut *state;
         state.change(id, pages, |count| {
             count.guarded -= 1;
             count.kept += 1;
@@ -86,7 +94,9 @@ impl Shared {
             if self.options.exact_unpin {
                 for range in pages.ranges() {
                     let key = (range.first, range.last);
-                    *entry.kept_exactly.entry(key).or_insert(0) += 1;
+                    let times = entry.kept_exactly.entry(key).or_insert(0);
+                    *times += 1;
+                    state.exact -= usize::from(*times > 1);
                 }
             }
         }
@@ -103,21 +113,35 @@ impl Shared {
                 iova: page * self.page_size,
             });
         }
+        let state = &mut *state;
         if let Some(entry) = state.accesses.get_mut(&id) {
             if self.options.exact_unpin {
-                self.take_exactly(owner, entry, pages)?;
+                state.exact -= self.take_exactly(owner, entry, pages)?;
             }
             entry.kept -= pages.len() as u64;
             entry.pins -= pages.len() as u64;
         }
         state.change(id, pages, |count| count.kept -= 1);
-        self.uncharge(&mut state, pages.iter());
-        self.wake(&state);
+        self.uncharge(state, pages.iter());
+        self.wake(state);
         Ok(())
     }
 
-    /// Takes the ranges of an exact unpin, all or none.
-    fn take_exactly(&self, owner: &Registration, entry: &mut Entry, pages: &Pages) -> Result<()> {
+    /// How many ranges these pages are, where unpins have to be exact.
+    fn exact_ranges(&self, pages: &Pages) -> usize {
+        match self.options.exact_unpin {
+            true => pages.ranges().count(),
+            false => 0,
+        }
+    }
+
+    /// Takes the ranges of an exact unpin, all or none; how many of them are not kept any more.
+    fn take_exactly(
+        &self,
+        owner: &Registration,
+        entry: &mut Entry,
+        pages: &Pages,
+    ) -> Result<usize> {
         let ranges = pages.exact()?;
         let kept = &mut entry.kept_exactly;
         for (range, times) in &ranges {
@@ -131,6 +155,7 @@ impl Shared {
                 });
             }
         }
+        let before = kept.len();
         for (range, times) in ranges {
             let key = (range.first, range.last);
             if let Some(there) = kept.get_mut(&key) {
@@ -140,14 +165,17 @@ impl Shared {
                 }
             }
         }
-        Ok(())
+        Ok(before - kept.len())
     }
 
     /// Ends a registration together with the pins left to it.
     pub(crate) fn forget(&self, id: AccessId) {
         let mut state = lock(&self.state);
-        let kept = state.accesses.remove(&id).map_or(0, |entry| entry.kept);
-        if kept > 0 {
+        let Some(entry) = state.accesses.remove(&id) else {
+            return;
+        };
+        if entry.kept > 0 {
+            state.exact -= entry.kept_exactly.len();
             state.pins.retain(|(_, owner), _| *owner != id);
             self.uncharge_unpinned(&mut state);
             self.wake(&state);

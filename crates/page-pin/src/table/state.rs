@@ -19,6 +19,8 @@ pub(super) struct State {
     pub(super) next_id: u64,
     pub(super) accesses: BTreeMap<AccessId, Entry>,
     pub(super) pins: BTreeMap<(u64, AccessId), Count>,
+    /// Where unpins have to be exact: the ranges of guards, and of those that were kept each once.
+    pub(super) exact: usize,
     /// Where the pages lie that were charged.
     pub(super) charged: BTreeMap<u64, Option<usize>>,
     pub(super) next_prevented: u64,
