@@ -15,6 +15,7 @@ use vfio_dma::iommu::{
 };
 use vm_memory::Permissions::ReadWrite;
 
+use crate::deadline::{ended, within, DEADLINE};
 use crate::inject::aside;
 use crate::scenarios::{map, memory, p, step, State, MANY};
 
@@ -31,19 +32,20 @@ impl Meanwhile {
         let held = space.scatter(p(page), 1, ReadWrite).unwrap();
         let unmapping = space.clone();
         let unmapper = thread::spawn(move || {
-            let patient = UnmapOptions::new().deadline(Duration::from_secs(600));
+            let patient = UnmapOptions::new().deadline(2 * DEADLINE);
             unmapping.unmap_with(p(page), p(1), patient).unwrap()
         });
-        while space.stats().leaving == 0 {
-            thread::yield_now();
-        }
+        within("an unmap begins", || space.stats().leaving > 0);
         *self.unmap.lock().unwrap() = Some((held, unmapper));
     }
 
     fn end(&self) {
         if let Some((held, unmapper)) = self.unmap.lock().unwrap().take() {
             drop(held);
-            assert_eq!(unmapper.join().unwrap(), p(1));
+            assert_eq!(
+                ended("an unmap ends when its page is let go", unmapper),
+                p(1)
+            );
         }
     }
 }

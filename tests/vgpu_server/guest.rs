@@ -14,6 +14,7 @@ use gvt_scheduler::{
 };
 use vfio_user_dma::wire::{self, command};
 
+use crate::common::deadline::within;
 use crate::common::{eventfd, map_body, memfd, Client, Reply, PAGE, READ_WRITE};
 use crate::server::Server;
 
@@ -203,6 +204,11 @@ impl Guest {
 
     pub fn unmask(&mut self) {
         assert_eq!(self.set_irq(INTX, 0x11, 1, false), 0);
+    }
+
+    /// Waits until the device wants to read or write what the client has for itself.
+    pub fn wait_for_question(&self) {
+        within("the device asks for memory", || self.poll(20_000)[0]);
     }
 
     /// Waits for an interrupt, and says how many there were. What the device wants meanwhile is answered.

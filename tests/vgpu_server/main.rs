@@ -197,7 +197,7 @@ fn an_unmap_of_pinned_pages_does_not_wait_for_an_engine_that_waits_for_its_clien
 
     guest.rewind(lrca);
     guest.submit(engine, context);
-    while !guest.poll(20_000)[0] {}
+    guest.wait_for_question();
     let question = guest.client.receive();
     assert_eq!(guest.unmap(DATA + 1, 1), 0);
     guest.answer(&question);
@@ -284,7 +284,7 @@ fn a_reset_ends_what_runs_and_forgets_everything() {
     let context = guest.make_context(engine, lrca, pages);
     guest.enable_interrupts(engine);
     guest.submit(engine, context);
-    while !guest.poll(20_000)[0] {}
+    guest.wait_for_question();
     assert_eq!(guest.call(command::DEVICE_RESET, &[], &[]).errno(), 0);
     let base = engine.mmio_base();
     for (register, value) in [
@@ -324,7 +324,7 @@ fn what_is_for_all_engines_reaches_those_that_are_not_behind() {
 
     let waits = guest.make_batch(EngineId::Rcs, 10, 0x1111);
     guest.submit(EngineId::Rcs, waits);
-    while !guest.poll(20_000)[0] {}
+    guest.wait_for_question();
     let question = guest.client.receive();
     let registers = u64::from(EngineId::Rcs.mmio_base() + 0x800);
     let mut errnos = (0..300).map(|_| guest.region_write(BAR0, registers, &[0; 1024]));

@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 
 use vfio_user_dma::Capabilities;
 
+use crate::common::deadline::{must_end, within};
 use crate::common::Client;
 use crate::example;
 
@@ -24,7 +25,7 @@ fn example() -> &'static Path {
 pub struct Server {
     pub process: Child,
     pub socket: PathBuf,
-    output: BufReader<ChildStdout>,
+    output: Option<BufReader<ChildStdout>>,
 }
 
 impl Server {
@@ -46,14 +47,20 @@ impl Server {
             .spawn()
             .unwrap();
         let mut output = BufReader::new(process.stdout.take().unwrap());
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        assert!(line.contains("listening"), "{line}");
-        Server {
+        // It is killed, and its socket removed, where it does not begin as it should.
+        let mut server = Server {
             process,
             socket,
-            output,
-        }
+            output: None,
+        };
+        let (line, output) = must_end("the server says that it listens", move || {
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            (line, output)
+        });
+        assert!(line.contains("listening"), "{line}");
+        server.output = Some(output);
+        server
     }
 
     pub fn connect(&self) -> Client {
@@ -64,9 +71,13 @@ impl Server {
 
     /// What it says at its end, by itself.
     pub fn last_words(mut self) -> String {
-        let mut words = String::new();
-        self.output.read_to_string(&mut words).unwrap();
+        within("the server ends by itself", || {
+            self.process.try_wait().unwrap().is_some()
+        });
         assert!(self.process.wait().unwrap().success());
+        let mut words = String::new();
+        let output = self.output.as_mut().unwrap();
+        output.read_to_string(&mut words).unwrap();
         words
     }
 }

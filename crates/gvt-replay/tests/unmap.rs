@@ -4,9 +4,13 @@
 //! Memory that is unmapped while a vGPU holds pins in it: the notice, and what happens when nobody
 //! reads it.
 
+#[path = "../../page-pin/tests/common/deadline.rs"]
+mod deadline;
+
 use std::thread;
 use std::time::Duration;
 
+use deadline::within;
 use gvt_replay::layout::{Slot, SLOTS};
 use gvt_replay::{Contiguity, Machine, Model, Plan, Trace};
 use gvt_scheduler::VgpuConfig;
@@ -44,10 +48,11 @@ fn an_unmap_ends_when_the_vgpus_thread_reads_the_notice() {
             let patient = UnmapOptions::new().deadline(Duration::from_secs(20));
             space.unmap_with(gpa, len, patient)
         });
-        while !vmm.is_finished() {
+        within("an unmap ends when the notice is read", || {
             machine.release_unmapped();
             thread::sleep(Duration::from_millis(1));
-        }
+            vmm.is_finished()
+        });
         assert_eq!(vmm.join().unwrap().unwrap(), len);
         assert!(machine.vgpu().pinned_leaves() < pinned, "slot {gpa:#x}");
     }

@@ -3,13 +3,14 @@
 
 //! An access that runs beyond the deadline of who wants to take away what it may use.
 
-#[path = "dirty_pages/log.rs"]
-mod log;
+mod common;
 
-use std::sync::{mpsc, Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use common::deadline::{ended, DEADLINE as LONG};
+use common::log;
 use iommu_type1::{
     page_size, Backing, Error, Interest, IoAddressSpace, ReaderBarrier, UnmapOptions, UnmapPolicy,
 };
@@ -30,30 +31,16 @@ fn beside_a_write_after(
     meanwhile: impl FnOnce(&IoAddressSpace),
 ) {
     let p = page_size();
-    let (begun, has_begun) = mpsc::channel();
-    let (end, may_end) = mpsc::channel::<()>();
-    let may_end = Mutex::new(may_end);
-    let region = log::region(1, move |_, _| {
-        begun.send(()).unwrap();
-        // Or nobody is there any more to say so.
-        let _ = may_end.lock().unwrap().recv();
-    });
     let space = IoAddressSpace::builder()
         .unmap_deadline(deadline)
         .reader_barrier(barrier)
         .build();
-    space.map(4 * p, log::whole(&region), ReadWrite).unwrap();
     let page = Backing::anonymous(p as usize).unwrap();
     space.map(0, page, ReadWrite).unwrap();
     before(&space);
-    thread::scope(|scope| {
-        let end = end;
-        scope.spawn(|| space.write(4 * p, &[1]).unwrap());
-        // In case that it is never marked.
-        has_begun.recv_timeout(Duration::from_secs(60)).unwrap();
-        meanwhile(&space);
-        drop(end);
-    });
+    let writing = space.clone();
+    let write = move || writing.write(4 * p, &[1]).unwrap();
+    log::beside_a_write(&space, 4 * p, write, || meanwhile(&space));
 }
 
 #[track_caller]
@@ -122,7 +109,7 @@ fn a_pinner_stays_where_it_is() {
         });
         // The write has ended.
         let pinner = pinner.unwrap();
-        pinner.replace(&other, Duration::from_secs(60)).unwrap();
+        pinner.replace(&other, LONG).unwrap();
         let error = pinner.pin_pages(0, 1, Read).unwrap_err();
         assert_eq!(error.errno(), libc::EINVAL, "nothing is mapped there");
     }
@@ -141,17 +128,14 @@ fn marks_follow_a_mapping_that_gets_memory_during_a_harvest_in_vain() {
     let barrier = ReaderBarrier::Fence;
     let mut resumed = None;
     beside_a_write_after(written_without_memory, deadline, barrier, |space| {
-        thread::scope(|scope| {
-            let harvest = scope.spawn(|| space.take_dirty(0, p));
-            // Most likely the harvest waits by now; if it does not, it finds all of it.
-            thread::sleep(deadline / 3);
-            let page = Backing::anonymous(p as usize).unwrap();
-            space.resume_vaddr(0, p, page).unwrap();
-            assert!(matches!(
-                harvest.join().unwrap(),
-                Err(Error::AccessRuns { .. })
-            ));
-        });
+        let harvesting = space.clone();
+        let harvest = thread::spawn(move || harvesting.take_dirty(0, p));
+        // Most likely the harvest waits by now; if it does not, it finds all of it.
+        thread::sleep(deadline / 3);
+        let page = Backing::anonymous(p as usize).unwrap();
+        space.resume_vaddr(0, p, page).unwrap();
+        let harvested = ended("a harvest ends at its deadline", harvest);
+        assert!(matches!(harvested, Err(Error::AccessRuns { .. })));
         resumed = Some(space.clone());
     });
     let dirty = resumed.unwrap().take_dirty(0, p).unwrap();

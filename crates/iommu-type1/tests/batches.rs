@@ -3,12 +3,15 @@
 
 //! Maps and unmaps of several ranges at once: all of them or none.
 
+mod common;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
 
-use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace, UnmapOptions, UnmapPolicy};
+use common::deadline::{ended, within};
+use common::{at_once, beside_an_unmap};
+use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace, UnmapPolicy};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
     Bytes, GuestAddress, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice,
@@ -24,10 +27,6 @@ fn pages(n: u64) -> Backing {
 fn batch(at: impl IntoIterator<Item = u64>) -> Vec<(u64, Backing, Permissions)> {
     let one_page = |page| (page * page_size(), pages(1), ReadWrite);
     at.into_iter().map(one_page).collect()
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
 }
 
 /// What was mapped before is all there is, and nothing was counted.
@@ -179,27 +178,25 @@ fn batches_of_nothing_succeed() {
 fn who_finds_a_mapping_of_a_batch_finds_those_before() {
     let p = page_size();
     // Far from each other, so that each takes some time.
-    let places: Vec<u64> = (0..64).map(|place| place << 30).collect();
+    let places = (0..64).map(|place| place << 30);
     for _ in 0..300 {
         let space = IoAddressSpace::new();
-        let looks = AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
+        let looks = Arc::new(AtomicBool::new(false));
+        let reader = {
+            let (space, looks, places) = (space.clone(), looks.clone(), places.clone());
+            thread::spawn(move || {
                 let handle = space.handle();
-                let mut byte = [0];
-                while handle.read(places[63], &mut byte).is_err() {
+                within("the last mapping of the batch is found", || {
                     looks.store(true, Ordering::Relaxed);
-                }
-                for at in &places {
-                    handle.read(*at, &mut byte).unwrap();
-                }
-            });
-            let mappings = batch(places.iter().map(|at| at / p));
-            while !looks.load(Ordering::Relaxed) {
-                thread::yield_now();
-            }
-            space.map_batch(mappings).unwrap();
-        });
+                    (0..100).any(|_| handle.read(63 << 30, &mut [0]).is_ok())
+                });
+                places.for_each(|at| handle.read(at, &mut [0]).unwrap());
+            })
+        };
+        let mappings = batch(places.clone().map(|at| at / p));
+        within("the reader looks", || looks.load(Ordering::Relaxed));
+        space.map_batch(mappings).unwrap();
+        ended("the reader finds all of the batch", reader);
     }
 }
 
@@ -312,19 +309,11 @@ fn a_batch_beside_an_unmap_that_runs_is_refused() {
     let p = page_size();
     let space = IoAddressSpace::new();
     space.map_batch(batch([1, 3])).unwrap();
-    let list = space.scatter(3 * p, 8, Read).unwrap();
-    let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
-    thread::scope(|scope| {
-        let unmap = scope.spawn(|| space.unmap_with(3 * p, p, patient));
-        while space.read(3 * p, &mut [0]).is_ok() {
-            thread::yield_now();
-        }
+    beside_an_unmap(&space, 3 * p, p, || {
         let error = space.unmap_batch(&[(p, p), (3 * p, p)]).unwrap_err();
         assert!(matches!(error, Error::Unmapping { mapped, .. } if mapped == 3 * p));
         assert_eq!(error.errno(), libc::EBUSY);
         space.write(p, &[1]).unwrap();
-        drop(list);
-        assert_eq!(unmap.join().unwrap().unwrap(), p);
     });
 }
 

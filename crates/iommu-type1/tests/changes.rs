@@ -3,12 +3,16 @@
 
 //! Lists of changes of an IOTLB: all at once or none, and the last has the say.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use common::deadline::{ended, within};
+use common::{at_once, beside_an_unmap};
 use iommu_type1::{
     page_size, Backing, Change, Error, HolderKind, Interest, IoAddressSpace, Profile, ScatterList,
     UnmapOptions, UnmapPolicy,
@@ -65,10 +69,6 @@ fn byte(space: &IoAddressSpace, page: u64) -> Result<u8, i32> {
     let mut found = [0];
     let read = space.read(p(page), &mut found);
     read.map(|()| found[0]).map_err(|error| error.errno())
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
 }
 
 #[test]
@@ -317,23 +317,14 @@ fn what_was_revoked_stays_where_a_list_does_not_unmap_all_of_it() {
 fn everything_leaves_out_what_another_unmap_is_about() {
     let space = iotlb();
     space.change([map(0, 1, 1), map(4, 2, 1)]).unwrap();
-    let list = space.scatter(p(4), 4, ReadWrite).unwrap();
-    let other = space.clone();
-    let unmapper = thread::spawn(move || {
-        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
-        other.unmap_with(p(4), p(2), patient)
+    beside_an_unmap(&space, p(4), p(2), || {
+        space.change([Change::UnmapAll, map(1, 1, 2)]).unwrap();
+        assert_eq!(space.stats().leaving, 1);
+        for changes in [vec![unmap(4, 2)], vec![Change::UnmapAll, map(5, 1, 2)]] {
+            let error = space.change(changes).unwrap_err();
+            assert!(matches!(error, Error::Unmapping { .. }), "{error}");
+        }
     });
-    while byte(&space, 4).is_ok() {
-        thread::yield_now();
-    }
-    space.change([Change::UnmapAll, map(1, 1, 2)]).unwrap();
-    assert_eq!(space.stats().leaving, 1);
-    for changes in [vec![unmap(4, 2)], vec![Change::UnmapAll, map(5, 1, 2)]] {
-        let error = space.change(changes).unwrap_err();
-        assert!(matches!(error, Error::Unmapping { .. }), "{error}");
-    }
-    drop(list);
-    assert_eq!(unmapper.join().unwrap().unwrap(), p(2));
     assert_eq!((space.mappings(), space.stats().leaving), (1, 0));
 }
 
@@ -361,16 +352,16 @@ fn what_was_changed_meanwhile_is_not_put_back() {
     let list = space.scatter(0, 4, ReadWrite).unwrap();
     let other = space.clone();
     let changer = thread::spawn(move || {
-        let patient = UnmapOptions::new()
+        let options = UnmapOptions::new()
             .deadline(Duration::from_millis(300))
             .policy(UnmapPolicy::Restore);
-        other.change_with([unmap(0, 2)], patient)
+        other.change_with([unmap(0, 2)], options)
     });
-    while byte(&space, 0).is_ok() && !changer.is_finished() {
-        thread::yield_now();
-    }
+    within("nobody finds what is being unmapped", || {
+        byte(&space, 0).is_err() || changer.is_finished()
+    });
     space.change([map(1, 1, 9)]).unwrap();
-    assert!(changer.join().unwrap().is_err());
+    assert!(ended("a change ends at its deadline", changer).is_err());
     assert_eq!(
         (byte(&space, 0), byte(&space, 1)),
         (Err(libc::EAGAIN), Ok(9))
@@ -421,7 +412,8 @@ impl ReadVolatile for InsideOfRevoked {
     ) -> Result<usize, VolatileMemoryError> {
         let space = self.0.clone();
         let unmap = thread::spawn(move || space.unmap_with(0, p(1), at_once()));
-        assert_eq!(unmap.join().unwrap().unwrap_err().errno(), libc::EDEADLK);
+        let refused = ended("an unmap ends at its deadline", unmap).unwrap_err();
+        assert_eq!(refused.errno(), libc::EDEADLK);
         let error = self.0.change([Change::UnmapAll]).unwrap_err();
         assert!(matches!(error, Error::InsideAccess { .. }), "{error}");
         Ok(buf.len())
@@ -488,7 +480,7 @@ fn an_access_finds_no_hole_where_both_have_something() {
         space.change(changes).unwrap();
     }
     stop.store(true, Ordering::Relaxed);
-    assert!(reader.join().unwrap() > 0);
+    assert!(ended("a reader ends when it is told to", reader) > 0);
 }
 
 #[derive(Clone, Debug)]

@@ -3,14 +3,17 @@
 
 //! Leases, pins and notices against unmaps.
 
+mod common;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
-use std::time::Duration;
 
+use common::deadline::{ended, within};
+use common::{at_once, patient};
 use iommu_type1::{
     page_size, Backing, DmaGuard, DmaHandle, Error, Holder, HolderKind, Interest, IoAddressSpace,
-    PinnedPages, Pinner, ScatterList, UnmapOptions, UnmapPolicy,
+    PinnedPages, Pinner, ScatterList, UnmapPolicy,
 };
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions, VolatileSlice};
 
@@ -35,14 +38,6 @@ fn space() -> IoAddressSpace {
         space.map(iova, backing, ReadWrite).unwrap();
     }
     space
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
-}
-
-fn patient() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::from_secs(60))
 }
 
 fn held(result: Result<u64, Error>) -> (u64, u64, Vec<Holder>) {
@@ -81,21 +76,14 @@ fn an_unmap_waits_for_the_guard_to_be_dropped() {
     let space = space();
     let guard = space.memory();
     guard.read_obj::<u64>(GuestAddress(16)).unwrap();
-    let done = Arc::new(AtomicBool::new(false));
-    let unmapper = {
-        let (space, done) = (space.clone(), done.clone());
-        thread::spawn(move || {
-            let result = space.unmap_with(0, 2 * p, patient());
-            done.store(true, Ordering::SeqCst);
-            result
-        })
-    };
+    let unmapping = space.clone();
+    let unmapper = thread::spawn(move || unmapping.unmap_with(0, 2 * p, patient()));
     // From here on the range is being unmapped: new accesses fail, the lent memory stays.
-    while space.read(0, &mut [0]).is_ok() {
-        thread::yield_now();
-    }
+    within("nobody finds what is being unmapped", || {
+        space.read(0, &mut [0]).is_err()
+    });
     assert_eq!(space.read(0, &mut [0]).unwrap_err().errno(), libc::EBUSY);
-    assert!(!done.load(Ordering::SeqCst));
+    assert!(!unmapper.is_finished());
     let elsewhere = space.unmap_with(8 * p, 2 * p, at_once());
     assert_eq!(elsewhere.unwrap(), 2 * p);
     let again = space.unmap_with(0, 2 * p, at_once());
@@ -107,7 +95,8 @@ fn an_unmap_waits_for_the_guard_to_be_dropped() {
     );
 
     drop(guard);
-    assert_eq!(unmapper.join().unwrap().unwrap(), 2 * p);
+    let unmapped = ended("an unmap ends when the guard is dropped", unmapper);
+    assert_eq!(unmapped.unwrap(), 2 * p);
 }
 
 #[test]
@@ -277,9 +266,9 @@ fn a_notice_that_panics_leaves_the_range_to_the_policy() {
     let space = space();
     let watcher = space.pinner("bad", Interest::All, Arc::new(|_, _| panic!("in a notice")));
     let panicking = space.clone();
-    thread::spawn(move || panicking.unmap(0, 2 * p))
-        .join()
-        .unwrap_err();
+    let unmapper = thread::spawn(move || panicking.unmap(0, 2 * p));
+    within("an unmap ends with a panic", || unmapper.is_finished());
+    unmapper.join().unwrap_err();
     assert_eq!(space.read(0, &mut [0]).unwrap_err().errno(), libc::EBUSY);
     drop(watcher);
     assert_eq!(space.unmap(0, 2 * p).unwrap(), 2 * p);
@@ -403,15 +392,15 @@ fn readers_beside_a_thread_that_maps_and_unmaps() {
         staging.map(0, backing.clone(), ReadWrite).unwrap();
         staging.write(0, &filled).unwrap();
         space.map(0, backing, ReadWrite).unwrap();
-        while reads.load(Ordering::Relaxed) < round {
-            thread::yield_now();
-        }
+        within("what is mapped is read", || {
+            reads.load(Ordering::Relaxed) >= round
+        });
         assert_eq!(space.unmap_with(0, p, patient()).unwrap(), p);
     }
     stop.store(true, Ordering::Relaxed);
-    readers
-        .into_iter()
-        .for_each(|reader| reader.join().unwrap());
+    for reader in readers {
+        ended("a reader ends when it is told to", reader);
+    }
     assert!(reads.load(Ordering::Relaxed) >= ROUNDS - 1);
     assert_eq!(space.write(0, &[1]).unwrap_err().errno(), libc::EINVAL);
 }

@@ -4,16 +4,17 @@
 //! Bugs that Linux had, or has, in what this crate does. docs/kernel-bugs.md lists them; `ci/kernel-bugs/run`
 //! puts each into the code and expects its test here to fail.
 
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::Duration;
+mod common;
 
+use std::sync::{Arc, Mutex};
+
+use common::at_once;
+use common::deadline::must_end;
 use iommu_type1::uapi::bindings::vfio_iommu_type1_dma_map;
 use iommu_type1::uapi::{Bitmap, Type1, UserMemory};
 use iommu_type1::{
     page_size, Backing, DirtyBitmap, Error, Interest, IoAddressSpace, IovaRanges, PermissionPolicy,
-    Profile, Result, UnmapOptions,
+    Profile, Result,
 };
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -22,25 +23,8 @@ use vm_memory::{
 
 use Permissions::{Read, ReadWrite, Write};
 
-/// Far longer than anything here takes: what has not answered by then waits for something.
-const STUCK: Duration = Duration::from_secs(20);
-
 fn pages(n: u64) -> Backing {
     Backing::anonymous((n * page_size()) as usize).unwrap()
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
-}
-
-/// Runs in a thread of its own, which is left behind where it gets stuck.
-#[track_caller]
-fn answered_at_once<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
-    let (answer, answered) = channel();
-    thread::spawn(move || answer.send(run()));
-    answered
-        .recv_timeout(STUCK)
-        .expect("waits, or has panicked")
 }
 
 /// A user whose memory is wherever it says.
@@ -155,7 +139,7 @@ fn b10_without_memory_the_answer_comes_at_once() {
     assert_eq!(space.invalidate_vaddr(0, 2 * p).unwrap(), 2 * p);
 
     let (inner, pins) = (space.clone(), pinner.clone());
-    let errnos = answered_at_once(move || {
+    let errnos = must_end("a refusal", move || {
         let answers = [
             inner.read(0, &mut [0]),
             inner.write(p - 1, &[1, 2]),
@@ -174,7 +158,7 @@ fn b10_without_memory_the_answer_comes_at_once() {
     drop(pinner.pin_pages(0, 2, Read).unwrap());
     space.invalidate_all_vaddr().unwrap();
     assert_eq!(
-        answered_at_once(move || space.unmap(0, 2 * p).unwrap()),
+        must_end("an unmap", move || space.unmap(0, 2 * p).unwrap()),
         2 * p
     );
 }

@@ -3,11 +3,14 @@
 
 //! Bugs that Linux had with pins, where a pin needs a mapping. docs/kernel-bugs.md lists them.
 
-use std::sync::mpsc::channel;
+mod common;
+
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use common::deadline::{ended, must_end};
+use common::{at_once, patient};
 use iommu_type1::{
     page_size, Backing, Error, Interest, IoAddressSpace, PinOptions, PinnedPages, Pinner,
     UnmapOptions,
@@ -16,14 +19,6 @@ use page_pin::Quota;
 use vm_memory::{Bytes, Permissions};
 
 use Permissions::{Read, ReadWrite};
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
-}
-
-fn patient() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::from_secs(60))
-}
 
 fn map(space: &IoAddressSpace, page: u64, npages: u64, prot: Permissions) {
     let backing = Backing::anonymous((npages * page_size()) as usize).unwrap();
@@ -227,15 +222,13 @@ fn b13_a_notice_may_unpin_on_another_thread_and_wait_for_it() {
             let another = quiet(&inner);
             drop(another.pin_pages(2 * page_size(), 1, Read).unwrap());
         };
-        thread::spawn(unpins).join().unwrap();
+        must_end("an unpin on another thread", unpins);
     };
     let pinner = space.pinner("cache", Interest::Holder, Arc::new(notice));
     let pinned = pinner.pin_pages(0, 2, Read).unwrap();
     cache.lock().unwrap().push(pinned);
-    let (done, ended) = channel();
-    thread::spawn(move || done.send(space.unmap_with(0, p, at_once())));
-    let unmapped = ended.recv_timeout(Duration::from_secs(30));
-    assert_eq!(unmapped.expect("waits for itself").unwrap(), p);
+    let unmapped = must_end("an unmap", move || space.unmap_with(0, p, at_once()));
+    assert_eq!(unmapped.unwrap(), p);
 }
 
 #[test]
@@ -330,6 +323,6 @@ fn b05_pins_beside_unmaps_leave_nothing_charged() {
         assert_eq!(space.unmap_with(p, p, patient()).unwrap(), p);
         map(&space, 1, 1, ReadWrite);
     }
-    user.join().unwrap();
+    ended("pins end beside unmaps", user);
     assert_eq!(quota.charged(), 0);
 }

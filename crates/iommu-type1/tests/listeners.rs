@@ -3,12 +3,16 @@
 
 //! Those who listen: whatever happens, a mirror has what the space has.
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use deadline::{within, Over};
 use iommu_type1::{
     page_size, Backing, Error, IoAddressSpace, Listener, Listening, MappingInfo, PermissionPolicy,
     Profile, UnmapOptions, UnmapPolicy, LISTENER_LIMIT,
@@ -466,6 +470,7 @@ fn nothing_is_missed_and_nothing_told_twice() {
     let is_over = AtomicBool::new(false);
     let always = Mirror::new();
     thread::scope(|scope| {
+        let over = Over(&is_over);
         for worker in 0..2 {
             let (space, is_over) = (&space, &is_over);
             scope.spawn(move || {
@@ -494,18 +499,17 @@ fn nothing_is_missed_and_nothing_told_twice() {
             let joined = space.listen(mirror.clone());
             mirror.refuse_in(-1);
             let calls = mirror.calls().len();
-            while joined.is_ok() && mirror.calls().len() + calls == 0 {
-                thread::yield_now();
-            }
+            let hears = || joined.is_err() || calls + mirror.calls().len() > 0;
+            within("who listens is told of something", hears);
             drop(joined);
             assert!(!mirror.wrong.load(Ordering::Relaxed));
             assert!(pages(&mirror.space).iter().all(Option::is_none));
         }
         let _always = space.listen(always.clone()).unwrap();
-        is_over.store(true, Ordering::Relaxed);
-        while Arc::strong_count(&always) > 2 {
-            thread::yield_now();
-        }
+        drop(over);
+        within("who has mapped and unmapped tells nobody", || {
+            Arc::strong_count(&always) <= 2
+        });
     });
     assert!(!always.wrong.load(Ordering::Relaxed));
 }

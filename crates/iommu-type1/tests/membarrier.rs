@@ -3,11 +3,14 @@
 
 //! Accesses that leave their barriers to the kernel, and what happens where it refuses them.
 
+mod common;
+
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
 
+use common::deadline::{within, Over};
+use common::patient;
 use iommu_type1::{
     page_size, Backing, Error, HolderKind, IoAddressSpace, ReaderBarrier, UnmapOptions, UnmapPolicy,
 };
@@ -128,15 +131,6 @@ fn guards_and_dirty_pages_need_the_kernel_too() {
     );
 }
 
-/// Ends the busy one, also where something goes wrong beside it.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// What stands in memory only while it is not mapped.
 const POISON: u64 = u64::MAX;
 
@@ -153,7 +147,7 @@ fn unmaps_beside_a_busy_handle_see_it_with_and_without_barriers() {
     map_it();
     let (turns, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
-        let _stop = Stop(&stop);
+        let _over = Over(&stop);
         let busy = scope.spawn(|| {
             let handle = space.handle();
             let mut wrong = 0;
@@ -174,18 +168,17 @@ fn unmaps_beside_a_busy_handle_see_it_with_and_without_barriers() {
         });
         let past = |accesses| {
             let begun = turns.load(Ordering::Relaxed);
-            while turns.load(Ordering::Relaxed) < begun + accesses {
+            within("there are more accesses", || {
                 assert!(!busy.is_finished());
-                thread::yield_now();
-            }
+                turns.load(Ordering::Relaxed) >= begun + accesses
+            });
         };
-        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
         for round in 0..ROUNDS {
             let before = space.stats().membarriers;
             past(ENOUGH as u64 + 2);
             // Without its barriers, and with them.
             for asked in [1, 0] {
-                assert_eq!(space.unmap_with(p, p, patient).unwrap(), p);
+                assert_eq!(space.unmap_with(p, p, patient()).unwrap(), p);
                 memory.write_obj(POISON, GuestAddress(8)).unwrap();
                 past(round % 8);
                 memory.write_obj(round, GuestAddress(8)).unwrap();

@@ -3,13 +3,15 @@
 
 //! A bitmap of the user's runs inside of the access that marks it, and may access again.
 
+mod common;
+
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
+use common::at_once;
+use common::deadline::must_end;
 use iommu_type1::{
-    page_size, Backing, DmaHandle, Error, HolderKind, IoAddressSpace, ReaderBarrier, UnmapOptions,
-    UnmapPolicy,
+    page_size, Backing, DmaHandle, Error, HolderKind, IoAddressSpace, ReaderBarrier, UnmapPolicy,
 };
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -38,12 +40,11 @@ impl Bitmap for Nesting {
             let handle = handle.as_ref().unwrap();
             handle.read(page_size(), &mut [0; 8]).unwrap();
         });
-        let at_once = UnmapOptions::new()
-            .deadline(Duration::ZERO)
-            .policy(UnmapPolicy::Restore);
+        let options = at_once().policy(UnmapPolicy::Restore);
         let space = self.space.clone();
-        let unmap = std::thread::spawn(move || space.unmap_with(0, page_size(), at_once));
-        self.unmapped.lock().unwrap().push(unmap.join().unwrap());
+        let unmap = move || space.unmap_with(0, page_size(), options);
+        let unmapped = must_end("an unmap beside an access", unmap);
+        self.unmapped.lock().unwrap().push(unmapped);
     }
 
     fn dirty_at(&self, _offset: usize) -> bool {

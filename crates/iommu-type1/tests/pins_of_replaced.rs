@@ -4,13 +4,15 @@
 //! Pins of what is gone from an IOTLB, but for those who have pinned it: whoever unmaps there waits for them, too,
 //! however often.
 
+mod common;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
 
+use common::at_once;
 use iommu_type1::{
     page_size, Backing, Change, Error, HolderKind, Interest, IoAddressSpace, Pinner, Profile,
-    Result, UnmapOptions,
+    Result,
 };
 use vm_memory::Permissions::ReadWrite;
 
@@ -35,10 +37,6 @@ fn unmap(page: u64, pages: u64) -> Change {
         iova: p(page),
         size: p(pages),
     }
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
 }
 
 /// Does not let go, and counts how often it is told.

@@ -4,11 +4,15 @@
 //! What the profiles do case by case, as kernels answered; and what holders see of replacements, cuts and
 //! memory that is taken away.
 
+mod common;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use common::beside_an_unmap;
+use common::deadline::{ended, within, Over};
 use iommu_type1::{
     page_size, Backing, Error, HolderKind, Interest, IoAddressSpace, PermissionPolicy, Profile,
     UnmapOptions, UnmapPolicy,
@@ -185,6 +189,7 @@ fn there_is_never_a_hole() {
     space.map(at, pages(3), ReadWrite).unwrap();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _over = Over(&stop);
         for _ in 0..2 {
             let (handle, stop) = (space.handle(), &stop);
             scope.spawn(move || {
@@ -204,7 +209,6 @@ fn there_is_never_a_hole() {
                 space.map(at, pages(3), ReadWrite).unwrap();
             }
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert_eq!(space.stats().misses, 0);
 }
@@ -327,29 +331,13 @@ fn a_cut_needs_room_for_the_parts_it_adds() {
     assert_eq!(space.mappings(), 2);
 }
 
-/// Does something while an unmap of the first two pages, which are a mapping, waits for who uses them.
-fn beside_an_unmap(space: &IoAddressSpace, meanwhile: impl FnOnce()) {
-    let p = page_size();
-    let list = space.scatter(0, 8, Read).unwrap();
-    thread::scope(|scope| {
-        let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
-        let unmap = scope.spawn(move || space.unmap_with(0, 2 * p, patient));
-        while space.read(0, &mut [0]).is_ok() && !unmap.is_finished() {
-            thread::yield_now();
-        }
-        meanwhile();
-        drop(list);
-        assert_eq!(unmap.join().unwrap().unwrap(), 2 * p);
-    });
-}
-
 #[test]
 fn nothing_is_cut_where_something_else_of_the_range_leaves() {
     let p = page_size();
     let space = space(Iotlb);
     space.map(0, pages(2), ReadWrite).unwrap();
     space.map(2 * p, pages(2), ReadWrite).unwrap();
-    beside_an_unmap(&space, || {
+    beside_an_unmap(&space, 0, 2 * p, || {
         let refused = space.unmap(0, 3 * p).unwrap_err();
         assert!(matches!(refused, Error::Unmapping { .. }), "{refused}");
         assert_eq!(space.mappings(), 2);
@@ -365,7 +353,7 @@ fn no_memory_is_taken_away_behind_the_beginning_of_what_leaves() {
     let p = page_size();
     let space = space(Type1v1);
     space.map(0, pages(2), ReadWrite).unwrap();
-    beside_an_unmap(&space, || {
+    beside_an_unmap(&space, 0, 2 * p, || {
         let refused = space.invalidate_vaddr(p, p).unwrap_err();
         assert!(matches!(refused, Error::Unmapping { .. }), "{refused}");
     });
@@ -566,19 +554,15 @@ fn what_was_replaced_is_forgotten_by_whoever_waits_last() {
         space.map(0, pages(1), ReadWrite).unwrap();
         let guard = space.memory();
         guard.read_slice(&mut [0], GuestAddress(0)).unwrap();
-        thread::scope(|scope| {
-            let replacing = scope.spawn(|| space.replace(0, pages(1), ReadWrite));
-            while space.mappings() == 1 {
-                thread::yield_now();
-            }
-            let invalidating = scope.spawn(|| space.invalidate_vaddr(0, page_size()));
-            while space.read(0, &mut [0]).is_ok() {
-                thread::yield_now();
-            }
-            drop(guard);
-            replacing.join().unwrap().unwrap();
-            invalidating.join().unwrap().unwrap();
-        });
+        let one = space.clone();
+        let replacing = thread::spawn(move || one.replace(0, pages(1), ReadWrite));
+        within("what was replaced is there still", || space.mappings() > 1);
+        let other = space.clone();
+        let invalidating = thread::spawn(move || other.invalidate_vaddr(0, page_size()));
+        within("memory is taken away", || space.read(0, &mut [0]).is_err());
+        drop(guard);
+        ended("who replaces waits for nobody", replacing).unwrap();
+        ended("who takes away waits for nobody", invalidating).unwrap();
         assert_eq!(space.mappings(), 1);
     }
 }

@@ -3,8 +3,7 @@
 
 //! Pinners that are attached, moved and detached.
 
-#[path = "dirty_pages/log.rs"]
-mod log;
+mod common;
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,12 +12,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use common::deadline::{ended, DEADLINE as LONG};
+use common::{at_once, log};
 use iommu_type1::{
     page_size, Backing, Error, Interest, IoAddressSpace, PinnedPages, Pinner, Transfer,
 };
 use vm_memory::Permissions::ReadWrite;
-
-const LONG: Duration = Duration::from_secs(60);
 
 fn spaces() -> [IoAddressSpace; 2] {
     ["old", "new"].map(|name| {
@@ -123,24 +122,12 @@ fn whoever_does_not_let_go_stays_where_it_was() {
 /// Nobody leaves a space in which an access of it may run.
 #[test]
 fn an_access_that_does_not_end_keeps_the_pinner_where_it_is() {
-    let (begun, has_begun) = channel();
-    let (end, may_end) = channel::<()>();
-    let may_end = Mutex::new(may_end);
-    let region = log::region(1, move |_, _| {
-        begun.send(()).unwrap();
-        // Or nobody is there any more to say so.
-        let _ = may_end.lock().unwrap().recv();
-    });
     let [old, new] = spaces();
     let at = 0x100 * page_size();
-    old.map(at, log::whole(&region), ReadWrite).unwrap();
     let pinner = quiet(&old);
-    thread::scope(|scope| {
-        let end = end;
-        let writer = pinner.clone();
-        scope.spawn(move || writer.dma_rw(at, Transfer::Write(&[1])).unwrap());
-        // In case that it is never marked.
-        has_begun.recv_timeout(LONG).unwrap();
+    let writer = pinner.clone();
+    let write = move || writer.dma_rw(at, Transfer::Write(&[1])).unwrap();
+    log::beside_a_write(&old, at, write, || {
         let soon = Duration::from_millis(1);
         for result in [pinner.replace(&new, soon), pinner.detach(soon)] {
             let error = result.unwrap_err();
@@ -149,7 +136,6 @@ fn an_access_that_does_not_end_keeps_the_pinner_where_it_is() {
             drop(pinner.pin_pages(0, 1, ReadWrite).unwrap());
             assert_eq!(who(&pinner).unwrap(), *b"old");
         }
-        drop(end);
     });
     pinner.replace(&new, LONG).unwrap();
     assert_eq!(who(&pinner).unwrap(), *b"new");
@@ -232,7 +218,8 @@ fn detaching_waits_for_a_notice_that_runs_and_none_runs_after() {
         }
         inside.fetch_add(1, Ordering::SeqCst);
         begun.send(()).unwrap();
-        may_go_on.lock().unwrap().recv().unwrap();
+        let go_on = may_go_on.lock().unwrap().recv_timeout(LONG);
+        go_on.expect("a notice goes on");
         inside.fetch_sub(1, Ordering::SeqCst);
     };
     let pinner = old.pinner("slow", Interest::All, Arc::new(notice));
@@ -240,7 +227,7 @@ fn detaching_waits_for_a_notice_that_runs_and_none_runs_after() {
         let old = old.clone();
         thread::spawn(move || old.unmap(0, 4 * page_size()).unwrap())
     };
-    has_begun.recv().unwrap();
+    has_begun.recv_timeout(LONG).expect("a notice begins");
     let detacher = thread::spawn(move || {
         pinner.detach(LONG).unwrap();
         assert_eq!(running.load(Ordering::SeqCst), 0);
@@ -250,8 +237,8 @@ fn detaching_waits_for_a_notice_that_runs_and_none_runs_after() {
         old.unmap(0x100 * page_size(), page_size()).unwrap();
     });
     go_on.send(()).unwrap();
-    detacher.join().unwrap();
-    unmapper.join().unwrap();
+    ended("detaching ends with the notice", detacher);
+    ended("an unmap ends with its notice", unmapper);
 }
 
 /// A pin is of the space the pinner is in, and none is left in one it has left.
@@ -281,14 +268,13 @@ fn pins_beside_moves() {
     for _ in 0..200 {
         for (to, from) in [(&new, &old), (&old, &new)] {
             pinner.replace(to, LONG).unwrap();
-            let at_once = iommu_type1::UnmapOptions::new().deadline(Duration::ZERO);
             assert_eq!(
-                from.unmap_with(0, 4 * page_size(), at_once).unwrap(),
+                from.unmap_with(0, 4 * page_size(), at_once()).unwrap(),
                 4 * page_size()
             );
             let backing = Backing::anonymous(4 * page_size() as usize).unwrap();
             from.map(0, backing, ReadWrite).unwrap();
         }
     }
-    user.join().unwrap();
+    ended("pins end beside moves", user);
 }

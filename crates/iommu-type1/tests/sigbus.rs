@@ -3,12 +3,16 @@
 
 //! Files that get shorter while they are accessed.
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::thread;
 
+use deadline::Over;
 use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 use Permissions::{Read, ReadWrite};
@@ -241,6 +245,7 @@ fn files_that_get_shorter_at_any_moment() {
     let done = AtomicBool::new(false);
     let (faults, whole) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|threads| {
+        let _done = Over(&done);
         threads.spawn(|| {
             let mut n = 0;
             while !done.load(Ordering::Relaxed) || n == 0 {
@@ -275,7 +280,6 @@ fn files_that_get_shorter_at_any_moment() {
             assert!(good >= left * page);
             assert!(result.1[..good].iter().all(|byte| *byte == 0x5a));
         }
-        done.store(true, Ordering::Relaxed);
     });
     println!("{faults:?} faults, {whole:?} reads that were faster");
     assert_ne!(faults.into_inner(), 0);

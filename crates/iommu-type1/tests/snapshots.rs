@@ -3,11 +3,15 @@
 
 //! Snapshots: what is restored is what was saved, and what cannot be is an error.
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
 
+use deadline::{within, Over};
 use iommu_type1::{
     page_size, Backing, BackingRef, Error, IoAddressSpace, Place, Profile, Result, Snapshot,
     SnapshotError, SnapshotMemory,
@@ -412,6 +416,7 @@ fn a_snapshot_is_of_one_moment() {
     let space = IoAddressSpace::new();
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _over = Over(&is_over);
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
                 let mappings = [1, 5, 1000].map(|page| (p(page), memory(1), ReadWrite));
@@ -423,13 +428,13 @@ fn a_snapshot_is_of_one_moment() {
             }
         });
         let mut seen = [0, 0];
-        while seen.contains(&0) {
+        within("there is a snapshot of all, and one of nothing", || {
             let (snapshot, memory) = space.snapshot().unwrap();
             let mapped = snapshot.mappings.len();
             assert!(mapped == 0 || mapped == 3, "{mapped}");
             seen[mapped / 3] += 1;
             restore(&snapshot, &memory).unwrap();
-        }
-        is_over.store(true, Ordering::Relaxed);
+            !seen.contains(&0)
+        });
     });
 }

@@ -3,12 +3,12 @@
 
 //! Each counter moves as it says, and no other with it.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod common;
 
-use iommu_type1::{
-    page_size, Backing, Interest, IoAddressSpace, Stats, Transfer, UnmapOptions, UnmapPolicy,
-};
+use std::sync::Arc;
+
+use common::at_once;
+use iommu_type1::{page_size, Backing, Interest, IoAddressSpace, Stats, Transfer, UnmapPolicy};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, Permissions};
 
 use Permissions::{Read, ReadWrite};
@@ -16,10 +16,6 @@ use Permissions::{Read, ReadWrite};
 fn map(space: &IoAddressSpace, page: u64) {
     let backing = Backing::anonymous(page_size() as usize).unwrap();
     space.map(page * page_size(), backing, ReadWrite).unwrap();
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
 }
 
 /// What is different now: made by setting it in the counters before.

@@ -3,13 +3,14 @@
 
 //! A device with a split queue behind a vIOMMU: virtio-queue as it is, on our guard.
 
-use std::io::{Read, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
+mod common;
 
-use iommu_type1::{page_size, Backing, DmaGuard, IoAddressSpace, Profile, UnmapOptions};
+use std::io::{Read, Write};
+use std::thread;
+
+use common::deadline::{ended, within};
+use common::{at_once, patient};
+use iommu_type1::{page_size, Backing, DmaGuard, IoAddressSpace, Profile};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::mock::MockSplitQueue;
@@ -74,10 +75,6 @@ fn pop(queue: &mut Queue, guard: &DmaGuard) -> DescriptorChain<DmaGuard> {
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
 }
 
 #[test]
@@ -157,20 +154,11 @@ fn an_unmap_in_the_middle_of_a_request_waits_for_it_and_no_other_unmap_does() {
     let mut first = [0; 4];
     reader.read_exact(&mut first).unwrap();
 
-    let is_over = Arc::new(AtomicBool::new(false));
-    let unmapper = {
-        let (space, is_over) = (space.clone(), is_over.clone());
-        thread::spawn(move || {
-            let patient = UnmapOptions::new().deadline(Duration::from_secs(60));
-            let unmapped = space.unmap_with(p(BUFFERS), p(5), patient);
-            is_over.store(true, Ordering::SeqCst);
-            unmapped
-        })
-    };
-    // Nobody else finds the buffers any more, so the unmap has begun.
-    while space.read(from, &mut [0]).is_ok() {
-        thread::yield_now();
-    }
+    let unmapping = space.clone();
+    let unmapper = thread::spawn(move || unmapping.unmap_with(p(BUFFERS), p(5), patient()));
+    within("nobody else finds buffers that are being unmapped", || {
+        space.read(from, &mut [0]).is_err()
+    });
     let again = space.unmap_with(p(BUFFERS + 1), p(1), at_once());
     assert_eq!(again.unwrap_err().errno(), libc::EBUSY);
     // Elsewhere nobody has to wait, and what is free there is free at once.
@@ -182,14 +170,15 @@ fn an_unmap_in_the_middle_of_a_request_waits_for_it_and_no_other_unmap_does() {
     space.map(p(BUFFERS + 6), backing, ReadOnly).unwrap();
 
     // The request goes on, over the end of a mapping.
-    assert!(!is_over.load(Ordering::SeqCst));
+    assert!(!unmapper.is_finished());
     let mut rest = [0; 12];
     reader.read_exact(&mut rest).unwrap();
     assert_eq!([&first[..], &rest].concat(), b"before the unmap");
     writer.write_all(b"while it unmaps ").unwrap();
-    assert!(!is_over.load(Ordering::SeqCst));
+    assert!(!unmapper.is_finished());
     drop(guard);
-    assert_eq!(unmapper.join().unwrap().unwrap(), p(5));
+    let unmapped = ended("an unmap ends with the request", unmapper);
+    assert_eq!(unmapped.unwrap(), p(5));
     assert_eq!(
         space.read(from, &mut [0]).unwrap_err().errno(),
         libc::EINVAL

@@ -3,19 +3,23 @@
 
 //! How an access leaves its table.
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use deadline::{ended, DEADLINE};
 use page_pin::{Access, Error, Interest, PinGuard, PinTable};
 
 const PAGE: u64 = 4096;
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
+    Instant::now() + DEADLINE
 }
 
 #[test]
@@ -94,7 +98,8 @@ fn the_end_of_an_access_waits_for_its_notice() {
     let notice = move |_, _| {
         count.fetch_add(1, Ordering::SeqCst);
         begun.send(()).unwrap();
-        may_go_on.lock().unwrap().recv().unwrap();
+        let go_on = may_go_on.lock().unwrap().recv_timeout(DEADLINE);
+        go_on.expect("a notice goes on");
         is_over.store(true, Ordering::SeqCst);
     };
     let access = table.register("slow", Interest::All, Arc::new(notice));
@@ -102,7 +107,7 @@ fn the_end_of_an_access_waits_for_its_notice() {
         let table = table.clone();
         thread::spawn(move || table.tell(0, PAGE))
     };
-    has_begun.recv().unwrap();
+    has_begun.recv_timeout(DEADLINE).expect("a notice begins");
     let error = access.end(Instant::now()).unwrap_err();
     assert_eq!(error.errno(), libc::EBUSY);
     assert_eq!(
@@ -113,9 +118,9 @@ fn the_end_of_an_access_waits_for_its_notice() {
     table.tell(0, PAGE);
     let ender = thread::spawn(move || access.end(soon()));
     go_on.send(()).unwrap();
-    ender.join().unwrap().unwrap();
+    ended("an access ends with its notice", ender).unwrap();
     assert!(over.load(Ordering::SeqCst));
-    unmapper.join().unwrap();
+    ended("a notice ends", unmapper);
     table.tell(0, PAGE);
     assert_eq!(calls.load(Ordering::SeqCst), 1);
 }

@@ -5,14 +5,16 @@
 //! code and expects its test here to fail.
 
 mod common;
+#[path = "common/deadline.rs"]
+mod deadline;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::Watching;
+use deadline::{ended, must_end, within, DEADLINE};
 use page_pin::{
     Access, Account, Error, Interest, PinGuard, PinOptions, PinTable, PinnedPage, Quota,
 };
@@ -20,19 +22,7 @@ use page_pin::{
 const PAGE: u64 = 4096;
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
-
-/// Runs in a thread of its own, which is left behind where it waits for itself.
-#[track_caller]
-fn must_end(run: impl FnOnce() + Send + 'static) {
-    let (done, ended) = channel();
-    thread::spawn(move || {
-        run();
-        done.send(()).unwrap();
-    });
-    let ended = ended.recv_timeout(Duration::from_secs(30));
-    ended.expect("waits for itself, or has panicked");
+    Instant::now() + DEADLINE
 }
 
 fn quiet(table: &PinTable, name: &str) -> Access {
@@ -129,9 +119,9 @@ fn b09_a_quota_is_never_exceeded_by_those_who_race_for_it() {
             })
         })
         .collect();
-    threads
-        .into_iter()
-        .for_each(|thread| thread.join().unwrap());
+    for thread in threads {
+        ended("who races for pins ends", thread);
+    }
     assert_eq!(quota.charged(), 0);
 }
 
@@ -148,9 +138,7 @@ fn b09_of_two_who_want_the_last_page_one_gets_it() {
         for _ in 0..4 {
             scope.spawn(|| {
                 for _ in 0..2_000_000 {
-                    while quota.charge(&page).is_err() {
-                        thread::yield_now();
-                    }
+                    within("the page is free", || quota.charge(&page).is_ok());
                     // Whoever gave up here would have the others wait for ever.
                     most.fetch_max(held.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                     held.fetch_sub(1, Ordering::SeqCst);
@@ -302,11 +290,11 @@ fn b13_a_notice_may_unpin_on_another_thread_and_wait_for_it() {
             // Registering takes the same lock, too.
             drop(quiet(&inner, "another"));
         };
-        thread::spawn(unpins).join().unwrap();
+        must_end("an unpin on another thread", unpins);
     };
     let access = table.register("cache", Interest::Holder, Arc::new(notice));
     cache.lock().unwrap().push(access.pin(0, 4).unwrap());
-    must_end(move || {
+    must_end("a notice", move || {
         table.tell(PAGE, PAGE);
         assert!(!table.is_pinned(0, 4 * PAGE));
     });

@@ -3,17 +3,21 @@
 
 //! Notices, waiting and lifetimes.
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use deadline::{ended, DEADLINE};
 use page_pin::{Access, Error, Interest, NoAccount, PinGuard, PinOptions, PinTable, Quota};
 
 const PAGE: u64 = 4096;
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
+    Instant::now() + DEADLINE
 }
 
 #[test]
@@ -44,7 +48,7 @@ fn waiting_ends_when_another_thread_releases() {
         thread::spawn(move || table.wait_released(0, 4 * PAGE, soon()))
     };
     drop(pin);
-    assert_eq!(waiter.join().unwrap(), Ok(()));
+    assert_eq!(ended("nobody is waited for", waiter), Ok(()));
     drop(elsewhere);
 }
 
@@ -59,7 +63,7 @@ fn who_lets_go_in_time_is_not_told_again() {
         drop(pin);
     });
     assert_eq!(table.remind(0, PAGE, 1, soon()), Ok(()));
-    releaser.join().unwrap();
+    ended("a release", releaser);
 }
 
 #[test]
@@ -135,7 +139,7 @@ fn kept_pins_end_with_their_access() {
         thread::spawn(move || table.wait_released(0, 4 * PAGE, soon()))
     };
     drop(access);
-    assert_eq!(waiter.join().unwrap(), Ok(()));
+    assert_eq!(ended("nobody is waited for", waiter), Ok(()));
 }
 
 #[test]

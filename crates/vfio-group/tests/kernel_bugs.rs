@@ -6,19 +6,20 @@
 
 #![cfg(not(loom))]
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
-use std::time::Duration;
 
+use deadline::{ended, must_end};
 use iommu_type1::{page_size, Backing, Interest};
 use vfio_group::{Container, Device, ExternalUser, Group, GroupFile, IommuType, Kvm, Result};
 use vm_memory::Permissions;
 
 const IOVA: u64 = 0x10_0000;
-/// Far longer than anything here takes: what is not done by then waits for itself.
-const STUCK: Duration = Duration::from_secs(20);
 
 struct Vm {
     group: Group,
@@ -46,21 +47,6 @@ impl Vm {
 
     fn user(&self) -> ExternalUser {
         ExternalUser::from_device(&self.device).unwrap()
-    }
-}
-
-/// Runs in a thread of its own, which is left behind where it gets stuck.
-#[track_caller]
-fn must_end(what: &str, run: impl FnOnce() + Send + 'static) {
-    let (done, ended) = channel();
-    let thread = thread::spawn(move || {
-        run();
-        done.send(()).unwrap();
-    });
-    match ended.recv_timeout(STUCK) {
-        Ok(()) => {}
-        Err(_) if thread.is_finished() => panic!("{what} panicked"),
-        Err(_) => panic!("{what} waits for itself"),
     }
 }
 
@@ -195,7 +181,7 @@ fn b14_a_device_is_opened_while_it_is_removed() {
         };
         start.wait();
         let opened = vm.file.device("vgpu0");
-        let removed = remover.join().unwrap();
+        let removed = ended("a removal", remover);
         match (&opened, &removed) {
             (Ok(_), Err(error)) => {
                 assert_eq!(error.errno(), libc::EBUSY);
@@ -350,7 +336,7 @@ fn b25_users_come_while_the_group_is_set_up() {
         start.wait();
         file.set_container(&container).unwrap();
         container.set_iommu(IommuType::Type1v2).unwrap();
-        comer.join().unwrap();
+        ended("who comes", comer);
         assert_eq!(group.container_users(), 1);
         file.unset_container().unwrap();
     }

@@ -5,6 +5,8 @@
 
 #![cfg(all(feature = "vfio-ioctls", not(loom)))]
 
+#[path = "common/deadline.rs"]
+mod deadline;
 #[path = "common/side.rs"]
 mod side;
 
@@ -13,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
 
+use deadline::{within, Over};
 use iommu_type1::{Error, IoAddressSpace, Profile};
 use proptest::prelude::*;
 use side::{follow, marked, op, p, pages, Follows, Side};
@@ -230,6 +233,7 @@ fn who_maps_and_unmaps_beside_mirrors_that_come_and_go() {
     let always = Side::new();
     let kept = mirror(&space, &always).unwrap();
     thread::scope(|scope| {
+        let _over = Over(&is_over);
         for worker in 0..2 {
             let (space, is_over) = (&space, &is_over);
             scope.spawn(move || {
@@ -246,14 +250,11 @@ fn who_maps_and_unmaps_beside_mirrors_that_come_and_go() {
         for _ in 0..200 {
             let side = Side::new();
             let mirror = mirror(&space, &side).unwrap();
-            while side.calls().len() < 4 {
-                thread::yield_now();
-            }
+            within("a mirror has four calls", || side.calls().len() >= 4);
             drop(mirror);
             side.assert_never_wrong();
             assert!(side.mapped.lock().unwrap().is_empty());
         }
-        is_over.store(true, Ordering::Relaxed);
     });
     assert_eq!(always.pages(), pages(&space));
     always.assert_never_wrong();

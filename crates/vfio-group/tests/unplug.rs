@@ -5,10 +5,13 @@
 
 #![cfg(not(loom))]
 
-use std::sync::mpsc::channel;
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::thread;
 use std::time::{Duration, Instant};
 
+use deadline::{ended, within};
 use iommu_type1::{page_size, Backing};
 use vfio_group::{Container, Device, Error, ExternalUser, Group, GroupFile, IommuType};
 use vm_memory::Permissions;
@@ -16,8 +19,6 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 /// Longer than any test may take.
 const NEVER: Duration = Duration::from_secs(3600);
-/// Far longer than anything here takes: what is not done by then is stuck.
-const STUCK: Duration = Duration::from_secs(20);
 
 struct Vm {
     group: Group,
@@ -110,17 +111,18 @@ fn whoever_unplugs_waits_for_who_is_asked() {
     ];
     for wait in waits {
         let vm = Vm::new();
-        let notifier = vm.notifier(0);
+        let notifier = vm.notifier(EFD_NONBLOCK);
         let opened = vm.file.device("vgpu0").unwrap();
-        let (done, ended) = channel();
         let device = vm.device.clone();
-        thread::spawn(move || {
-            wait(&device).unwrap();
-            done.send(()).unwrap();
+        let waiter = thread::spawn(move || wait(&device).unwrap());
+        let mut asked = 0;
+        within("it is asked for the device", || {
+            asked += notifier.read().unwrap_or(0);
+            asked > 0
         });
-        assert_eq!(notifier.read().unwrap(), 1);
+        assert_eq!(asked, 1);
         drop(opened);
-        ended.recv_timeout(STUCK).expect("still waits");
+        ended("whoever waits is told that it was closed", waiter);
         assert_eq!(vm.group.container_users(), 1);
     }
 }

@@ -9,6 +9,7 @@ mod common;
 
 use std::os::fd::AsRawFd;
 
+use common::deadline::ended;
 use common::{memfd, Device, PAGE};
 use vfio_user_dma::{DmaTable, VfioUserAdapter};
 
@@ -55,7 +56,7 @@ fn a_device_behind_the_other_server() {
         .unwrap();
     client.reset().unwrap();
     client.shutdown().unwrap();
-    thread.join().unwrap().unwrap();
+    ended("the server ends with its client", thread).unwrap();
     let seen = seen.lock().unwrap();
     assert!(
         seen[0].starts_with("Trigger 0 0+1 Eventfd([IrqEventfd"),

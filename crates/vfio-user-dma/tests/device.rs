@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use common::deadline::ended;
 use common::{memfd, Client, Served, PAGE, READ_WRITE};
 use iommu_type1::{Interest, PinPages};
 use vfio_user_dma::wire::{command, flags, DmaAccess};
@@ -96,7 +97,7 @@ fn whatever_takes_guest_memory_takes_memory_of_both_kinds() {
     });
     let mut memory = vec![0; PAGE as usize];
     answer(&mut served.client, &mut memory, 0x2000, 7);
-    device.join().unwrap();
+    ended("accesses end when they are answered", device);
     assert_eq!(memory[..8], [3; 8]);
     assert_eq!(memory[0x10..0x12], [9, 0]);
     assert_eq!(memory[0xffc..], [1; 4]);
@@ -166,7 +167,7 @@ fn what_waits_for_the_client_can_be_ended() {
     let device = thread::spawn(move || dma.read(0x1000, &mut [0; 4]));
     let asked = served.client.receive();
     served.table.cancel_messages();
-    let error = device.join().unwrap().unwrap_err();
+    let error = ended("an access ends when messages are cancelled", device).unwrap_err();
     assert_eq!(error.errno(), libc::ECANCELED);
     assert!(matches!(
         error,
@@ -230,7 +231,7 @@ fn a_device_is_told_of_maps_and_unmaps_that_were_done() {
     assert_eq!(client.unmap(0, 0x1000, 1), Err(libc::EINVAL));
     assert_eq!(client.unmap(2, 0, 0), Ok(0));
     drop(client);
-    thread.join().unwrap();
+    ended("a server ends with its client", thread);
     let all = [
         (true, 0x1000, PAGE),
         (false, 0x1000, PAGE),

@@ -10,10 +10,14 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
+use common::deadline::{ended, within};
 use common::{map_body, memfd, Client, Reply, Served, PAGE, READ_WRITE};
 use vfio_user_dma::wire::{command, flags, DmaAccess, NarrowDmaAccess};
 use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Error, Server, REQUEST_LIMIT};
 use vm_memory::Permissions;
+
+/// What a device waits for.
+const ANSWERED: &str = "accesses end when they are answered";
 
 fn cause<T: std::fmt::Debug>(result: Result<T, Error>) -> (usize, AccessError) {
     match result.unwrap_err() {
@@ -104,7 +108,7 @@ fn memory_without_a_file_is_accessed_by_messages_of_the_agreed_size() {
         for _ in 0..9 {
             keeper.answer();
         }
-        device.join().unwrap();
+        ended(ANSWERED, device);
         let once = [0x600, 0x500, 0x600, 0x600];
         let sizes: Vec<_> = keeper.sizes.into_iter().filter(|size| *size > 1).collect();
         assert_eq!(sizes, [once, once].concat());
@@ -131,7 +135,7 @@ fn read_while(
         dma.read(0x1_0000, &mut bytes).map(|()| bytes)
     });
     client(&mut served.client);
-    (device.join().unwrap(), served)
+    (ended("an access of a device", device), served)
 }
 
 /// The question how it lays messages out, answered as the protocol has it.
@@ -223,7 +227,7 @@ fn an_error_about_the_address_says_nothing_of_the_layout() {
     served
         .client
         .reply(&asked, 0, 0, &[&asked.body[..], &[9; 16]].concat());
-    device.join().unwrap().unwrap();
+    ended(ANSWERED, device).unwrap();
     served.end().unwrap();
 }
 
@@ -255,7 +259,7 @@ fn an_answer_that_never_comes_fails_at_the_deadline_and_is_nothing_when_it_comes
     served
         .client
         .reply(&asked, 0, 0, &[&asked.body[..], &[2; 16]].concat());
-    assert_eq!(device.join().unwrap().unwrap(), [2; 16]);
+    assert_eq!(ended(ANSWERED, device).unwrap(), [2; 16]);
     served.end().unwrap();
 }
 
@@ -286,20 +290,21 @@ fn accesses_that_wait_have_a_limit() {
     let mut served = Served::new();
     assert_eq!(served.client.map(0, PAGE, 0, None), 0);
     let table = served.table.clone();
-    std::thread::scope(|scope| {
-        let table = &table;
-        let waiting: Vec<_> = (0..=REQUEST_LIMIT)
-            .map(|_| scope.spawn(move || cause(table.read(0, &mut [0; 4])).1))
-            .collect();
-        // The one that is too many does not wait; the others end with the client.
-        while waiting.iter().all(|one| !one.is_finished()) {
-            std::thread::yield_now();
-        }
-        table.cancel_messages();
-        let ends = waiting.into_iter().map(|one| one.join().unwrap());
-        let refused = ends.filter(|end| matches!(end, AccessError::TooMany(REQUEST_LIMIT)));
-        assert!(refused.count() >= 1);
+    let waits = |_| {
+        let table = table.clone();
+        thread::spawn(move || cause(table.read(0, &mut [0; 4])).1)
+    };
+    let waiting: Vec<_> = (0..=REQUEST_LIMIT).map(waits).collect();
+    // The others end with the client.
+    within("the one that is too many does not wait", || {
+        waiting.iter().any(|one| one.is_finished())
     });
+    table.cancel_messages();
+    let ends = waiting
+        .into_iter()
+        .map(|one| ended("an access ends when messages are cancelled", one));
+    let refused = ends.filter(|end| matches!(end, AccessError::TooMany(REQUEST_LIMIT)));
+    assert!(refused.count() >= 1);
     served.end().unwrap();
 }
 
@@ -312,7 +317,7 @@ fn a_client_that_goes_fails_what_is_awaited_of_it() {
     served.client.receive();
     assert_eq!(served.end().unwrap(), End::Closed);
     assert!(matches!(
-        device.join().unwrap(),
+        ended("an access ends with the client", device),
         (0, AccessError::Disconnected)
     ));
 }
@@ -349,7 +354,7 @@ fn an_unmap_ends_what_somebody_awaits_who_holds_memory_of_its_range() {
     });
     served.client.receive();
     assert_eq!(served.client.unmap(0, 0, 2 * PAGE), Ok(2 * PAGE));
-    let read = device.join().unwrap();
+    let read = ended("an access ends with the unmap", device);
     assert!(matches!(cause(read), (0, AccessError::Unmapped)));
     served.end().unwrap();
 }
@@ -409,11 +414,7 @@ fn an_unmap_waits_for_who_holds_memory() {
     assert_eq!(served.table.mappings(), 1);
     assert_eq!(served.client.map(0, PAGE, 0, Some(&file)), 0);
     assert_eq!(served.client.map(PAGE, PAGE, 0, Some(&file)), libc::EEXIST);
-    let later = thread::spawn(move || {
-        thread::sleep(Duration::from_millis(20));
-        drop(held);
-    });
-    later.join().unwrap();
+    drop(held);
     assert_eq!(served.client.unmap(2, 0, 0), Ok(2 * PAGE));
     served.end().unwrap();
 }
@@ -663,5 +664,5 @@ fn memory_without_a_file_is_not_for_the_thread_that_serves() {
     assert_eq!(client.region_read(0, 0x1000, 4), Err(libc::EDEADLK));
     assert_eq!(client.region_read(0, 0x3000, 4), Err(libc::EINVAL));
     drop(client);
-    assert_eq!(thread.join().unwrap(), End::Closed);
+    assert_eq!(ended("a server ends with its client", thread), End::Closed);
 }

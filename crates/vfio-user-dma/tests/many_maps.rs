@@ -9,9 +9,8 @@ mod common;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::thread;
-use std::time::Duration;
 
+use common::deadline::within;
 use common::{map_body, memfd, Served, PAGE, READ_WRITE};
 use vfio_user_dma::wire::{command, Header};
 use vfio_user_dma::{Capabilities, DmaTable, End};
@@ -39,16 +38,13 @@ fn peak() -> u64 {
 
 /// Waits until the server has taken all that was sent.
 fn wait_until_taken(stream: &UnixStream) {
-    loop {
+    within("the server takes what was sent", || {
         let mut left: libc::c_int = 0;
         // SAFETY: the kernel writes one integer.
         let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &mut left) };
         assert_eq!(result, 0);
-        if left == 0 {
-            return;
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
+        left == 0
+    });
 }
 
 #[test]

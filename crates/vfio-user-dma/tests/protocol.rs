@@ -8,6 +8,7 @@ mod common;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use common::deadline::ended;
 use common::{map_body, memfd, receive_fd, Client, Served, PAGE, READ_WRITE};
 use vfio_user_dma::wire::{self, command, flags, Header};
 use vfio_user_dma::{Capabilities, DmaTable, End, Error};
@@ -477,7 +478,7 @@ fn a_server_takes_the_path_of_one_that_was_killed() {
         assert_eq!(client.version(Capabilities::default()).errno(), 0);
         assert_eq!(client.unmap(0, 0, PAGE), Ok(0));
         stopper.stop();
-        thread.join().unwrap().unwrap();
+        ended("a server ends when it is stopped", thread).unwrap();
         assert!(!path.exists());
     }
     // A server does not remove the socket of one that came after it.

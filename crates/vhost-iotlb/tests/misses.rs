@@ -12,6 +12,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use common::deadline::{ended, within, DEADLINE as LONG};
 use common::{byte, msg, p, table, update, LOW};
 use iommu_type1::{IoAddressSpace, Profile};
 use vhost::VhostIotlbType::{AccessFail, Invalidate};
@@ -20,7 +21,8 @@ use vhost_iotlb::{Error, MissSink, VhostIotlb};
 use vm_memory::Permissions::{self, Read, Write};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
-const LONG: Duration = Duration::from_secs(60);
+/// What a device waits for whose miss was answered.
+const ANSWERED: &str = "an access ends when its miss is answered";
 
 struct Socket(Sender<VhostIotlbMsg>);
 
@@ -39,6 +41,10 @@ fn iotlb() -> (VhostIotlb, Receiver<VhostIotlbMsg>) {
     (iotlb, misses)
 }
 
+fn next(misses: &Receiver<VhostIotlbMsg>) -> VhostIotlbMsg {
+    misses.recv_timeout(LONG).expect("a miss is reported")
+}
+
 /// As QEMU answers: the page in which the address is, for what it may be.
 fn answer(iotlb: &VhostIotlb, miss: &VhostIotlbMsg) {
     assert_eq!(miss.msg_type as u8, VhostIotlbType::Miss as u8);
@@ -55,12 +61,12 @@ fn a_miss_says_what_is_missing_and_an_update_answers_it() {
         let mut bytes = vec![0; p(1) as usize];
         device.read(p(1) - 2, &mut bytes).map(|()| bytes)
     });
-    let miss = misses.recv().unwrap();
+    let miss = next(&misses);
     assert_eq!((miss.iova, miss.size), (p(1), p(1)));
     assert_eq!(miss.perm, VhostAccess::ReadOnly);
     assert_eq!(iotlb.open_misses(), 1);
     answer(&iotlb, &miss);
-    let bytes = device.join().unwrap().unwrap();
+    let bytes = ended(ANSWERED, device).unwrap();
     assert_eq!((bytes[1], bytes[2]), (1, 2));
     assert_eq!(iotlb.open_misses(), 0);
 }
@@ -74,11 +80,11 @@ fn several_who_miss_the_same_are_reported_once() {
             thread::spawn(move || device.write(p(3) + 8, &[7]))
         })
         .collect();
-    let miss = misses.recv().unwrap();
+    let miss = next(&misses);
     assert_eq!(miss.perm, VhostAccess::WriteOnly);
     answer(&iotlb, &miss);
     for device in devices {
-        device.join().unwrap().unwrap();
+        ended(ANSWERED, device).unwrap();
     }
     // Nobody has missed it again, however late it was.
     assert!(misses.try_recv().is_err());
@@ -117,11 +123,11 @@ fn a_range_is_translated_page_by_page() {
     let device = iotlb.clone();
     let device = thread::spawn(move || device.resolve(p(1) + 100, p(5) as usize, Write));
     for page in [1, 4, 5, 6] {
-        let miss = misses.recv().unwrap();
+        let miss = next(&misses);
         assert_eq!((miss.iova, miss.size), (p(page), p(1)));
         answer(&iotlb, &miss);
     }
-    device.join().unwrap().unwrap();
+    ended(ANSWERED, device).unwrap();
     let guard = iotlb.space().memory();
     let ends: [u8; 2] = guard.read_obj(GuestAddress(p(5) - 1)).unwrap();
     assert_eq!(ends, [5, 6]);
@@ -132,12 +138,12 @@ fn what_the_front_end_refuses_is_an_error_of_all_who_wait() {
     let (iotlb, misses) = iotlb();
     let device = iotlb.clone();
     let device = thread::spawn(move || device.read(p(3), &mut [0]));
-    let miss = misses.recv().unwrap();
+    let miss = next(&misses);
     // Of something else.
     iotlb.apply(&msg(AccessFail, p(4), p(1))).unwrap();
     assert_eq!(iotlb.open_misses(), 1);
     iotlb.apply(&msg(AccessFail, miss.iova + 8, 1)).unwrap();
-    let error = device.join().unwrap().unwrap_err();
+    let error = ended("a miss ends with an error", device).unwrap_err();
     assert_eq!(error.errno(), libc::EACCES);
     assert!(
         error.to_string().contains(&format!("{:#x}", p(3))),
@@ -150,16 +156,16 @@ fn an_answer_that_is_too_little_is_missed_again() {
     let (iotlb, misses) = iotlb();
     let device = iotlb.clone();
     let device = thread::spawn(move || device.write(p(3), &[1]));
-    misses.recv().unwrap();
+    next(&misses);
     let read_only = VhostIotlbMsg {
         perm: VhostAccess::ReadOnly,
         ..update(3, 1, LOW)
     };
     iotlb.apply(&read_only).unwrap();
-    let miss = misses.recv().unwrap();
+    let miss = next(&misses);
     assert_eq!((miss.iova, miss.perm), (p(3), VhostAccess::WriteOnly));
     answer(&iotlb, &miss);
-    device.join().unwrap().unwrap();
+    ended(ANSWERED, device).unwrap();
 }
 
 #[test]
@@ -209,9 +215,7 @@ fn a_late_failure_of_a_report_is_not_that_of_a_newer_miss() {
             let newer = iotlb.clone();
             let newer = thread::spawn(move || newer.resolve(p(3), 1, Read));
             self.1.send(newer).unwrap();
-            while iotlb.open_misses() == 0 {
-                thread::yield_now();
-            }
+            within("the newer one misses", || iotlb.open_misses() > 0);
             Err(io::ErrorKind::BrokenPipe.into())
         }
     }
@@ -227,7 +231,8 @@ fn a_late_failure_of_a_report_is_not_that_of_a_newer_miss() {
     let error = first.resolve(p(3), 1, Read).unwrap_err();
     assert!(matches!(error, Error::MissDeadline { .. }), "{error}");
     iotlb.apply(&update(3, 1, LOW)).unwrap();
-    newer.recv().unwrap().join().unwrap().unwrap();
+    let newer = newer.recv_timeout(LONG).expect("the newer one has begun");
+    ended(ANSWERED, newer).unwrap();
 }
 
 #[test]
@@ -240,7 +245,7 @@ fn there_are_only_so_many_and_the_deadline_ends_them() {
     };
     let waiting = [waits(0, Read), waits(0, Write)];
     for _ in &waiting {
-        misses.recv().unwrap();
+        next(&misses);
     }
     let error = iotlb.resolve(p(1), 1, Read).unwrap_err();
     assert!(matches!(error, Error::MissLimit { limit: 2 }), "{error}");
@@ -252,7 +257,7 @@ fn there_are_only_so_many_and_the_deadline_ends_them() {
     assert_eq!(iotlb.open_misses(), 2);
     iotlb.apply(&update(0, 1, LOW)).unwrap();
     for waiting in waiting {
-        waiting.join().unwrap().unwrap();
+        ended(ANSWERED, waiting).unwrap();
     }
     let error = hasty.resolve(p(1), 1, Read).unwrap_err();
     assert_eq!((error.errno(), iotlb.open_misses()), (libc::ETIMEDOUT, 0));
@@ -266,9 +271,9 @@ fn a_front_end_that_goes_leaves_nobody_waiting() {
     iotlb.apply(&msg(VhostIotlbType::BatchBegin, 0, 0)).unwrap();
     let device = iotlb.clone();
     let device = thread::spawn(move || device.read(p(3), &mut [0]));
-    misses.recv().unwrap();
+    next(&misses);
     iotlb.disconnect().unwrap();
-    let error = device.join().unwrap().unwrap_err();
+    let error = ended("a miss ends with an error", device).unwrap_err();
     assert_eq!(error.errno(), libc::ENOTCONN);
     assert_eq!((iotlb.space().mappings(), iotlb.open_misses()), (0, 0));
     // The next one brings its own memory.
@@ -323,11 +328,11 @@ fn many_devices_beside_invalidations() {
             })
         })
         .collect();
-    devices
-        .into_iter()
-        .for_each(|device| device.join().unwrap());
+    for device in devices {
+        ended("all misses are answered", device);
+    }
     let last = iotlb.clone().miss_deadline(Duration::ZERO);
     assert!(last.read(p(1000), &mut [0]).is_err());
-    frontend.join().unwrap();
+    ended("the front end has seen the last miss", frontend);
     assert_eq!(iotlb.open_misses(), 0);
 }

@@ -12,11 +12,12 @@
 //! ```
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::Barrier;
 use std::thread;
 
 use iommu_type1::{page_size, Backing, DmaHandle, IoAddressSpace, ReaderBarrier};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, Permissions};
+
+use crate::common::deadline::{within, Over};
 
 /// Two mappings of more pages than a word of marks has, some TiB apart.
 const PLACES: [u64; 2] = [1 << 28, 1 << 42];
@@ -98,6 +99,19 @@ impl Shadow {
     }
 }
 
+/// Where all threads wait for each other, turn by turn. One that has failed does not come, so there is a deadline.
+struct Turns(AtomicUsize);
+
+impl Turns {
+    fn wait(&self) {
+        const THREADS: usize = WRITERS as usize + 1;
+        let turn = self.0.fetch_add(1, Ordering::AcqRel) / THREADS;
+        within("all threads come to the end of a turn", || {
+            self.0.load(Ordering::Acquire) / THREADS > turn
+        });
+    }
+}
+
 fn nothing_written_is_missed(barrier: ReaderBarrier) {
     let rounds = std::env::var("ROUNDS").map_or(2000, |rounds| rounds.parse().unwrap());
     let space = IoAddressSpace::builder().reader_barrier(barrier).build();
@@ -106,7 +120,7 @@ fn nothing_written_is_missed(barrier: ReaderBarrier) {
         space.map(at, backing, Permissions::ReadWrite).unwrap();
     }
     space.start_dirty_tracking().unwrap();
-    let turns = Barrier::new(WRITERS as usize + 1);
+    let turns = Turns(AtomicUsize::new(0));
     let done = AtomicUsize::new(0);
     let mut meanwhile = 0;
     thread::scope(|scope| {
@@ -130,23 +144,16 @@ fn nothing_written_is_missed(barrier: ReaderBarrier) {
             handle: space.handle(),
             copies: vec![0; pages().count()],
         };
-        let mut wrong = None;
         for round in 0..rounds {
             done.store(0, Ordering::Relaxed);
             turns.wait();
-            while done.load(Ordering::Acquire) < WRITERS as usize {
+            within("all writers have written", || {
                 meanwhile += shadow.harvest(&space);
-            }
+                done.load(Ordering::Acquire) == WRITERS as usize
+            });
             turns.wait();
             shadow.harvest(&space);
-            // The others wait for this thread: it does not end before them.
-            if wrong.is_none() {
-                let complete = || shadow.assert_complete(round);
-                wrong = std::panic::catch_unwind(std::panic::AssertUnwindSafe(complete)).err();
-            }
-        }
-        if let Some(wrong) = wrong {
-            std::panic::resume_unwind(wrong);
+            shadow.assert_complete(round);
         }
     });
     println!("{barrier:?}: {meanwhile} pages were taken beside those who write");
@@ -178,6 +185,7 @@ fn what_is_replaced_beside_a_harvest_is_forgotten() {
     space.start_dirty_tracking().unwrap();
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _over = Over(&is_over);
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
                 space.write(0, &[1]).unwrap();
@@ -188,7 +196,6 @@ fn what_is_replaced_beside_a_harvest_is_forgotten() {
             let replaced = space.replace(0, page(), Permissions::ReadWrite);
             replaced.is_err() || space.mappings() > 1
         });
-        is_over.store(true, Ordering::Relaxed);
         assert_eq!(kept, None);
     });
 }

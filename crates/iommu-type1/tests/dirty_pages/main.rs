@@ -4,8 +4,9 @@
 //! Which pages were written: by I/O virtual address, and in the bitmaps of memory regions.
 
 mod bitmap;
+#[path = "../common/mod.rs"]
+mod common;
 mod harvest;
-mod log;
 mod regions;
 mod rules;
 mod unseen;

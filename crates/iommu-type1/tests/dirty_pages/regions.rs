@@ -13,7 +13,8 @@ use vm_memory::{
     Permissions,
 };
 
-use super::{log, taken};
+use super::taken;
+use crate::common::log;
 use Permissions::ReadWrite;
 
 /// Where the pages of the region are mapped.

@@ -4,18 +4,18 @@
 //! What counts as written, for how long, and what is refused.
 
 use std::sync::atomic::Ordering;
-use std::sync::{mpsc, Arc, Mutex};
-use std::thread;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use iommu_type1::{
     page_size, Backing, DirtyBitmap, Error, Interest, IoAddressSpace, ReaderBarrier, Transfer,
-    UnmapOptions, UnmapPolicy,
+    UnmapPolicy,
 };
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
-use super::{log, taken};
+use super::taken;
+use crate::common::{at_once, log};
 use Permissions::{Read, ReadWrite};
 
 /// Mappings of 1, 100 and 2 pages at pages 0, 16 and 2^30, and the last page of the space.
@@ -34,10 +34,6 @@ fn last_page() -> u64 {
 fn map(space: &IoAddressSpace, page: u64, pages: u64) {
     let backing = Backing::anonymous((pages * page_size()) as usize).unwrap();
     space.map(page * page_size(), backing, ReadWrite).unwrap();
-}
-
-fn at_once() -> UnmapOptions {
-    UnmapOptions::new().deadline(Duration::ZERO)
 }
 
 /// Addresses only: none of this memory is ever touched.
@@ -360,31 +356,17 @@ fn what_cannot_be_asked_for_is_refused() {
     assert_eq!(refused(0, p).0, libc::EINVAL);
 }
 
-/// A write that is in the middle of itself until it is told to end.
+/// Runs `meanwhile` while a write to page 4 is in the middle of itself; page 0 is mapped too.
 fn with_a_running_write(barrier: ReaderBarrier, meanwhile: impl FnOnce(&IoAddressSpace)) {
     let p = page_size();
-    let (begun, has_begun) = mpsc::channel();
-    let (end, may_end) = mpsc::channel::<()>();
-    let may_end = Mutex::new(may_end);
-    let region = log::region(1, move |_, _| {
-        begun.send(()).unwrap();
-        // Or nobody is there any more to say so.
-        let _ = may_end.lock().unwrap().recv();
-    });
     let space = IoAddressSpace::builder()
         .unmap_deadline(Duration::from_millis(1))
         .reader_barrier(barrier)
         .build();
-    space.map(4 * p, log::whole(&region), ReadWrite).unwrap();
     map(&space, 0, 1);
-    thread::scope(|scope| {
-        let end = end;
-        scope.spawn(|| space.handle().write(4 * p, &[1]).unwrap());
-        // In case that it is never marked.
-        has_begun.recv_timeout(Duration::from_secs(60)).unwrap();
-        meanwhile(&space);
-        drop(end);
-    });
+    let handle = space.handle();
+    let write = move || handle.write(4 * p, &[1]).unwrap();
+    log::beside_a_write(&space, 4 * p, write, || meanwhile(&space));
     // It has ended, and there is nothing to wait for.
     assert!(taken(&space, 4, 1).len() <= 1);
 }

@@ -14,6 +14,7 @@ use vm_memory::{Bytes, Permissions};
 use Permissions::{Read, ReadWrite};
 
 use super::taken;
+use crate::common::deadline::{ended, within, DEADLINE};
 
 /// 8 pages at page 16, and 2 behind them.
 fn space(profile: Profile) -> IoAddressSpace {
@@ -146,25 +147,22 @@ fn an_unmap_hands_over_the_marks_of_what_it_removes() {
 #[test]
 fn what_the_last_holder_writes_is_handed_over() {
     let p = page_size();
-    let space = IoAddressSpace::builder()
-        .unmap_deadline(Duration::from_secs(60))
-        .build();
+    let space = IoAddressSpace::builder().unmap_deadline(DEADLINE).build();
     map(&space);
     space.start_dirty_tracking().unwrap();
     let list = space.scatter(16 * p, 8 * p as usize, ReadWrite).unwrap();
     let pinned = pinner(&space).pin_pages(20 * p, 1, ReadWrite).unwrap();
     assert_eq!(taken(&space, 0, 100), [20].into());
-    let (bytes, dirty) = thread::scope(|scope| {
-        let unmap = scope.spawn(|| space.unmap_dirty(16 * p, 8 * p).unwrap());
-        while space.read(16 * p, &mut [0]).is_ok() {
-            thread::yield_now();
-        }
-        let slice = list.iter().next().unwrap();
-        slice.write_slice(&[1], 3 * p as usize).unwrap();
-        drop(pinned);
-        drop(list);
-        unmap.join().unwrap()
+    let unmapping = space.clone();
+    let unmap = thread::spawn(move || unmapping.unmap_dirty(16 * p, 8 * p).unwrap());
+    within("nobody finds what is being unmapped", || {
+        space.read(16 * p, &mut [0]).is_err()
     });
+    let slice = list.iter().next().unwrap();
+    slice.write_slice(&[1], 3 * p as usize).unwrap();
+    drop(pinned);
+    drop(list);
+    let (bytes, dirty) = ended("an unmap ends when nobody uses its range", unmap);
     assert_eq!(bytes, 8 * p);
     assert!(dirty.iter().eq([19 * p, 20 * p]));
 }

@@ -11,6 +11,8 @@
 //! `SECONDS_OF_SOAK` in the environment says how long; `ci/soak` runs it for long.
 
 mod check;
+#[path = "../common/deadline.rs"]
+mod deadline;
 mod process;
 mod slot;
 mod workers;
@@ -22,6 +24,7 @@ use std::time::{Duration, Instant};
 use iommu_type1::IoAddressSpace;
 
 use check::Differences;
+use deadline::Over;
 use process::Process;
 use slot::{Slot, SLOTS};
 
@@ -86,6 +89,7 @@ fn mixed_load() {
     let length = Duration::from_secs_f64(seconds);
     let soak = Soak::new();
     let samples = thread::scope(|threads| {
+        let _over = Over(&soak.stop);
         for number in 0..MAPPERS {
             let soak = &soak;
             threads.spawn(move || workers::unmap_and_map(soak, number));
@@ -97,9 +101,7 @@ fn mixed_load() {
         threads.spawn(|| workers::read_across(&soak));
         threads.spawn(|| workers::pin(&soak));
         threads.spawn(|| workers::harvest(&soak));
-        let samples = sample(length);
-        soak.stop.store(true, Ordering::Relaxed);
-        samples
+        sample(length)
     });
     report(&soak, &samples, length);
 

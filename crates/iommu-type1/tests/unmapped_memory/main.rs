@@ -15,6 +15,8 @@
 //! UNMAPS=1000000 READS=100000000 cargo test --release -p iommu-type1 --test unmapped_memory -- --nocapture
 //! ```
 
+#[path = "../common/deadline.rs"]
+mod deadline;
 mod memory;
 mod overlap;
 mod random;
@@ -27,6 +29,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use deadline::Over;
 use iommu_type1::{IoAddressSpace, ReaderBarrier};
 use vm_memory::Permissions;
 
@@ -122,13 +125,7 @@ impl Stress {
 
     /// Runs one of the threads; all end with the first.
     fn until_stop(&self, thread: impl FnOnce()) {
-        struct Stop<'a>(&'a AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        let _stop = Stop(&self.stop);
+        let _over = Over(&self.stop);
         thread();
     }
 

@@ -5,6 +5,8 @@
 
 #![allow(dead_code)] // Each test file uses a part of it.
 
+pub mod deadline;
+
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
@@ -17,6 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use deadline::ended;
 use vfio_user_dma::wire::{self, command, flags, Header};
 use vfio_user_dma::{
     Backend, Capabilities, DmaTable, End, Irqs, Region, RegionFile, Result, Server, SetIrqs,
@@ -433,7 +436,7 @@ impl Served {
     /// Ends the client, and says how the server took it. Nothing must be left mapped.
     pub fn end(self) -> Result<End> {
         drop(self.client);
-        let result = self.thread.join().unwrap();
+        let result = ended("a server ends with its client", self.thread);
         assert_eq!(self.table.mappings(), 0);
         assert_eq!(self.table.space().mappings(), 0);
         assert!(self
@@ -446,7 +449,7 @@ impl Served {
 
     /// How the server ended by itself.
     pub fn join(self) -> Result<End> {
-        self.thread.join().unwrap()
+        ended("a server ends by itself", self.thread)
     }
 }
 

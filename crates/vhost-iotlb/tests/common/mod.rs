@@ -4,6 +4,8 @@
 //! A front end's memory, and messages.
 #![allow(dead_code)]
 
+pub mod deadline;
+
 use std::io;
 
 use iommu_type1::{page_size, Backing, IoAddressSpace};

@@ -4,11 +4,16 @@
 //! A dirty log of a memory region that runs code of the test, in the middle of the write.
 
 use std::fmt;
+use std::sync::mpsc::channel;
+use std::sync::Mutex;
+use std::thread;
 
-use iommu_type1::{page_size, Backing};
+use iommu_type1::{page_size, Backing, IoAddressSpace};
 use vm_memory::bitmap::{Bitmap, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestRegionMmap, Permissions};
+
+use super::deadline::{ended, DEADLINE};
 
 /// Is given the offset and length of what was written.
 pub struct Log(Box<dyn Fn(usize, usize) + Send + Sync>);
@@ -30,6 +35,31 @@ pub fn region(
 /// All of a region.
 pub fn whole(region: &GuestRegionMmap<Log>) -> Backing {
     Backing::from_region(region, 0, region.get_mmap().size()).unwrap()
+}
+
+/// Does something while a write to a page, which is mapped for it, is in the middle of itself.
+pub fn beside_a_write(
+    space: &IoAddressSpace,
+    iova: u64,
+    write: impl FnOnce() + Send + 'static,
+    meanwhile: impl FnOnce(),
+) {
+    let (begun, has_begun) = channel();
+    let (end, may_end) = channel::<()>();
+    let may_end = Mutex::new(may_end);
+    let region = region(1, move |_, _| {
+        begun.send(()).unwrap();
+        // Or nobody is there any more to say so.
+        let _ = may_end.lock().unwrap().recv();
+    });
+    let backing = whole(&region);
+    space.map(iova, backing, Permissions::ReadWrite).unwrap();
+    let writer = thread::spawn(write);
+    let is_marked = has_begun.recv_timeout(DEADLINE);
+    is_marked.expect("a write marks what it has written");
+    meanwhile();
+    drop(end);
+    ended("a write ends", writer);
 }
 
 impl fmt::Debug for Log {

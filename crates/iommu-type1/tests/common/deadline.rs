@@ -1,0 +1,1 @@
+../../../page-pin/tests/common/deadline.rs

@@ -1,0 +1,55 @@
+// Copyright (c) the vfio-dma authors.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What has to happen does by a deadline, or the test fails and says what did not: none waits for ever.
+//! The tests of the other crates have this file by a link, so that each crate is packed with it.
+
+#![allow(dead_code)] // Each test uses a part of it.
+
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Far longer than anything here takes, also on a machine that does much else. Under Miri all takes long.
+pub const DEADLINE: Duration = Duration::from_secs(if cfg!(miri) { 3600 } else { 60 });
+
+/// Waits until it is so.
+#[track_caller]
+pub fn within(what: &str, mut is_so: impl FnMut() -> bool) {
+    let mut begun = None;
+    while !is_so() {
+        let waited = begun.get_or_insert_with(Instant::now).elapsed();
+        assert!(waited < DEADLINE, "not in {DEADLINE:?}: {what}");
+        thread::yield_now();
+    }
+}
+
+/// What a thread returns, which is left behind where it does not end.
+#[track_caller]
+pub fn ended<T>(what: &str, thread: JoinHandle<T>) -> T {
+    within(what, || {
+        let is_over = thread.is_finished();
+        if !is_over {
+            // What it does may want the processor.
+            thread::sleep(Duration::from_millis(1));
+        }
+        is_over
+    });
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+/// Runs in a thread of its own, which is left behind where it does not end.
+#[track_caller]
+pub fn must_end<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
+    ended(what, thread::spawn(run))
+}
+
+/// Set when this is dropped, so also where something fails: whoever goes on until then ends.
+pub struct Over<'a>(pub &'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
