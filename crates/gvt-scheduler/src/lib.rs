@@ -33,8 +33,8 @@
 //! A guest with one context on the blitter, made by hand:
 //! ```
 //! use gvt_scheduler::{
-//!     ring_context, AddressingMode, ContextDescriptor, CsbEvent, EngineId, SimulatedEngine, Vgpu,
-//!     VgpuConfig,
+//!     ring_context, ring_register, AddressingMode, ContextDescriptor, CsbEvent, EngineId,
+//!     SimulatedEngine, Vgpu, VgpuConfig,
 //! };
 //! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 //!
@@ -50,11 +50,11 @@
 //!     memory.write_obj::<u32>(value, GuestAddress(0x9000 + field as u64))?;
 //! }
 //! let engine = EngineId::Bcs;
-//! vgpu.mmio_write(engine.mmio_base() + 0x80, 1 << 12)?; // HWS_PGA
+//! vgpu.mmio_write(engine.mmio_base() + ring_register::HWS_PGA, 1 << 12)?;
 //!
 //! let context = u64::from(ContextDescriptor::new(8, 42, AddressingMode::Legacy64));
 //! for dword in [0, 0, (context >> 32) as u32, context as u32] {
-//!     vgpu.mmio_write(engine.mmio_base() + 0x230, dword)?; // ELSP
+//!     vgpu.mmio_write(engine.mmio_base() + ring_register::ELSP, dword)?;
 //! }
 //! let completion = vgpu.run_next(engine, &mut SimulatedEngine::new())?.expect("one was queued");
 //! assert_eq!(completion.interrupts, 2);

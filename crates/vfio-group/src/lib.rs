@@ -25,7 +25,8 @@
 //!   ([`Device::unplug`]); its model is told of the virtual machine ([`Group::set_kvm`],
 //!   [`Device::on_set_kvm`]).
 //! - An [`ExternalUser`] does DMA straight through the address space it holds; everything made from
-//!   it (handles, guards, scatter lists, pins) keeps it.
+//!   it (handles, guards, scatter lists, pins) keeps it. It implements page-pin's `PinPages`, and its
+//!   [handles](ExternalUser::handle) vm-memory's `Bytes`: the two that `gvt_scheduler::Vgpu` takes.
 //!
 //! # Example
 //!
