@@ -6,7 +6,6 @@
 //! A guest behind an IOMMU maps every page by itself: a mapping of ours for each would meet the kernel's limit
 //! (`vm.max_map_count`), and a file descriptor for each that of the process.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Weak};
@@ -20,13 +19,26 @@ use crate::{Error, Result};
 /// Most files at a time: each keeps a file descriptor.
 pub(crate) const FILE_LIMIT: usize = 256;
 
+/// Most bytes of files at a time, unless told otherwise: all of each is mapped, memory or not, and this process has
+/// addresses for 128 TiB (x86-64, four levels). Without any left nothing in it can allocate.
+pub const FILE_BYTES_LIMIT: u64 = 4 << 40;
+
 /// Memory of one file. The table holds it as long as a part of it is mapped.
 #[derive(Debug)]
 pub(crate) struct FileMemory(Backing);
 
+/// The oldest first. One that has grown, or got shorter, since it was mapped is there more than once.
 #[derive(Debug, Default)]
 pub(crate) struct Files {
-    known: BTreeMap<(FileId, bool), Weak<FileMemory>>,
+    known: Vec<Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    id: FileId,
+    writable: bool,
+    bytes: u64,
+    memory: Weak<FileMemory>,
 }
 
 /// What to check of a file that is not known yet.
@@ -36,6 +48,8 @@ pub(crate) struct Checks {
     pub(crate) client: Option<i32>,
     /// Whether an access has to survive that the file gets shorter.
     pub(crate) guard: bool,
+    /// Most bytes of all files.
+    pub(crate) bytes: u64,
 }
 
 impl Files {
@@ -58,7 +72,9 @@ impl Files {
             return Err(Error::FileAccess);
         }
         let inside = |memory: &FileMemory| memory.part(offset, size);
-        if let Some(memory) = self.known.get(&(id, writable)).and_then(Weak::upgrade) {
+        let is_it = |known: &&Known| (known.id, known.writable) == (id, writable);
+        let newest = self.known.iter().rfind(is_it);
+        if let Some(memory) = newest.and_then(|known| known.memory.upgrade()) {
             // A file that has grown since is mapped anew, or has its size again.
             if let Ok(backing) = inside(&memory) {
                 if !memory.is_bad() {
@@ -66,11 +82,19 @@ impl Files {
                 }
             }
         }
-        self.known.retain(|_, memory| memory.strong_count() > 0);
+        self.known.retain(|known| known.memory.strong_count() > 0);
         if self.known.len() >= FILE_LIMIT {
             return Err(Error::Limit {
                 what: "files behind mappings",
                 limit: FILE_LIMIT,
+            });
+        }
+        let bytes = metadata.len();
+        let all = self.known.iter().map(|known| known.bytes);
+        if all.fold(bytes, u64::saturating_add) > checks.bytes {
+            return Err(Error::Limit {
+                what: "bytes of files behind mappings",
+                limit: usize::try_from(checks.bytes).unwrap_or(usize::MAX),
             });
         }
         if checks.sealed && !sharing::is_sealed(&file) {
@@ -81,14 +105,14 @@ impl Files {
                 return Err(Error::PrivateMemory { pid });
             }
         }
-        let memory = Arc::new(FileMemory::new(
-            file,
-            metadata.len(),
-            writable,
-            checks.guard,
-        )?);
+        let memory = Arc::new(FileMemory::new(file, bytes, writable, checks.guard)?);
         let backing = inside(&memory)?;
-        self.known.insert((id, writable), Arc::downgrade(&memory));
+        self.known.push(Known {
+            id,
+            writable,
+            bytes,
+            memory: Arc::downgrade(&memory),
+        });
         Ok((memory, backing))
     }
 }

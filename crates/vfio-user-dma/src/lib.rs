@@ -79,12 +79,16 @@ mod sharing;
 mod socket;
 pub mod wire;
 
+/// A deadline beyond the clock's range is no deadline; a day is as good.
+const LONGEST: std::time::Duration = std::time::Duration::from_secs(86_400);
+
 #[cfg(feature = "vfio_user")]
 pub use adapter::VfioUserAdapter;
 pub use backend::{Backend, IrqAction, IrqData, Irqs, Region, RegionFile, SetIrqs};
 pub use capabilities::{Capabilities, MAX_DATA_XFER_SIZE};
 pub use dma_table::{DmaTable, DmaTableBuilder, TableHandle, MESSAGE_DEADLINE, UNMAP_DEADLINE};
 pub use error::{AccessError, Error, Result};
+pub use file_memory::FILE_BYTES_LIMIT;
 pub use irq_eventfd::IrqEventfd;
 pub use message_dma::REQUEST_LIMIT;
 pub use pins::{TablePin, TablePins};

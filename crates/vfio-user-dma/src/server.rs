@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::connection::{Connection, Input};
 use crate::event::Event;
 use crate::session::{Session, FIRST_LIMIT};
-use crate::{socket, Backend, Error, Result, MAX_DATA_XFER_SIZE};
+use crate::{socket, Backend, Error, Result, LONGEST, MAX_DATA_XFER_SIZE};
 
 /// How long a client may take for the rest of a message, or to take what it is sent, unless told otherwise.
 pub const IO_DEADLINE: Duration = Duration::from_secs(5);
@@ -116,7 +116,7 @@ impl Server {
     /// How long a client may take for the rest of a message, or to take what it is sent, [`IO_DEADLINE`] unless
     /// told otherwise.
     pub fn io_deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = deadline;
+        self.deadline = deadline.min(LONGEST);
         self
     }
 

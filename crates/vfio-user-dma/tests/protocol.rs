@@ -381,6 +381,23 @@ fn a_client_that_stops_in_the_middle_is_cut_off() {
 }
 
 #[test]
+fn a_client_may_be_given_all_the_time_there_is() {
+    let patient = |server: vfio_user_dma::Server| server.io_deadline(Duration::MAX);
+    let mut served = Served::with(DmaTable::new().unwrap(), patient, Capabilities::default());
+    let header = Header {
+        command: command::DEVICE_RESET,
+        ..Header::default()
+    };
+    let bytes = wire::message(header, |_| ());
+    for part in bytes.chunks(7) {
+        common::send_with_fds(&served.client.stream, part, &[]);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(served.client.receive().errno(), 0);
+    served.end().unwrap();
+}
+
+#[test]
 fn a_client_that_takes_no_answers_is_cut_off() {
     let quick = |server: vfio_user_dma::Server| server.io_deadline(Duration::from_millis(50));
     let served = Served::with(DmaTable::new().unwrap(), quick, Capabilities::default());

@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use checked_sync::{lock, now, Mutex};
+use checked_sync::{lock, now, Mutex, LONGEST};
 use iommu_type1::{Backing, Change, Error as SpaceError, IoAddressSpace, Profile, UnmapPolicy};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::Permissions;
@@ -84,7 +84,7 @@ impl VhostIotlb {
     /// [`MISS_DEADLINE`].
     #[must_use]
     pub fn miss_deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = deadline;
+        self.deadline = deadline.min(LONGEST);
         self
     }
 

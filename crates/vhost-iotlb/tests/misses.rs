@@ -336,3 +336,18 @@ fn many_devices_beside_invalidations() {
     ended("the front end has seen the last miss", frontend);
     assert_eq!(iotlb.open_misses(), 0);
 }
+
+#[test]
+fn a_deadline_may_be_never() {
+    let (iotlb, misses) = iotlb();
+    let iotlb = iotlb.miss_deadline(Duration::MAX);
+    let device = iotlb.clone();
+    let device = thread::spawn(move || {
+        device.read(0, &mut [0])?;
+        device.resolve(p(1), 1, Read)
+    });
+    for _ in 0..2 {
+        answer(&iotlb, &next(&misses));
+    }
+    ended(ANSWERED, device).unwrap();
+}

@@ -19,7 +19,10 @@ mod policy;
 mod revocation;
 mod select;
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
+
+use checked_sync::lock;
 
 use crate::check::Request;
 use crate::mapping::Mapping;
@@ -148,6 +151,31 @@ impl IoAddressSpace {
         let bytes = Revocation::begin(space, &ranges, space.unmap, self.view.set, true)?
             .run(Some(&mut pages))?;
         Ok((bytes, pages))
+    }
+
+    /// Whether an unmap has left nothing of `size` bytes from `iova`: nothing there is mapped, and nothing is waited for.
+    /// After [`Error::Deadline`] it says what has gone.
+    ///
+    /// ```
+    /// use iommu_type1::{Backing, IoAddressSpace};
+    /// use vm_memory::Permissions::ReadWrite;
+    ///
+    /// let space = IoAddressSpace::new();
+    /// space.map(0x1000, Backing::anonymous(0x1000)?, ReadWrite)?;
+    /// assert!(!space.is_unmapped(0, 0x8000)?);
+    /// space.unmap(0x1000, 0x1000)?;
+    /// assert!(space.is_unmapped(0, 0x8000)?);
+    /// # Ok::<(), iommu_type1::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Empty`] (EINVAL), [`Error::Overflow`] (EOVERFLOW).
+    pub fn is_unmapped(&self, iova: u64, size: u64) -> Result<bool> {
+        let (space, range) = (&*self.view.space, IovaRange::new(iova, size)?);
+        let writer = lock(&space.writer);
+        let live = space.table.visit(range, |_| ControlFlow::Break(()));
+        Ok(live.is_none() && writer.leaving_in(range).is_none())
     }
 
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {

@@ -11,7 +11,7 @@ use iommu_type1::{IoAddressSpace, DMA_ENTRY_LIMIT};
 
 use super::{DmaTable, Inner};
 use crate::message_dma::MessageDma;
-use crate::Result;
+use crate::{Result, FILE_BYTES_LIMIT, LONGEST};
 
 /// How long an unmap waits for those who touch the range unless told otherwise: QEMU takes the server for dead
 /// after 5 s.
@@ -39,6 +39,7 @@ pub struct DmaTableBuilder {
     pub(super) strict_unmap: bool,
     pub(super) require_seals: bool,
     pub(super) guard_files: bool,
+    pub(super) file_bytes_limit: u64,
 }
 
 impl DmaTableBuilder {
@@ -50,12 +51,20 @@ impl DmaTableBuilder {
             strict_unmap: false,
             require_seals: false,
             guard_files: false,
+            file_bytes_limit: FILE_BYTES_LIMIT,
         }
     }
 
     /// Most mappings, [`DMA_ENTRY_LIMIT`] unless told otherwise.
     pub fn entry_limit(mut self, limit: usize) -> Self {
         self.entry_limit = limit;
+        self
+    }
+
+    /// Most bytes of the files behind mappings, each of which counts as a whole, [`FILE_BYTES_LIMIT`] unless told
+    /// otherwise.
+    pub fn file_bytes_limit(mut self, bytes: u64) -> Self {
+        self.file_bytes_limit = bytes;
         self
     }
 
@@ -68,7 +77,7 @@ impl DmaTableBuilder {
     /// How long an access to memory without a file waits for the client, [`MESSAGE_DEADLINE`] unless told
     /// otherwise.
     pub fn message_deadline(mut self, deadline: Duration) -> Self {
-        self.message_deadline = deadline;
+        self.message_deadline = deadline.min(LONGEST);
         self
     }
 

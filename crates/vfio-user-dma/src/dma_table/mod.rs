@@ -15,9 +15,8 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use iommu_type1::{page_size, IoAddressSpace, UnmapOptions};
+use iommu_type1::{page_size, IoAddressSpace};
 use vfio_bindings::bindings::vfio::{
     VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL,
     VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
@@ -163,6 +162,7 @@ impl DmaTable {
                     sealed: self.0.config.require_seals,
                     client: Some(self.0.client.load(Ordering::Relaxed)).filter(|pid| *pid > 0),
                     guard: self.0.config.guard_files,
+                    bytes: self.0.config.file_bytes_limit,
                 };
                 let len = usize::try_from(size).map_err(|_| Error::Range {
                     address,
@@ -289,10 +289,9 @@ impl DmaTable {
         }
         // What was asked since then.
         self.0.messages.unmapped(first, last);
-        let at_once = UnmapOptions::new().deadline(Duration::ZERO);
         for (start, size) in in_space {
             // At the deadline those that nobody holds are gone, and are not to be in the way.
-            if result.is_ok() || self.0.space.unmap_with(start, size, at_once).is_ok() {
+            if result.is_ok() || self.0.space.is_unmapped(start, size).unwrap_or(false) {
                 entries.ranges.remove(&start);
             }
         }

@@ -5,13 +5,16 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
+use iommu_type1::{Interest, PinPages};
 use vfio_user_dma::wire::command;
-use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Server};
+use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Server, FILE_BYTES_LIMIT};
 use vm_memory::Permissions;
 
 use crate::cause;
+use crate::common::deadline::must_end;
 use crate::common::{self, map_body, memfd, Served, PAGE, READ_WRITE};
 
 #[test]
@@ -279,4 +282,67 @@ fn seals_can_be_asked_for() {
     };
     assert_eq!(sealed, 0);
     table.map(3, 0, 0, PAGE, clone()).unwrap();
+}
+
+#[test]
+fn a_file_that_grows_again_and_again_is_as_many_files() {
+    let table = DmaTable::new().unwrap();
+    let file = memfd(1);
+    let map = |page: u64| {
+        file.set_len((page + 1) * PAGE).unwrap();
+        let file = file.try_clone().unwrap();
+        table.map(3, page * PAGE, page * PAGE, PAGE, Some(file.into()))
+    };
+    let refused = (0..1000).find_map(|page| Some((page, map(page).err()?)));
+    let (page, error) = refused.unwrap();
+    assert_eq!((page, error.errno()), (256, libc::ENOSPC));
+    table.unmap(0, 0, PAGE).unwrap();
+    map(256).unwrap();
+}
+
+#[test]
+fn the_bytes_of_files_are_limited() {
+    let table = DmaTable::new().unwrap();
+    let limit = FILE_BYTES_LIMIT;
+    let map = |page: u64, len: u64| {
+        let file = memfd(1);
+        file.set_len(len).unwrap();
+        table.map(3, 0, page * PAGE, PAGE, Some(file.into()))
+    };
+    map(0, limit - PAGE).unwrap();
+    map(1, PAGE).unwrap();
+    for len in [PAGE, limit, i64::MAX as u64 & !(PAGE - 1)] {
+        assert_eq!(map(2, len).unwrap_err().errno(), libc::ENOSPC);
+    }
+    table.unmap(0, 0, PAGE).unwrap();
+    map(2, limit - PAGE).unwrap();
+}
+
+#[test]
+fn a_notice_may_look_at_a_table_whose_unmap_waits_in_vain() {
+    let table = DmaTable::builder()
+        .unmap_deadline(Duration::from_millis(1))
+        .build()
+        .unwrap();
+    for page in [0, 1] {
+        table
+            .map(3, 0, page * PAGE, PAGE, Some(memfd(1).into()))
+            .unwrap();
+    }
+    let looked = table.clone();
+    let notice = move |_, _| {
+        looked.mappings();
+    };
+    let pins = table.pins("a device", Interest::Holder, Arc::new(notice));
+    let pinned = pins.pin_pages(0, 1, Permissions::Read).unwrap();
+    let unmapped = table.clone();
+    let unmap = move || unmapped.unmap(0, 0, 2 * PAGE);
+    let result = must_end("an unmap ends whatever notices look at", unmap);
+    assert_eq!(result.unwrap_err().errno(), libc::EDEADLK);
+    // What nobody has pinned is gone, and is not in the way.
+    assert_eq!(table.mappings(), 1);
+    table.map(3, 0, PAGE, PAGE, Some(memfd(1).into())).unwrap();
+    drop(pinned);
+    table.unmap(0, 0, 2 * PAGE).unwrap();
+    assert_eq!(table.mappings(), 0);
 }

@@ -149,6 +149,18 @@ fn short_table() -> DmaTable {
 }
 
 #[test]
+fn a_deadline_may_be_never() {
+    let never = DmaTable::builder().message_deadline(Duration::MAX);
+    let (read, served) = read_while(never.build().unwrap(), |client| {
+        let asked = say_wide(client);
+        let body = [&asked.body[..], &[9; 16]].concat();
+        client.reply(&asked, 0, 0, &body);
+    });
+    assert_eq!(read.unwrap(), [9; 16]);
+    served.end().unwrap();
+}
+
+#[test]
 fn the_client_is_served_while_the_device_waits_for_it() {
     let (read, served) = read_while(DmaTable::new().unwrap(), |client| {
         let asked = say_wide(client);
