@@ -226,11 +226,7 @@ pub(crate) fn change(
     let (mut writer, agreed) = writer.ask(&before, &after, room);
     agreed?;
     let mut unlinked = Unlinked::default();
-    let room = revoked.len() + before.len().max(after.len());
-    let exchanged = match writer.reserve_replaced(room) {
-        Ok(()) => writer.exchange(&space.table, &before, &after, &mut unlinked),
-        Err(error) => Err((0, error)),
-    };
+    let exchanged = writer.exchange(&space.table, &before, &revoked, &after, &mut unlinked);
     if let Err((published, error)) = exchanged {
         drop(undo);
         end_failed(writer, space, &before, after, published, unlinked);
@@ -238,9 +234,6 @@ pub(crate) fn change(
     }
     drop(after);
     space.counters.maps.add(undo.by.len());
-    if !revoked.is_empty() {
-        writer.supersede(&revoked);
-    }
     drop(writer);
     drop((before, revoked));
     Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;

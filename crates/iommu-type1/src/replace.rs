@@ -118,7 +118,7 @@ impl IoAddressSpace {
         let (mut writer, agreed) = writer.ask(&before, new, room);
         agreed?;
         let mut unlinked = Unlinked::default();
-        if let Err((_, error)) = writer.exchange(&space.table, &before, new, &mut unlinked) {
+        if let Err((_, error)) = writer.exchange(&space.table, &before, &[], new, &mut unlinked) {
             // Nobody has seen the new one, as there is only one.
             writer.late.append(unlinked);
             drop(writer.report(new, &before));
@@ -169,7 +169,7 @@ pub(crate) fn cut(
     memory::reserve(&mut cuts.before, before.len())?;
     memory::reserve(&mut cuts.after, after.len())?;
     // Parts that were there for a moment are the same memory: who uses one is waited for as for what was replaced.
-    let exchanged = writer.exchange(&space.table, &before, &after, unlinked);
+    let exchanged = writer.exchange(&space.table, &before, &[], &after, unlinked);
     exchanged.map_err(|(_, error)| error)?;
     cuts.before.extend(before);
     cuts.after.extend(after);
@@ -217,7 +217,7 @@ pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) {
         let mut unlinked = Unlinked::default();
         // Nobody else can change it while those who listen are told.
         let mut writer = turn.report(&undo.by, &undo.parts);
-        if let Err((_, error)) = writer.exchange(table, &undo.by, &undo.parts, &mut unlinked) {
+        if let Err((_, error)) = writer.exchange(table, &undo.by, &[], &undo.parts, &mut unlinked) {
             log::warn!("what was replaced is not put back: {error}");
             writer = writer.report(&undo.parts, &undo.by);
         }

@@ -223,7 +223,7 @@ impl Writer {
         }
     }
 
-    /// Takes mappings out of the table and puts others in their place.
+    /// Takes mappings out of the table and puts others in their place, and in that of mappings that were revoked.
     ///
     /// # Errors
     ///
@@ -233,12 +233,13 @@ impl Writer {
         &mut self,
         table: &Table,
         before: &[Arc<Mapping>],
+        revoked: &[Arc<Mapping>],
         after: &[Arc<Mapping>],
         unlinked: &mut Unlinked,
     ) -> std::result::Result<(), (usize, Error)> {
         // Whichever of the two is replaced in the end.
-        let room = before.len().max(after.len());
-        self.reserve_replaced(room).map_err(|error| (0, error))?;
+        let room = revoked.len() + before.len().max(after.len());
+        memory::reserve(&mut self.replaced, room).map_err(|error| (0, error))?;
         for mapping in before {
             drop(table.take(mapping));
         }
@@ -251,7 +252,10 @@ impl Writer {
             }
         }
         match &outcome {
-            Ok(()) => self.replaced.extend_from_slice(before),
+            Ok(()) => {
+                self.replaced.extend_from_slice(before);
+                self.supersede(revoked);
+            }
             Err((published, _)) => self.take_back(table, before, &after[..*published], unlinked),
         }
         for mapping in before {
@@ -290,16 +294,12 @@ impl Writer {
         replaced.filter(|mapping| first_met(ranges, mapping.range).is_some())
     }
 
-    /// Gives the addresses of revoked mappings to whatever comes there; they are among the replaced then, for which
-    /// there is [room](Writer::reserve_replaced).
-    pub(crate) fn supersede(&mut self, revoked: &[Arc<Mapping>]) {
-        self.forget(revoked);
-        self.replaced.extend_from_slice(revoked);
-    }
-
-    /// Makes room for so many mappings to be replaced.
-    pub(crate) fn reserve_replaced(&mut self, mappings: usize) -> Result<()> {
-        memory::reserve(&mut self.replaced, mappings)
+    /// Gives the addresses of revoked mappings to whatever has come there.
+    fn supersede(&mut self, revoked: &[Arc<Mapping>]) {
+        if !revoked.is_empty() {
+            self.forget(revoked);
+            self.replaced.extend_from_slice(revoked);
+        }
     }
 
     /// Forgets those of replaced mappings that are over, as no access and no lease uses them, but for those to which
