@@ -22,7 +22,7 @@ use crate::profile::Cut;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::table::Unlinked;
-use crate::unmap::{beginning, check_outside, inside, put_back, stops, Replaced, HOLDERS_LISTED};
+use crate::unmap::{beginning, check_outside, inside, put_back, stops, Holders, Replaced};
 use crate::writer::{State, Writer};
 use crate::{Backing, Error, IoAddressSpace, Result};
 
@@ -265,11 +265,15 @@ fn unused(
     }
     let held = used.filter(|mapping| leased.has(mapping));
     let sizes = held.clone().map(|mapping| mapping.range.size());
-    let holders = held.flat_map(|mapping| space.leases.holders(mapping));
+    let mut holders = Holders::default();
+    for mapping in held {
+        let leases = &space.leases;
+        leases.each_holder(mapping, |holder| holders.add(holder));
+    }
     Err(Error::Deadline {
         unmapped: 0,
         left: sizes.fold(0, u64::saturating_add),
-        holders: holders.take(HOLDERS_LISTED).collect(),
+        holders: holders.listed,
     })
 }
 

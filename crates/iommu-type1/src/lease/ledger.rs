@@ -13,7 +13,7 @@ use super::place::Place;
 use crate::deadline::Deadline;
 use crate::grace::{Grace, EXCHANGE_IS_BARRIER};
 use crate::mapping::Mapping;
-use crate::{memory, Holder};
+use crate::Holder;
 
 /// Places that holders share, one at a time; more are made when all are taken.
 pub(super) const PLACES: usize = if CHECKED { 1 } else { 16 };
@@ -85,17 +85,14 @@ impl Ledger {
         left
     }
 
-    /// Who leases the mapping; not all of them where there is no memory for the list.
-    pub(crate) fn holders(&self, mapping: &Mapping) -> Vec<Holder> {
+    /// Visits who leases the mapping.
+    pub(crate) fn each_holder(&self, mapping: &Mapping, visit: impl FnMut(Holder)) {
         let further = lock(&self.further);
         let places = self.places(&further);
-        let mut found = places
+        places
             .filter(|place| place.has(mapping))
-            .filter_map(|place| place.holder(mapping));
-        // The first in any case: without one the mapping would be taken for free.
-        let mut holders: Vec<_> = found.next().into_iter().collect();
-        let _some = memory::extend(&mut holders, found);
-        holders
+            .filter_map(|place| place.holder(mapping))
+            .for_each(visit);
     }
 
     /// Which mappings are leased. However many there are, each lease is looked for once.

@@ -36,9 +36,10 @@ use crate::{DirtyPages, Error, IoAddressSpace, Result};
 
 pub(crate) use begin::meet_replaced;
 pub(crate) use cuts::Cuts;
+pub(crate) use holders::Holders;
+pub use holders::HOLDERS_LISTED;
 pub use options::{UnmapOptions, UnmapPolicy};
 pub(crate) use policy::put_back;
-pub use revocation::HOLDERS_LISTED;
 pub(crate) use revocation::{Replaced, Revocation, Undo};
 pub(crate) use select::{beginning, check_owned, inside, share_all, stops};
 

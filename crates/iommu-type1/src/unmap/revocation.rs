@@ -7,14 +7,13 @@ use std::sync::Arc;
 
 use checked_sync::lock;
 
-use super::{UnmapOptions, UnmapPolicy};
+use super::{Holders, UnmapOptions, UnmapPolicy};
 use crate::deadline::Deadline;
 use crate::mapping::Mapping;
-use crate::memory;
 use crate::range::IovaRange;
 use crate::space::Space;
 use crate::table::Unlinked;
-use crate::{DirtyPages, Error, Holder, Result};
+use crate::{DirtyPages, Error, Result};
 
 /// Mappings that are being removed. Dropped without [`finish`](Revocation::finish) (a notice
 /// panicked), it leaves them to the policy.
@@ -149,9 +148,8 @@ impl<'a> Revocation<'a> {
         let mut replaced = std::mem::take(&mut self.replaced);
         for replaced in &mut replaced {
             let mapping = &replaced.mapping;
-            let found = self.holders(mapping, &replaced.gone, leased.has(mapping));
-            replaced.over = found.is_empty();
-            holders.add(found);
+            let leased = leased.has(mapping);
+            replaced.over = !self.add_holders(mapping, &replaced.gone, leased, &mut holders);
         }
         self.replaced = replaced;
         // Those that are free come before the others.
@@ -159,16 +157,16 @@ impl<'a> Revocation<'a> {
         let mut free = 0;
         for at in 0..mappings.len() {
             let mapping = &mappings[at];
-            let found = self.holders(mapping, &[mapping.range], leased.has(mapping));
+            let leased = leased.has(mapping);
+            let is_held = self.add_holders(mapping, &[mapping.range], leased, &mut holders);
             // Who uses what it was a part of may use it.
             let is_lent = self
                 .still()
                 .any(|replaced| replaced.mapping.range.overlaps(mapping.range));
-            if found.is_empty() && !is_lent {
+            if !is_held && !is_lent {
                 mappings.swap(free, at);
                 free += 1;
             }
-            holders.add(found);
         }
         self.mappings = mappings;
         let mut no_memory = None;
@@ -248,33 +246,6 @@ impl<'a> Revocation<'a> {
         let unmapped = total(forgotten);
         drop(self.mappings.drain(..free));
         unmapped
-    }
-}
-
-/// Most holders that an error names: there may be one for each mapping, and how many of these there are is up to a
-/// guest. Enough for every queue of a device.
-pub const HOLDERS_LISTED: usize = 64;
-
-#[derive(Default)]
-struct Holders {
-    listed: Vec<Holder>,
-    count: usize,
-}
-
-impl Holders {
-    #[inline]
-    fn add(&mut self, found: Vec<Holder>) {
-        if !found.is_empty() {
-            self.add_some(found);
-        }
-    }
-
-    #[cold]
-    fn add_some(&mut self, found: Vec<Holder>) {
-        self.count += found.len();
-        let room = HOLDERS_LISTED - self.listed.len();
-        // Without memory for their names they are only counted.
-        let _some = memory::extend(&mut self.listed, found.into_iter().take(room));
     }
 }
 
