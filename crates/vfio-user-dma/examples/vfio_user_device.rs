@@ -34,7 +34,8 @@ impl Backend for Counter {
     }
 
     fn region_write(&mut self, _region: u32, _offset: u64, data: &[u8]) -> io::Result<()> {
-        let address = data.try_into().map_err(|_| io::ErrorKind::InvalidInput)?;
+        let refused = |_| io::Error::from_raw_os_error(libc::EINVAL);
+        let address = data.try_into().map_err(refused)?;
         // DMA is for another thread: it may have to wait for this one.
         let _ = self.doorbell.send(u64::from_le_bytes(address));
         Ok(())

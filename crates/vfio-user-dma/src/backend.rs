@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
 
 use crate::{DmaTable, IrqEventfd};
@@ -17,7 +17,7 @@ use crate::{DmaTable, IrqEventfd};
 /// A region of a device: a BAR, its configuration space.
 #[derive(Clone, Debug, Default)]
 pub struct Region {
-    /// `VFIO_REGION_INFO_FLAG_READ`, `_WRITE`; `_MMAP` comes by itself where there is a file.
+    /// `VFIO_REGION_INFO_FLAG_READ`, `_WRITE` of vfio-bindings; `_MMAP` comes by itself where there is a file.
     pub flags: u32,
     /// Bytes; 0 for one that the device does not have.
     pub size: u64,
@@ -48,12 +48,30 @@ impl Region {
 }
 
 /// A kind of interrupts of a device: INTx, MSI, MSI-X.
+///
+/// ```
+/// use vfio_user_dma::Irqs;
+///
+/// // A device with 32 vectors of MSI and without INTx: what `Backend::irqs` returns.
+/// let irqs = [Irqs::default(), Irqs::new(32)];
+/// assert_eq!(irqs[1], Irqs { flags: 1, count: 32 });
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Irqs {
-    /// `VFIO_IRQ_INFO_*`.
+    /// `VFIO_IRQ_INFO_*`; the constants are those of vfio-bindings.
     pub flags: u32,
     /// How many of it there are.
     pub count: u32,
+}
+
+impl Irqs {
+    /// So many that are signalled by eventfds and cannot be masked: `VFIO_IRQ_INFO_EVENTFD` alone.
+    pub const fn new(count: u32) -> Self {
+        Irqs {
+            flags: VFIO_IRQ_INFO_EVENTFD,
+            count,
+        }
+    }
 }
 
 /// What a client wants of interrupts: `VFIO_DEVICE_SET_IRQS`, checked as the kernel checks it.
@@ -95,7 +113,8 @@ pub enum IrqData {
 
 /// A device that a [`Server`](crate::Server) serves. All calls come from the thread that serves it.
 ///
-/// Errors travel to the client as their errno ([`io::Error::from_raw_os_error`]), EIO where they have none.
+/// Errors travel to the client as their errno ([`io::Error::from_raw_os_error`]), EIO where they have none, as
+/// those made of an [`io::ErrorKind`]. [`Error`](crate::Error) has one.
 pub trait Backend {
     /// Where the device does its DMA. Threads of the device take [handles](DmaTable::handle) of it.
     fn dma(&self) -> &DmaTable;
@@ -105,10 +124,11 @@ pub trait Backend {
         VFIO_DEVICE_FLAGS_PCI | VFIO_DEVICE_FLAGS_RESET
     }
 
-    /// Its regions by index.
+    /// Its regions by index: of a PCI device 0 to 5 are the BARs, 6 is the ROM, 7 the configuration space, without which
+    /// a guest sees no device.
     fn regions(&self) -> &[Region];
 
-    /// Its kinds of interrupts by index.
+    /// Its kinds of interrupts by index: of a PCI device 0 is INTx, 1 MSI, 2 MSI-X, 3 errors, 4 that it is asked for.
     fn irqs(&self) -> &[Irqs];
 
     /// Reads a region. The range is inside of it, and it may be read.

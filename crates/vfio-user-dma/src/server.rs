@@ -126,7 +126,8 @@ impl Server {
     }
 
     /// Serves one client after the other until it is stopped. What goes wrong with one is logged and ends
-    /// that one only.
+    /// that one only. A device for one client alone stops its server in
+    /// [`Backend::disconnected`](crate::Backend::disconnected).
     ///
     /// # Errors
     ///

@@ -345,7 +345,7 @@ impl Backend for Device {
 
     fn irqs(&self) -> &[Irqs] {
         const IRQS: [Irqs; 2] = [
-            Irqs { flags: 1, count: 1 },
+            Irqs::new(1),
             Irqs {
                 flags: 9,
                 count: 32,
