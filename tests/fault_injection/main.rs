@@ -7,8 +7,8 @@
 
 #![cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 
-#[path = "../../crates/page-pin/tests/common/deadline.rs"]
-mod deadline;
+#[path = "../../crates/vfio-user-dma/tests/common/mod.rs"]
+mod common;
 mod inject;
 mod iotlb;
 mod refused;

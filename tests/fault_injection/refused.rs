@@ -15,7 +15,7 @@ use vfio_dma::iommu::{
 };
 use vm_memory::Permissions::ReadWrite;
 
-use crate::deadline::{ended, within, DEADLINE};
+use crate::common::deadline::{ended, within, DEADLINE};
 use crate::inject::aside;
 use crate::scenarios::{map, memory, p, step, State, MANY};
 

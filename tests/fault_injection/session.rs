@@ -3,16 +3,17 @@
 
 //! A vfio-user client that sends and asks for much at once, and unmaps much at once.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io;
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 
-use vfio_dma::vfio_user::wire::{self, command, Header};
+use vfio_dma::vfio_user::wire::{self, command};
 use vfio_dma::vfio_user::{
     Backend, Capabilities, DmaTable, End, IrqData, Irqs, Region, Server, SetIrqs,
 };
 
+use crate::common::{listener, Client};
 use crate::inject::aside;
 use crate::scenarios::{memfd, p, step, MANY};
 
@@ -65,79 +66,56 @@ impl Backend for Device {
     }
 }
 
-fn send(client: &mut UnixStream, command: u16, body: impl FnOnce(&mut Vec<u8>)) {
-    let header = Header {
-        command,
-        message_id: command,
-        ..Header::default()
-    };
-    client.write_all(&wire::message(header, body)).unwrap();
-}
-
-/// The header of an answer and what is behind it, if there is one.
-fn receive(client: &mut UnixStream) -> Option<(Header, Vec<u8>)> {
-    let mut header = [0; Header::SIZE];
-    client.read_exact(&mut header).ok()?;
-    let (header, _) = Header::decode(&header)?;
-    let mut body = vec![0; header.message_size as usize - Header::SIZE];
-    client.read_exact(&mut body).unwrap();
-    Some((header, body))
-}
-
-fn access(bytes: &mut Vec<u8>) {
+fn access() -> Vec<u8> {
     let access = wire::RegionAccess {
         count: MUCH as u32,
         ..Default::default()
     };
-    access.encode(bytes);
+    let mut bytes = Vec::new();
+    access.encode(&mut bytes);
+    bytes
 }
 
 /// All that the client says, before it is listened to.
-fn say_all(client: &mut UnixStream) {
-    send(client, command::VERSION, |bytes| {
-        wire::Version { major: 0, minor: 0 }.encode(bytes);
-        bytes.extend_from_slice(&Capabilities::default().to_text());
-    });
-    send(client, command::REGION_WRITE, |bytes| {
-        access(bytes);
-        bytes.extend_from_slice(&[7; MUCH]);
-    });
-    send(client, command::REGION_READ, access);
-    send(client, command::DEVICE_SET_IRQS, |bytes| {
-        let set = wire::IrqSet {
-            argsz: wire::IrqSet::SIZE as u32,
-            // Trigger, by booleans.
-            flags: 1 << 5 | 1 << 1,
-            count: MUCH as u32,
-            ..Default::default()
-        };
-        set.encode(bytes);
-        bytes.extend_from_slice(&[1; MUCH]);
-    });
-    send(client, command::DEVICE_RESET, |_| ());
-    client.shutdown(Shutdown::Write).unwrap();
+fn say_all(client: &mut Client) {
+    let mut version = Vec::new();
+    wire::Version { major: 0, minor: 0 }.encode(&mut version);
+    version.extend_from_slice(&Capabilities::default().to_text());
+    client.send(command::VERSION, &version);
+    client.send(command::REGION_WRITE, &[&access()[..], &[7; MUCH]].concat());
+    client.send(command::REGION_READ, &access());
+    let set = wire::IrqSet {
+        argsz: wire::IrqSet::SIZE as u32,
+        // Trigger, by booleans.
+        flags: 1 << 5 | 1 << 1,
+        count: MUCH as u32,
+        ..Default::default()
+    };
+    let mut trigger = Vec::new();
+    set.encode(&mut trigger);
+    trigger.resize(trigger.len() + MUCH, 1);
+    client.send(command::DEVICE_SET_IRQS, &trigger);
+    client.send(command::DEVICE_RESET, &[]);
+    client.stream.shutdown(Shutdown::Write).unwrap();
 }
 
 pub fn session() {
     let (server, mut device) = aside(|| {
-        let name = format!("vfio-dma-fault-injection-{}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let listener = UnixListener::bind(&path).unwrap();
-        fs::remove_file(path).unwrap();
         let device = Device {
             table: DmaTable::new().unwrap(),
             regions: [Region::new(MUCH as u64)],
             memory: vec![0; MUCH],
             irqs: 0,
         };
-        (Server::from_listener(listener).unwrap(), device)
+        (Server::from_listener(listener()).unwrap(), device)
     });
-    let (mut client, theirs) = UnixStream::pair().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut client = Client::new(ours);
     aside(|| say_all(&mut client));
     assert_eq!(server.serve(&theirs, &mut device).unwrap(), End::Closed);
     drop(theirs);
-    let answers: Vec<_> = aside(|| std::iter::from_fn(|| receive(&mut client)).collect());
-    let commands: Vec<_> = answers.iter().map(|(header, _)| header.command).collect();
+    let answers: Vec<_> = aside(|| std::iter::from_fn(|| client.try_receive().ok()).collect());
+    let commands: Vec<_> = answers.iter().map(|answer| answer.header.command).collect();
     let expected = [
         command::VERSION,
         command::REGION_WRITE,
@@ -146,14 +124,14 @@ pub fn session() {
         command::DEVICE_RESET,
     ];
     assert_eq!(commands, expected);
-    let errors: Vec<_> = answers.iter().map(|(header, _)| header.error).collect();
+    let errors: Vec<_> = answers.iter().map(|answer| answer.header.error).collect();
     let failed: Vec<_> = errors.iter().filter(|error| **error != 0).collect();
     assert!(failed.is_empty() || failed == [&(libc::ENOMEM as u32)]);
     let [_, has_written, has_read, has_set, _] = [0, 1, 2, 3, 4].map(|at| errors[at] == 0);
     let byte = u8::from(has_written) * 7;
     assert!(device.memory.iter().all(|found| *found == byte));
     if has_read {
-        let data = &answers[2].1[wire::RegionAccess::SIZE..];
+        let data = &answers[2].body[wire::RegionAccess::SIZE..];
         assert!(data.len() == MUCH && data.iter().all(|found| *found == byte));
     }
     assert_eq!(device.irqs, if has_set { MUCH } else { 0 });

@@ -53,7 +53,7 @@ impl Server {
             socket,
             output: None,
         };
-        let (line, output) = must_end("the server says that it listens", move || {
+        let (line, output) = must_end("reading that the server listens", move || {
             let mut line = String::new();
             output.read_line(&mut line).unwrap();
             (line, output)

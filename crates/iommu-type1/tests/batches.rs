@@ -10,12 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use common::deadline::{ended, within};
-use common::{at_once, beside_an_unmap};
+use common::{at_once, beside_an_unmap, inside_an_access};
 use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace, UnmapPolicy};
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{
-    Bytes, GuestAddress, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice,
-};
+use vm_memory::Permissions;
 
 use Permissions::{Read, ReadWrite};
 
@@ -317,32 +314,16 @@ fn a_batch_beside_an_unmap_that_runs_is_refused() {
     });
 }
 
-/// A reader that works on the space in the middle of the access that called it.
-struct Inside(IoAddressSpace);
-
-impl ReadVolatile for Inside {
-    fn read_volatile<B: BitmapSlice>(
-        &mut self,
-        buf: &mut VolatileSlice<B>,
-    ) -> Result<usize, VolatileMemoryError> {
-        let p = page_size();
-        let error = self.0.unmap_batch(&[(5 * p, p), (p, p)]).unwrap_err();
-        assert!(matches!(error, Error::InsideAccess { iova, .. } if iova == 5 * p));
-        assert_eq!(error.errno(), libc::EDEADLK);
-        self.0.map_batch(batch([7, 8])).unwrap();
-        Ok(buf.len())
-    }
-}
-
 #[test]
 fn batches_from_inside_an_access_map_and_do_not_unmap() {
     let p = page_size();
     let space = IoAddressSpace::new();
     space.map_batch(batch([1, 5])).unwrap();
-    let mut reader = Inside(space.clone());
-    let handle = space.handle();
-    handle
-        .read_volatile_from(GuestAddress(p), &mut reader, 8)
-        .unwrap();
+    inside_an_access(&space, p, || {
+        let error = space.unmap_batch(&[(5 * p, p), (p, p)]).unwrap_err();
+        assert!(matches!(error, Error::InsideAccess { iova, .. } if iova == 5 * p));
+        assert_eq!(error.errno(), libc::EDEADLK);
+        space.map_batch(batch([7, 8])).unwrap();
+    });
     assert_eq!(space.mappings(), 4);
 }

@@ -1,7 +1,7 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is done while something else does not end: an unmap that waits, or a write.
+//! What is done while something else does not end: an unmap that waits, or an access.
 
 #![allow(dead_code)] // Each test uses a part of it.
 
@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use deadline::{ended, within, DEADLINE};
 use iommu_type1::{IoAddressSpace, UnmapOptions};
+use vm_memory::bitmap::BitmapSlice;
 use vm_memory::Permissions::Read;
+use vm_memory::{Bytes, GuestAddress, ReadVolatile, VolatileMemoryError, VolatileSlice};
 
 /// For an unmap that waits for nobody.
 pub fn at_once() -> UnmapOptions {
@@ -38,4 +40,21 @@ pub fn beside_an_unmap(space: &IoAddressSpace, iova: u64, size: u64, meanwhile: 
     drop(list);
     let unmapped = ended("an unmap ends when nobody uses its range", unmap);
     assert_eq!(unmapped.unwrap(), size);
+}
+
+/// Does something in the middle of an access to a page.
+pub fn inside_an_access(space: &IoAddressSpace, iova: u64, inside: impl FnMut()) {
+    struct Inside<F>(F);
+    impl<F: FnMut()> ReadVolatile for Inside<F> {
+        fn read_volatile<B: BitmapSlice>(
+            &mut self,
+            buf: &mut VolatileSlice<B>,
+        ) -> Result<usize, VolatileMemoryError> {
+            (self.0)();
+            Ok(buf.len())
+        }
+    }
+    let handle = space.handle();
+    let read = handle.read_volatile_from(GuestAddress(iova), &mut Inside(inside), 8);
+    read.unwrap();
 }

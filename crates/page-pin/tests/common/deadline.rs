@@ -39,10 +39,10 @@ pub fn ended<T>(what: &str, thread: JoinHandle<T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Runs in a thread of its own, which is left behind where it does not end.
+/// Runs what is named in a thread of its own, which is left behind where it does not end.
 #[track_caller]
 pub fn must_end<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
-    ended(what, thread::spawn(run))
+    ended(&format!("{what} ends"), thread::spawn(run))
 }
 
 /// Set when this is dropped, so also where something fails: whoever goes on until then ends.
