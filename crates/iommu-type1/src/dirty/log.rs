@@ -220,6 +220,16 @@ mod tests {
         log.free(3);
     }
 
+    #[test]
+    fn no_bytes_mark_no_page() {
+        let mut log = DirtyLog::new();
+        log.start(1).unwrap();
+        log.mark_inline(0, 0);
+        log.mark_lent(0, 0);
+        assert!(!log.dirty_at(0));
+        log.free(1);
+    }
+
     proptest! {
         #[test]
         fn marks_and_takes_what_a_set_of_pages_does(
