@@ -40,6 +40,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+// Says of what is behind a feature that it is.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 pub use gvt_scheduler as gvt;
 pub use iommu_type1 as iommu;
 pub use page_pin as pin;

@@ -13,8 +13,8 @@
 //!
 //! # How it works
 //!
-//! - [`IoAddressSpace`] holds mappings from IOVA ranges to a [`Backing`]: anonymous or file memory
-//!   from vm-memory. [`map`](IoAddressSpace::map) and [`unmap`](IoAddressSpace::unmap) follow type1
+//! - [`IoAddressSpace`] holds mappings from IOVA ranges to a [`Backing`]: a part of a `GuestMemoryMmap`
+//!   ([`from_guest_memory`](Backing::from_guest_memory)), of a file, or anonymous memory. [`map`](IoAddressSpace::map) and [`unmap`](IoAddressSpace::unmap) follow type1
 //!   v2: overlaps, cuts, misalignment and too many entries are refused as the kernel refuses them,
 //!   and [`Error::errno`] says how. Other [profiles](Profile) follow type1 v1, iommufd, or the IOTLB of
 //!   vhost.
@@ -84,6 +84,18 @@
 //! table, and copies. An unmap takes the mapping out of the table, then waits for the slots whose accesses
 //! were running. What it took out is freed after that. [`ReaderBarrier`] chooses who pays for the barrier
 //! between the two.
+//!
+//! # Features
+//!
+//! All off by default.
+//!
+//! - `iommu`: `IommuAdapter`, vm-memory's `Iommu` on an address space.
+//! - `serde`: snapshots that can be written and read.
+//! - `sigbus`: `Backing::guarded`, accesses that survive files which get shorter.
+//! - `uapi`: the ioctls of a type1 container on their argument structs.
+
+// Says of what is behind a feature that it is.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("iommu-type1 models the Linux VFIO type1 IOMMU and is built for Linux only");
@@ -169,3 +181,8 @@ pub use space::{
 };
 pub use stats::Stats;
 pub use unmap::{UnmapOptions, UnmapPolicy, HOLDERS_LISTED};
+
+/// Examples of the README are tested as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

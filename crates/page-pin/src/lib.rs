@@ -85,3 +85,8 @@ pub use owner::{Access, AccessId};
 pub use prevent::Prevented;
 pub use source::PinPages;
 pub use table::{Holder, PinTable};
+
+/// Examples of the README are tested as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -86,6 +86,8 @@
 //! - `vfio-ioctls`: mirrors into `VfioOps` of that crate, and `SpaceOps`: an address space as `VfioOps`.
 //! - `kvm`: `MemorySlots`, which are an address space's mappings, and `KvmVfio`, which tells KVM of groups.
 
+// Says of what is behind a feature that it is.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 // Only what is behind features has any: ioctls, and memory that others are given.
 #![deny(unsafe_code)]
 
@@ -125,3 +127,8 @@ pub use kvm::{
 pub use mirror::Mirror;
 #[cfg(feature = "vfio-ioctls")]
 pub use mirror::SpaceOps;
+
+/// Examples of the README are tested as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -56,6 +56,16 @@
 //! - QEMU lays DMA_READ and DMA_WRITE out in a way of its own. Which way a client has is found out with one
 //!   question before the first access.
 //! - The default limit of 65 535 mappings is the kernel's.
+//!
+//! # Features
+//!
+//! All off by default.
+//!
+//! - `sigbus`: `DmaTableBuilder::guard_files`, accesses that survive files which get shorter.
+//! - `vfio_user`: `VfioUserAdapter`, a [`Backend`] behind the server of the crate `vfio_user`.
+
+// Says of what is behind a feature that it is.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("vfio-user-dma is built for Linux only");
