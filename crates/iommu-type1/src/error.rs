@@ -550,7 +550,8 @@ impl Error {
         }
     }
 
-    /// Bytes that an access had done before it failed.
+    /// Bytes that an access had done before it failed. Pins and scatter lists come whole or not at all: of these it
+    /// is how many bytes could be had.
     pub fn completed(&self) -> usize {
         match self {
             Error::Revoked { completed, .. }

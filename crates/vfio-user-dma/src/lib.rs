@@ -22,7 +22,7 @@
 //!
 //! # Example
 //!
-//! `examples/vfio_user_device.rs` is a whole device. The table by itself, as a client of QEMU's kind drives it:
+//! The table by itself, as a client of QEMU's kind drives it:
 //!
 //! ```
 //! use std::fs::File;
@@ -42,6 +42,12 @@
 //! assert_eq!(&bytes, b"DMA!");
 //! assert_eq!(table.unmap(0, 0x8000_0000, 0x2000)?, 0x2000);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! A whole device, `examples/vfio_user_device.rs`:
+//!
+//! ```no_run
+#![doc = include_str!("../examples/vfio_user_device.rs")]
 //! ```
 //!
 //! # Gotchas
