@@ -14,6 +14,9 @@ use crate::table::{Table, Unlinked};
 use crate::unmap::Replaced;
 use crate::{Error, IovaRanges, Result};
 
+/// With more mappings that leave at once all are sorted, as each that is put in its place moves those behind it.
+const MANY: usize = 64;
+
 /// Why a mapping is not in the table any more, though it is not gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
@@ -124,13 +127,21 @@ impl Writer {
         unlinked: &mut Unlinked,
     ) {
         self.live -= mappings.len();
+        let is_many = mappings.len() > MANY;
         for mapping in mappings {
+            let at = match is_many {
+                true => self.leaving.len(),
+                false => self.first_from(mapping.range.first),
+            };
             let leaving = Leaving {
                 mapping: table.remove(mapping, unlinked),
                 state: State::Revoking,
             };
+            self.leaving.insert(at, leaving);
+        }
+        if is_many {
             self.leaving
-                .insert(self.first_from(mapping.range.first), leaving);
+                .sort_unstable_by_key(|leaving| leaving.mapping.range.first);
         }
     }
 

@@ -120,6 +120,29 @@ fn the_revoked_policy_keeps_the_range_until_it_is_retried() {
 }
 
 #[test]
+fn whatever_leaves_is_found_however_many_leave_at_once() {
+    let p = page_size();
+    let space = IoAddressSpace::new();
+    // The later ones leave below, between and above those that have left.
+    let leave = [200..300, 0..100, 100..101, 300..400, 101..200];
+    let mut lists = Vec::new();
+    for (done, pages) in leave.iter().enumerate() {
+        let page = |page| (page * p, Backing::anonymous(p as usize).unwrap(), ReadWrite);
+        space.map_batch(pages.clone().map(page)).unwrap();
+        let (iova, size) = (pages.start * p, (pages.end - pages.start) * p);
+        lists.push(space.scatter(iova, size as usize, Read).unwrap());
+        held(space.unmap_with(iova, size, at_once()));
+        for page in 0..=400 {
+            let has_left = leave[..=done].iter().any(|pages| pages.contains(&page));
+            let error = space.read(page * p, &mut [0]).unwrap_err();
+            assert_eq!(error.errno() == libc::EBUSY, has_left, "{page}: {error}");
+        }
+    }
+    drop(lists);
+    assert_eq!(space.unmap(0, 400 * p).unwrap(), 400 * p);
+}
+
+#[test]
 fn the_restore_policy_publishes_the_range_again() {
     let p = page_size();
     let space = space();

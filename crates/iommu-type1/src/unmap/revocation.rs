@@ -151,23 +151,33 @@ impl<'a> Revocation<'a> {
             let leased = leased.has(mapping);
             replaced.over = !self.add_holders(mapping, &replaced.gone, leased, &mut holders);
         }
-        self.replaced = replaced;
-        // Those that are free come before the others.
         let mut mappings = std::mem::take(&mut self.mappings);
+        // By address, so that of many each is looked at once.
+        replaced.sort_unstable_by_key(|replaced| replaced.mapping.range.first);
+        mappings.sort_unstable_by_key(|mapping| mapping.range.first);
+        self.replaced = replaced;
+        let still = self.still().map(|replaced| replaced.mapping.range);
+        let mut still = still.peekable();
+        // Where the last ends of those that begin before the mapping ends.
+        let mut lent = None;
+        // Those that are free come before the others.
         let mut free = 0;
         for at in 0..mappings.len() {
             let mapping = &mappings[at];
+            let range = mapping.range;
             let leased = leased.has(mapping);
-            let is_held = self.add_holders(mapping, &[mapping.range], leased, &mut holders);
+            let is_held = self.add_holders(mapping, &[range], leased, &mut holders);
+            while let Some(begun) = still.next_if(|other| other.first <= range.last) {
+                lent = lent.max(Some(begun.last));
+            }
             // Who uses what it was a part of may use it.
-            let is_lent = self
-                .still()
-                .any(|replaced| replaced.mapping.range.overlaps(mapping.range));
+            let is_lent = lent >= Some(range.first);
             if !is_held && !is_lent {
                 mappings.swap(free, at);
                 free += 1;
             }
         }
+        drop(still);
         self.mappings = mappings;
         let mut no_memory = None;
         if let Some(marks) = marks {
