@@ -179,7 +179,8 @@ impl IoAddressSpace {
         if outcome.is_ok() {
             used.iter_mut().for_each(|replaced| replaced.over = true);
             // Who has replaced them may have waited too, and left them to whoever is the last.
-            lock(&space.writer).release(&space.table, &mut used);
+            let mut writer = lock(&space.writer);
+            writer.release(&space.table, &space.pins, &mut used);
         }
         drop(harvest);
         drop(used);

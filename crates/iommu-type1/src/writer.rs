@@ -6,12 +6,14 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use page_pin::PinTable;
+
 use crate::gaps::Gaps;
 use crate::mapping::Mapping;
 use crate::memory;
 use crate::range::{first_met, page_shift, IovaRange};
 use crate::table::{Table, Unlinked};
-use crate::unmap::Replaced;
+use crate::unmap::{is_pinned_where_gone, Replaced};
 use crate::{Error, IovaRanges, Result};
 
 /// With more mappings that leave at once all are sorted, as each that is put in its place moves those behind it.
@@ -315,11 +317,19 @@ impl Writer {
 
     /// Forgets those of replaced mappings that are over, as no access and no lease uses them, but for those to which
     /// somebody else has a reference: who waits for one too forgets it then, and pages of it that are still mapped
-    /// may be pinned, and be written. Those that are forgotten stay in the list, and their memory with it.
-    pub(crate) fn release(&mut self, table: &Table, waited_for: &mut Vec<Replaced>) {
+    /// may be pinned, and be written. Nor are those of which something is pinned that is gone. Those that are forgotten stay
+    /// in the list, and their memory with it.
+    pub(crate) fn release(
+        &mut self,
+        table: &Table,
+        pins: &PinTable,
+        waited_for: &mut Vec<Replaced>,
+    ) {
         // During this turn, so that of several who have waited one is the last.
         let is_last = |mapping: &Arc<Mapping>| Arc::strong_count(mapping) == 2;
-        waited_for.retain(|replaced| !replaced.over || is_last(&replaced.mapping));
+        waited_for.retain(|Replaced { mapping, over, .. }| {
+            !over || is_last(mapping) && !is_pinned_where_gone(self, table, pins, mapping)
+        });
         if !waited_for.iter().any(|replaced| replaced.over) {
             return;
         }

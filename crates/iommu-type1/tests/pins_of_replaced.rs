@@ -4,15 +4,13 @@
 //! Pins of what is gone from an IOTLB, but for those who have pinned it: whoever unmaps there waits for them, too,
 //! however often.
 
-mod common;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
-use common::at_once;
 use iommu_type1::{
     page_size, Backing, Change, Error, HolderKind, Interest, IoAddressSpace, Pinner, Profile,
-    Result,
+    Result, UnmapOptions,
 };
 use vm_memory::Permissions::ReadWrite;
 
@@ -37,6 +35,10 @@ fn unmap(page: u64, pages: u64) -> Change {
         iova: p(page),
         size: p(pages),
     }
+}
+
+fn at_once() -> UnmapOptions {
+    UnmapOptions::new().deadline(Duration::ZERO)
 }
 
 /// Does not let go, and counts how often it is told.
@@ -146,4 +148,78 @@ fn pins_of_parts_that_stay_are_waited_for_when_they_go_only() {
     assert_eq!((left, holders.len()), (p(4), 1), "{holders:?}");
     drop(pinned);
     space.change([Change::UnmapAll]).unwrap();
+}
+
+/// An unmap of a part of what is gone waits for pins of that part, and leaves those of the rest to be waited for.
+#[test]
+fn kept_pins_of_another_part_are_still_waited_for() {
+    let space = iotlb();
+    let (pinner, _told) = stubborn(&space);
+    space.change([map(4, 2)]).unwrap();
+    pinner.pin_pages(p(5), 1, ReadWrite).unwrap().keep();
+    is_held_by_one(space.change_with([unmap(4, 2)], at_once()));
+    space.change_with([unmap(4, 1)], at_once()).unwrap();
+    is_held_by_one(space.change_with([unmap(4, 2)], at_once()));
+    pinner.unpin_pages(p(5), 1).unwrap();
+    space.change([unmap(4, 2)]).unwrap();
+    assert_eq!((space.mappings(), space.stats().leaving), (0, 0));
+}
+
+/// What is gone of several is told, waited for and counted once.
+#[test]
+fn what_several_have_had_is_waited_for_once() {
+    for kept in [false, true] {
+        let space = iotlb();
+        let (pinner, told) = stubborn(&space);
+        let mut pinned = Vec::new();
+        let changes = [map(4, 2), map(4, 2), map(4, 2), unmap(4, 2)];
+        for (n, change) in changes.into_iter().enumerate() {
+            assert_eq!(space.change_with([change], at_once()).is_err(), n > 0);
+            if n < 3 {
+                let pages = pinner.pin_pages(p(5), 1, ReadWrite).unwrap();
+                match kept {
+                    true => pages.keep(),
+                    false => pinned.push(pages),
+                }
+            }
+        }
+        for way in WAYS {
+            let before = told.load(Ordering::Relaxed);
+            is_held_by_one(way(&space));
+            assert_eq!(told.load(Ordering::Relaxed), before + 1);
+            // One way maps.
+            space.change_with([unmap(4, 2)], at_once()).unwrap_err();
+        }
+        drop(pinned);
+        if kept {
+            (0..3).for_each(|_| pinner.unpin_pages(p(5), 1).unwrap());
+        }
+        space.change([Change::UnmapAll]).unwrap();
+        assert_eq!((space.mappings(), space.stats().leaving), (0, 0));
+    }
+}
+
+#[test]
+fn what_is_gone_of_mappings_that_overlap_is_counted_once() {
+    let space = iotlb();
+    let (pinner, _told) = stubborn(&space);
+    let mut pinned = Vec::new();
+    for (first, pages) in [(2, 4), (4, 4), (3, 2), (0, 3)] {
+        let _held = space.change_with([map(first, pages)], at_once());
+        pinned.push(
+            pinner
+                .pin_pages(p(first), pages as usize, ReadWrite)
+                .unwrap(),
+        );
+    }
+    for _ in 0..2 {
+        let refused = space.change_with([Change::UnmapAll], at_once());
+        let Err(Error::Deadline { left, .. }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(left, p(8));
+    }
+    drop(pinned);
+    space.change([Change::UnmapAll]).unwrap();
+    assert_eq!((space.mappings(), space.stats().leaving), (0, 0));
 }

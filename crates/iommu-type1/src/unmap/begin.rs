@@ -7,16 +7,14 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::select::{check_owned, select, stops};
-use super::{check_outside, Cuts, Replaced, Revocation, UnmapOptions};
+use super::{check_outside, meet_replaced, Cuts, Revocation, UnmapOptions};
 use crate::dirty::check_tracking;
 use crate::mapping::Mapping;
 use crate::mapping_set::SetId;
 use crate::memory;
-use crate::range::{all_met, union, IovaRange};
-use crate::replace::outside;
+use crate::range::IovaRange;
 use crate::space::Space;
 use crate::table::{Table, Unlinked};
-use crate::writer::Writer;
 use crate::Result;
 
 impl<'a> Revocation<'a> {
@@ -128,69 +126,5 @@ impl<'a> Revocation<'a> {
         let mut revocation = Revocation::of(space, mappings, unlinked, options);
         revocation.replaced = replaced;
         Ok(revocation)
-    }
-}
-
-/// The mappings that were replaced and had addresses of any of the ranges. Where nothing has come in their place they
-/// are gone: pins there are theirs, and of nothing else that is removed.
-pub(crate) fn meet_replaced(
-    writer: &Writer,
-    space: &Space,
-    ranges: &[IovaRange],
-    is_meant: impl Fn(&Mapping) -> bool,
-) -> Result<Vec<Replaced>> {
-    let mut met = Vec::new();
-    if writer.replaced.is_empty() {
-        return Ok(met);
-    }
-    let ranges = union(memory::collect(ranges.iter().copied())?);
-    let replaced = writer.replaced_in(&ranges);
-    for mapping in replaced.filter(|mapping| is_meant(mapping)) {
-        let mut gone = Vec::new();
-        for range in all_met(&ranges, mapping.range) {
-            add_free(writer, space, range.clamp(mapping.range), &mut gone)?;
-        }
-        let of = Replaced::of(mapping.clone());
-        memory::push(&mut met, Replaced { gone, ..of })?;
-    }
-    Ok(met)
-}
-
-/// Adds the parts of a range where nothing is, in the table or leaving. Allocates only for those: what was cut before would
-/// stay cut.
-fn add_free(
-    writer: &Writer,
-    space: &Space,
-    range: IovaRange,
-    free: &mut Vec<IovaRange>,
-) -> Result<()> {
-    let mut add = |gap: IovaRange| {
-        let mut rest = Some(gap);
-        for leaving in writer.all_leaving_in(gap) {
-            let taken = leaving.mapping.range;
-            let [below, behind] = rest.map_or([None, None], |rest| outside(rest, taken));
-            memory::extend(free, below)?;
-            rest = behind;
-        }
-        memory::extend(free, rest)
-    };
-    // The first address that was not looked at yet.
-    let mut next = Some(range.first);
-    let failed = space.table.visit(range, |mapping| {
-        let first = next.filter(|first| *first < mapping.range.first);
-        next = mapping.range.last.checked_add(1);
-        let last = mapping.range.first.wrapping_sub(1);
-        match first.map_or(Ok(()), |first| add(IovaRange { first, last })) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => ControlFlow::Break(error),
-        }
-    });
-    failed.map_or(Ok(()), Err)?;
-    match next.filter(|first| *first <= range.last) {
-        Some(first) => add(IovaRange {
-            first,
-            last: range.last,
-        }),
-        None => Ok(()),
     }
 }

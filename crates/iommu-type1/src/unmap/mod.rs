@@ -13,6 +13,7 @@
 
 mod begin;
 mod cuts;
+mod gone;
 mod holders;
 mod options;
 mod policy;
@@ -34,8 +35,8 @@ use crate::table::Unlinked;
 use crate::turn::Turn;
 use crate::{DirtyPages, Error, IoAddressSpace, Result};
 
-pub(crate) use begin::meet_replaced;
 pub(crate) use cuts::Cuts;
+pub(crate) use gone::{is_pinned_where_gone, meet_replaced};
 pub(crate) use holders::Holders;
 pub use holders::HOLDERS_LISTED;
 pub use options::{UnmapOptions, UnmapPolicy};

@@ -244,7 +244,7 @@ impl<'a> Revocation<'a> {
             writer.log_bytes -= logs.sum::<usize>();
         }
         if is_over {
-            writer.release(&self.space.table, &mut self.replaced);
+            writer.release(&self.space.table, &self.space.pins, &mut self.replaced);
         }
         writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
         if !self.graced {
