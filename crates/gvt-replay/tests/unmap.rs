@@ -34,6 +34,8 @@ fn the_vgpu_pins_the_pages_its_page_tables_map() {
     let machine = replayed();
     assert_eq!(machine.vgpu().shadowed_tables(), 4);
     assert!(machine.vgpu().pinned_leaves() > 300);
+    // Through the external user, which it has: the group file and this are the users of the container.
+    assert_eq!(machine.vgpu().pins().group().container_users(), 2);
 }
 
 #[test]

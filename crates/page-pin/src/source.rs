@@ -4,6 +4,7 @@
 //! The trait that others pin through.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 
 use vm_memory::Permissions;
 
@@ -42,5 +43,47 @@ impl PinPages for () {
 
     fn pin_pages(&self, _: u64, _: usize, _: Permissions) -> std::result::Result<(), Infallible> {
         Ok(())
+    }
+}
+
+/// Whoever shares it with others pins through it as well.
+///
+/// ```
+/// use std::sync::Arc;
+/// use page_pin::PinPages;
+/// use vm_memory::Permissions;
+///
+/// fn hold_page<P: PinPages>(pins: P, iova: u64) -> Result<P::Pinned, P::Error> {
+///     pins.pin_pages(iova, 1, Permissions::ReadWrite)
+/// }
+/// let shared = Arc::new(());
+/// assert!(hold_page(shared.clone(), 0x1000).is_ok());
+/// assert!(hold_page(&*shared, 0x1000).is_ok());
+/// ```
+impl<P: PinPages + ?Sized> PinPages for Arc<P> {
+    type Pinned = P::Pinned;
+    type Error = P::Error;
+
+    fn pin_pages(
+        &self,
+        iova: u64,
+        npages: usize,
+        prot: Permissions,
+    ) -> std::result::Result<Self::Pinned, Self::Error> {
+        (**self).pin_pages(iova, npages, prot)
+    }
+}
+
+impl<P: PinPages + ?Sized> PinPages for &P {
+    type Pinned = P::Pinned;
+    type Error = P::Error;
+
+    fn pin_pages(
+        &self,
+        iova: u64,
+        npages: usize,
+        prot: Permissions,
+    ) -> std::result::Result<Self::Pinned, Self::Error> {
+        (**self).pin_pages(iova, npages, prot)
     }
 }

@@ -21,7 +21,7 @@ use crate::{Device, Error, Group, GroupFile, Result};
 /// While it lives the group cannot leave its container, and the mappings cannot vanish with it.
 /// The same holds for every handle, guard, scatter list and pin made through it. A clone is one
 /// more container user, without a notifier of its own; threads that should share one put it
-/// into an [`Arc`].
+/// into an [`Arc`], which pins as well (`PinPages`).
 ///
 /// ```
 /// use iommu_type1::Backing;

@@ -14,6 +14,7 @@ assert_impl_all!(Device: Send, Sync, Clone);
 assert_impl_all!(DeviceFile: Send, Sync);
 assert_impl_all!(Error: Send, Sync, std::error::Error);
 assert_impl_all!(ExternalUser: Send, Sync, Clone, page_pin::PinPages);
+assert_impl_all!(std::sync::Arc<ExternalUser>: page_pin::PinPages);
 assert_impl_all!(Group: Send, Sync, Clone);
 assert_impl_all!(GroupFile: Send, Sync);
 assert_impl_all!(IommuType: Send, Sync, Copy);

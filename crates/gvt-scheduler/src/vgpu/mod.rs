@@ -304,6 +304,11 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         &self.memory
     }
 
+    /// Where it pins the pages that page tables map.
+    pub fn pins(&self) -> &P {
+        &self.pins
+    }
+
     /// How the vGPU was made.
     pub fn config(&self) -> &VgpuConfig {
         &self.config
