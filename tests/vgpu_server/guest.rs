@@ -89,14 +89,18 @@ impl Guest {
     /// Sends a command and receives its reply. What the device wants meanwhile is answered.
     pub fn call(&mut self, command: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Reply {
         let id = self.client.send_all(command, 0, body, fds);
-        loop {
+        let mut reply = None;
+        within("a command has its reply", || {
             let message = self.client.receive();
             if message.header.is_reply() {
                 assert_eq!(message.header.message_id, id);
-                return message;
+                reply = Some(message);
+            } else {
+                self.answer(&message);
             }
-            self.answer(&message);
-        }
+            reply.is_some()
+        });
+        reply.unwrap()
     }
 
     /// Answers a DMA_READ or DMA_WRITE, as a client does that looks at the whole count.
@@ -213,16 +217,14 @@ impl Guest {
 
     /// Waits for an interrupt, and says how many there were. What the device wants meanwhile is answered.
     pub fn interrupts(&mut self) -> u64 {
-        loop {
-            match self.poll(20_000) {
-                [_, true] => break,
-                [true, false] => {
-                    let message = self.client.receive();
-                    self.answer(&message);
-                }
-                [false, false] => panic!("no interrupt"),
+        within("there is an interrupt", || {
+            let [asks, interrupts] = self.poll(20_000);
+            if asks && !interrupts {
+                let message = self.client.receive();
+                self.answer(&message);
             }
-        }
+            interrupts
+        });
         let mut count = [0; 8];
         self.eventfd.read_exact(&mut count).unwrap();
         u64::from_ne_bytes(count)

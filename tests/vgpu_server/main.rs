@@ -13,6 +13,7 @@ mod server;
 use gvt_scheduler::{interrupt_register as irq, ring_context, ring_register, EngineId};
 use vfio_user_dma::wire::command;
 
+use common::deadline::within;
 use common::PAGE;
 use guest::{
     Guest, BAR0, BASE, BATCH_END, CONFIG, DATA, GGTT, INTX, MSI, PAGES, STORE_DWORD, TABLES,
@@ -107,7 +108,9 @@ fn an_interrupt_that_comes_before_its_eventfd_is_not_lost() {
     let context = guest.make_context(engine, lrca, 2);
     guest.enable_interrupts(engine);
     guest.submit(engine, context);
-    while guest.read(irq::MASTER_IRQ) == irq::MASTER_CONTROL {}
+    within("an interrupt is pending", || {
+        guest.read(irq::MASTER_IRQ) != irq::MASTER_CONTROL
+    });
     guest.use_eventfd(MSI);
     assert_eq!(guest.interrupts(), 1);
     guest.acknowledge(engine);
@@ -388,7 +391,9 @@ fn a_guest_whose_memory_is_gone_meets_an_engine_that_hangs() {
     guest.memory.set_len((lrca + 5) * PAGE).unwrap();
     guest.submit(engine, context);
     // Said when the workload is at its end, whatever that was.
-    while guest.read(engine.mmio_base() + ring_register::START) == 0 {}
+    within("a workload ends", || {
+        guest.read(engine.mmio_base() + ring_register::START) != 0
+    });
     drop(guest);
     let words = server.last_words();
     assert!(words.contains(" 0 completions, 1 errors"), "{words}");

@@ -3,10 +3,14 @@
 
 //! Compare-exchange through a handle.
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::thread;
 use std::time::Duration;
 
+use deadline::within;
 use iommu_type1::{page_size, Backing, DmaHandle, Error, IoAddressSpace, UnmapOptions};
 use vm_memory::{Bytes, GuestAddress, Permissions};
 
@@ -120,12 +124,11 @@ fn of_those_who_exchange_the_same_value_one_succeeds() {
                 let handle = space.handle();
                 let mut current = 0_u64;
                 for _ in 0..EACH {
-                    while let Err(now) = handle
-                        .compare_exchange(at, current, current + 1, AcqRel, Acquire)
-                        .unwrap()
-                    {
-                        current = now;
-                    }
+                    within("an exchange succeeds", || {
+                        let exchanged =
+                            handle.compare_exchange(at, current, current + 1, AcqRel, Acquire);
+                        exchanged.unwrap().map_err(|now| current = now).is_ok()
+                    });
                 }
             });
         }

@@ -308,8 +308,8 @@ fn b05_pins_beside_unmaps_leave_nothing_charged() {
     let user = {
         let (space, begin) = (space.clone(), begin.clone());
         thread::spawn(move || {
-            let pinner = quiet(&space);
             begin.wait();
+            let pinner = quiet(&space);
             for _ in 0..2_000 {
                 match pinner.pin_list(&[p, 0], ReadWrite) {
                     Ok(pinned) => pinned.page(0).unwrap().write_slice(&[1], 0).unwrap(),

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::thread;
 
-use deadline::Over;
+use deadline::{must_end, Over};
 use iommu_type1::{page_size, Backing, Error, Interest, IoAddressSpace};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 use Permissions::{Read, ReadWrite};
@@ -241,48 +241,50 @@ fn sealed_files_and_memory_without_one_need_nothing() {
 /// One shortens files in the middle of reads of them by another, while a third makes and drops guarded memory.
 #[test]
 fn files_that_get_shorter_at_any_moment() {
-    let page = page_size() as usize;
-    let done = AtomicBool::new(false);
-    let (faults, whole) = (AtomicU64::new(0), AtomicU64::new(0));
-    thread::scope(|threads| {
-        let _done = Over(&done);
-        threads.spawn(|| {
-            let mut n = 0;
-            while !done.load(Ordering::Relaxed) || n == 0 {
-                space_of(1 + n % 5);
-                n += 1;
+    must_end("who reads files that get shorter", || {
+        let page = page_size() as usize;
+        let done = AtomicBool::new(false);
+        let (faults, whole) = (AtomicU64::new(0), AtomicU64::new(0));
+        thread::scope(|threads| {
+            let _done = Over(&done);
+            threads.spawn(|| {
+                let mut n = 0;
+                while !done.load(Ordering::Relaxed) || n == 0 {
+                    space_of(1 + n % 5);
+                    n += 1;
+                }
+            });
+            for round in 0..200_usize {
+                let (space, file) = space_of(64);
+                space.write(0, &vec![0x5a; 64 * page]).unwrap();
+                let left = round % 64;
+                let result = thread::scope(|threads| {
+                    let reader = threads.spawn(|| {
+                        let mut buf = vec![0; 64 * page];
+                        let result = space.handle().read(0, &mut buf);
+                        (result, buf)
+                    });
+                    file.set_len((left * page) as u64).unwrap();
+                    reader.join().unwrap()
+                });
+                let good = match result {
+                    (Ok(()), _) => {
+                        whole.fetch_add(1, Ordering::Relaxed);
+                        64 * page
+                    }
+                    (Err(error), _) => {
+                        faults.fetch_add(1, Ordering::Relaxed);
+                        assert!(matches!(error, Error::Fault { .. }), "{error}");
+                        error.completed()
+                    }
+                };
+                assert!(good >= left * page);
+                assert!(result.1[..good].iter().all(|byte| *byte == 0x5a));
             }
         });
-        for round in 0..200_usize {
-            let (space, file) = space_of(64);
-            space.write(0, &vec![0x5a; 64 * page]).unwrap();
-            let left = round % 64;
-            let result = thread::scope(|threads| {
-                let reader = threads.spawn(|| {
-                    let mut buf = vec![0; 64 * page];
-                    let result = space.handle().read(0, &mut buf);
-                    (result, buf)
-                });
-                file.set_len((left * page) as u64).unwrap();
-                reader.join().unwrap()
-            });
-            let good = match result {
-                (Ok(()), _) => {
-                    whole.fetch_add(1, Ordering::Relaxed);
-                    64 * page
-                }
-                (Err(error), _) => {
-                    faults.fetch_add(1, Ordering::Relaxed);
-                    assert!(matches!(error, Error::Fault { .. }), "{error}");
-                    error.completed()
-                }
-            };
-            assert!(good >= left * page);
-            assert!(result.1[..good].iter().all(|byte| *byte == 0x5a));
-        }
+        println!("{faults:?} faults, {whole:?} reads that were faster");
+        assert_ne!(faults.into_inner(), 0);
     });
-    println!("{faults:?} faults, {whole:?} reads that were faster");
-    assert_ne!(faults.into_inner(), 0);
 }
 
 /// What a child process ends with that runs `run`.

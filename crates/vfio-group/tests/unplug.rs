@@ -42,8 +42,8 @@ impl Vm {
         }
     }
 
-    fn notifier(&self, flags: i32) -> EventFd {
-        let notifier = EventFd::new(flags).unwrap();
+    fn notifier(&self) -> EventFd {
+        let notifier = EventFd::new(EFD_NONBLOCK).unwrap();
         let other_end = notifier.try_clone().unwrap();
         self.device.set_request_notifier(Some(other_end)).unwrap();
         notifier
@@ -60,7 +60,7 @@ fn users(error: Error) -> Vec<String> {
 #[test]
 fn an_unplug_that_runs_out_of_time_names_who_has_the_device() {
     let vm = Vm::new();
-    let notifier = vm.notifier(EFD_NONBLOCK);
+    let notifier = vm.notifier();
     let first = vm.file.device_for("vgpu0", "the guest").unwrap();
     let second = vm.file.device_for("vgpu0", "the migration").unwrap();
     let error = vm.device.unplug(Duration::ZERO).unwrap_err();
@@ -91,7 +91,7 @@ fn an_unplug_that_runs_out_of_time_names_who_has_the_device() {
 #[test]
 fn an_unplug_waits_as_long_as_it_was_told() {
     let vm = Vm::new();
-    let notifier = vm.notifier(EFD_NONBLOCK);
+    let notifier = vm.notifier();
     let _opened = vm.file.device_for("vgpu0", "the guest").unwrap();
     let timeout = Duration::from_millis(2);
     let begun = Instant::now();
@@ -111,7 +111,7 @@ fn whoever_unplugs_waits_for_who_is_asked() {
     ];
     for wait in waits {
         let vm = Vm::new();
-        let notifier = vm.notifier(EFD_NONBLOCK);
+        let notifier = vm.notifier();
         let opened = vm.file.device("vgpu0").unwrap();
         let device = vm.device.clone();
         let waiter = thread::spawn(move || wait(&device).unwrap());
@@ -131,7 +131,7 @@ fn whoever_unplugs_waits_for_who_is_asked() {
 #[test]
 fn a_device_is_asked_for_as_often_as_was_said() {
     let vm = Vm::new();
-    let notifier = vm.notifier(EFD_NONBLOCK);
+    let notifier = vm.notifier();
     vm.device.request_release(7, NEVER).unwrap();
     assert!(notifier.read().is_err(), "it is not open");
 
@@ -148,7 +148,7 @@ fn a_device_is_asked_for_as_often_as_was_said() {
     assert!(notifier.read().is_err());
 
     // The last file takes the notifier along.
-    let notifier = vm.notifier(EFD_NONBLOCK);
+    let notifier = vm.notifier();
     drop(opened);
     let _opened = vm.file.device("vgpu0").unwrap();
     vm.device.request_release(1, Duration::ZERO).unwrap_err();
@@ -159,7 +159,7 @@ fn a_device_is_asked_for_as_often_as_was_said() {
 #[test]
 fn an_open_that_fails_leaves_the_notifier() {
     let vm = Vm::new();
-    let notifier = vm.notifier(EFD_NONBLOCK);
+    let notifier = vm.notifier();
     let bound = vm.group.bind_elsewhere("other").unwrap();
     vm.file.device("vgpu0").unwrap_err();
     drop(bound);
@@ -172,7 +172,7 @@ fn an_open_that_fails_leaves_the_notifier() {
 #[test]
 fn a_full_notifier_is_no_error_of_who_asks() {
     let vm = Vm::new();
-    let notifier = vm.notifier(EFD_NONBLOCK);
+    let notifier = vm.notifier();
     notifier.write(u64::MAX - 1).unwrap();
     let opened = vm.file.device("vgpu0").unwrap();
     let asked = vm.device.request_release(1, Duration::ZERO);

@@ -9,7 +9,7 @@ mod common;
 
 use std::os::fd::AsRawFd;
 
-use common::deadline::ended;
+use common::deadline::{ended, must_end};
 use common::{memfd, Device, PAGE};
 use vfio_user_dma::{DmaTable, VfioUserAdapter};
 
@@ -38,24 +38,26 @@ fn a_device_behind_the_other_server() {
     let seen = device.seen.clone();
     let thread = std::thread::spawn(move || server.run(&mut VfioUserAdapter(&mut device)));
 
-    let mut client = vfio_user::Client::new(&path).unwrap();
-    client.region_write(0, 8, &[1, 2, 3, 4]).unwrap();
-    let mut bytes = [0; 4];
-    client.region_read(0, 8, &mut bytes).unwrap();
-    assert_eq!(bytes, [1, 2, 3, 4]);
-    let memory = memfd(2);
-    client
-        .dma_map(PAGE, 0x8000, PAGE, memory.as_raw_fd())
-        .unwrap();
-    table.read(0x8000, &mut bytes).unwrap();
-    assert_eq!(bytes, [1, 0, 0, 0]);
-    client.dma_unmap(0x8000, PAGE).unwrap();
-    assert_eq!(table.mappings(), 0);
-    client
-        .set_irqs(0, 4 | 32, 0, 1, &[common::eventfd().as_raw_fd()])
-        .unwrap();
-    client.reset().unwrap();
-    client.shutdown().unwrap();
+    must_end("the other client", move || {
+        let mut client = vfio_user::Client::new(&path).unwrap();
+        client.region_write(0, 8, &[1, 2, 3, 4]).unwrap();
+        let mut bytes = [0; 4];
+        client.region_read(0, 8, &mut bytes).unwrap();
+        assert_eq!(bytes, [1, 2, 3, 4]);
+        let memory = memfd(2);
+        client
+            .dma_map(PAGE, 0x8000, PAGE, memory.as_raw_fd())
+            .unwrap();
+        table.read(0x8000, &mut bytes).unwrap();
+        assert_eq!(bytes, [1, 0, 0, 0]);
+        client.dma_unmap(0x8000, PAGE).unwrap();
+        assert_eq!(table.mappings(), 0);
+        client
+            .set_irqs(0, 4 | 32, 0, 1, &[common::eventfd().as_raw_fd()])
+            .unwrap();
+        client.reset().unwrap();
+        client.shutdown().unwrap();
+    });
     ended("the server ends with its client", thread).unwrap();
     let seen = seen.lock().unwrap();
     assert!(
