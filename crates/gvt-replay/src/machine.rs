@@ -93,6 +93,10 @@ pub struct Machine<O: Observer> {
 
 impl<O: Observer> Machine<O> {
     /// Sets up machine number `id`, whose vGPU tells `observer` of each access to guest memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Machine`]: it cannot be set up.
     pub fn new(
         id: u32,
         plan: &Plan,
@@ -105,6 +109,10 @@ impl<O: Observer> Machine<O> {
 
     /// The same, with a device model that holds something else than a handle of its group's external
     /// user.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
     pub fn holding(
         holds: Holds,
         id: u32,
@@ -170,6 +178,11 @@ impl<O: Observer> Machine<O> {
     }
 
     /// Does what the guest does, and what follows from it. A submission runs to its completion.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Machine`]: the guest cannot write its memory. [`Error::Refused`]: by the vGPU. [`Error::Poll`]: a register has
+    /// another value than the recording waits for.
     pub fn play(&mut self, event: &Event) -> Result<Option<Completion>> {
         self.release_unmapped();
         let offset = event.offset;
@@ -257,6 +270,10 @@ impl<O: Observer> Machine<O> {
     }
 
     /// A CPU of the guest writes memory. There is no page-track in user space, so the vGPU is told.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Machine`].
     pub fn guest_write(&mut self, gpa: u64, data: &[u8]) -> Result<()> {
         let gpa = GuestAddress(gpa);
         self.guest
@@ -291,6 +308,10 @@ impl<O: Observer> Machine<O> {
     }
 
     /// Compares guest memory with the model.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Machine`]: guest memory cannot be read.
     pub fn verify(&self, model: &Model, plan: &Plan) -> Result<Verdict> {
         verify(&self.guest.slots, model, plan.contexts())
     }

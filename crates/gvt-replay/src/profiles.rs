@@ -56,6 +56,10 @@ impl ProfileFigures {
 
     /// Replays and times `trace` in a guest that follows `profile`; `watch` is called
     /// after each workload.
+    ///
+    /// # Errors
+    ///
+    /// As [`Plan::new`], [`Model::after`] and [`Replay::run`].
     pub fn measure(
         trace: &Trace,
         profile: &Contiguity,

@@ -180,6 +180,10 @@ impl<'a> Replay<'a> {
     }
 
     /// Replays on fresh virtual machines. `watch` is called after each workload.
+    ///
+    /// # Errors
+    ///
+    /// As [`Machine::new`] and [`Machine::play`]; [`Error::NotCompleted`]: a submission has not run; and what `watch` says.
     pub fn run(
         &self,
         mode: Mode,

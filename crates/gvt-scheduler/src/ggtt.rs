@@ -115,6 +115,10 @@ impl Ggtt {
     }
 
     /// Writes a whole entry. A half that was parked for it is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::GgttIndex`] (EINVAL): there is no such entry.
     pub fn write_entry(&mut self, index: u32, value: u64) -> Result<()> {
         *self.entry_mut(index)? = value;
         self.parked.remove(&index);
@@ -123,6 +127,10 @@ impl Ggtt {
 
     /// Writes half of an entry: it is parked, and the entry keeps its value, until the other half
     /// comes. A second write of the same half replaces the first.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_entry`](Self::write_entry).
     pub fn write_half(&mut self, index: u32, half: HalfEntry, value: u32) -> Result<()> {
         self.entry_mut(index)?;
         let (low, high) = match (self.parked.get(&index), half) {

@@ -29,6 +29,10 @@ pub trait PinPages {
     type Error: std::error::Error + Send + Sync + 'static;
 
     /// Pins `npages` pages from `iova` for `prot`, all of them or none.
+    ///
+    /// # Errors
+    ///
+    /// Why they could not be pinned.
     fn pin_pages(
         &self,
         iova: u64,

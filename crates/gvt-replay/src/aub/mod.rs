@@ -110,11 +110,19 @@ pub struct Trace {
 
 impl Trace {
     /// The bundled recording of glmark2 on a Skylake render engine.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_bytes`](Self::from_bytes), where the file was changed.
     pub fn bundled() -> Result<Self> {
         Self::from_bytes(include_bytes!("../../data/glmark2-skl.aub.xz"))
     }
 
     /// Every recording that is bundled, by its name, glmark2 first.
+    ///
+    /// # Errors
+    ///
+    /// As [`bundled`](Self::bundled), with its name.
     pub fn all_bundled() -> Result<Vec<(&'static str, Self)>> {
         let stored: [(&str, &[u8]); 3] = [
             (BUNDLED, include_bytes!("../../data/glmark2-skl.aub.xz")),
@@ -135,6 +143,10 @@ impl Trace {
     }
 
     /// Reads a trace file: plain, xz or gzip.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`]; otherwise as [`from_bytes`](Self::from_bytes).
     pub fn open(path: &Path) -> Result<Self> {
         let file = |source| Error::File {
             path: path.to_owned(),
@@ -148,6 +160,11 @@ impl Trace {
     }
 
     /// Parses a trace in memory: plain, xz or gzip.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Compressed`], [`Error::TooLarge`], [`Error::TooMany`]; [`Error::NotAub`] and the others that say what is wrong
+    /// with a packet, and where.
     pub fn from_bytes(stored: &[u8]) -> Result<Self> {
         Self::parse(decompress(stored, MAX_TRACE_BYTES)?)
     }

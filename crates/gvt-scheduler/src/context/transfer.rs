@@ -88,6 +88,11 @@ impl<'a> ContextPages<'a> {
     }
 
     /// Copies the pages from guest memory into `pages`, which holds pages `2..n` without a gap.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BufferSize`] (EINVAL): `pages` has another size. [`Error::ContextPageUnmapped`] or, unless `errors`
+    /// ignores that, [`Error::Read`] (EFAULT); runs before it have been copied.
     pub fn populate<M: GuestDma, O: Observer>(
         &self,
         memory: &M,
@@ -107,6 +112,10 @@ impl<'a> ContextPages<'a> {
     }
 
     /// Copies `pages`, which holds pages `2..n` without a gap, to guest memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`populate`](Self::populate), with [`Error::Write`] (EFAULT).
     pub fn write_back<M: GuestDma, O: Observer>(
         &self,
         memory: &M,

@@ -27,11 +27,18 @@ use crate::ring::page_pieces;
 /// assert_eq!(error.to_string(), "GGTT address 0x1000 does not translate");
 /// ```
 pub trait EngineMemory {
-    /// Fills `buf` from `gma`. `EFAULT` if part of that has no translation or cannot be read.
+    /// Fills `buf` from `gma`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotTranslated`] or [`Error::Read`] (EFAULT): of a part of it.
     fn read(&mut self, gtt: Gtt, gma: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// Writes `buf` to `gma`. `EFAULT` if part of that has no translation or cannot be written; pieces
-    /// before it have been.
+    /// Writes `buf` to `gma`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotTranslated`] or [`Error::Write`] (EFAULT): of a part of it; pieces before that have been written.
     fn write(&mut self, gtt: Gtt, gma: u64, buf: &[u8]) -> Result<()>;
 }
 

@@ -87,7 +87,12 @@ pub struct Executed {
 /// }
 /// ```
 pub trait Engine {
-    /// Executes `job`. After a fault nothing of the image reaches the guest, and no interrupt.
+    /// Executes `job`.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be finished. Nothing of the image reaches the guest then, and no interrupt;
+    /// [`Vgpu::run_next`](crate::Vgpu::run_next) says [`Error::Engine`](crate::Error::Engine) (EIO).
     fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault>;
 }
 

@@ -32,6 +32,10 @@ use crate::error::Cause;
 pub trait DeviceMap<G> {
     /// Maps `pages` pages of 4 KiB from guest frame `gfn`, held by `pinned`, contiguously; gives the address of
     /// the first. 512 pages that cannot be mapped are tried one by one.
+    ///
+    /// # Errors
+    ///
+    /// Why they could not be mapped: the source of [`Error::LeafPin`](crate::Error::LeafPin) (ENXIO).
     fn map(&self, gfn: u64, pages: usize, pinned: &G) -> Result<u64, Cause>;
 
     /// Takes back what [`map`](Self::map) gave. The pages are unpinned when this has returned.

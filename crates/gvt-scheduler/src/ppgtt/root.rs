@@ -34,7 +34,11 @@ pub enum PageTableRoot {
 }
 
 impl PageTableRoot {
-    /// The root that the registers PDP0 to PDP3 describe; `EINVAL` for other than the legacy modes.
+    /// The root that the registers PDP0 to PDP3 describe.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AddressingMode`] (EINVAL): other than the legacy modes.
     pub fn new(mode: AddressingMode, pdps: [u64; 4]) -> Result<Self> {
         match mode {
             AddressingMode::Legacy32 => Ok(PageTableRoot::ThreeLevel { pdps }),

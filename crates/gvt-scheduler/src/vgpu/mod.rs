@@ -105,6 +105,10 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     }
 
     /// The guest writes a whole entry of the GGTT.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::GgttIndex`] (EINVAL): there is no such entry.
     pub fn write_ggtt_entry(&mut self, index: u32, value: u64) -> Result<()> {
         self.ggtt.write_entry(index, value)?;
         self.ggtt_written(index);
@@ -112,6 +116,10 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     }
 
     /// The guest writes half of an entry of the GGTT, which takes effect with the other half.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_ggtt_entry`](Self::write_ggtt_entry).
     pub fn write_ggtt_half(&mut self, index: u32, half: HalfEntry, value: u32) -> Result<()> {
         self.ggtt.write_half(index, half, value)?;
         self.ggtt_written(index);
@@ -124,6 +132,18 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// of them or none. Writes to the read-only status registers are ignored, the pointers of the
     /// context status buffer are written under their mask, every other register is stored, and so is every
     /// one in [failsafe mode](Self::failsafe).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Register`] (EINVAL): `offset` is no multiple of 4, or not below 2 MiB. A submission is refused with
+    ///
+    /// - EINVAL: [`Error::EmptySubmission`], [`Error::NotPrivileged`], [`Error::AddressingMode`],
+    ///   [`Error::RingContextUnmapped`], and of its ring and batches [`Error::NotPageAligned`],
+    ///   [`Error::OutsideGraphicsMemory`], [`Error::RingPointer`];
+    /// - EBUSY: [`Error::TooManyWorkloads`];
+    /// - EFAULT: [`Error::BufferUnmapped`], and unless [`VgpuConfig::errors`] ignores that [`Error::Read`];
+    /// - what its page tables ([`page_table_trapped`](Self::page_table_trapped)) and its commands
+    ///   ([`Error::Command`]) come to.
     pub fn mmio_write(&mut self, offset: u32, value: u32) -> Result<Option<Submission>> {
         if offset % 4 != 0 || offset >= REGISTER_SPACE {
             return Err(Error::Register { offset });
@@ -206,6 +226,13 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// After an error nothing tells the guest that the workload ended, and the queue of the engine is
     /// empty, as behind a hang: the guest resets the engine ([`Vgpu::reset_engine`]), or the device if the
     /// vGPU is in [failsafe mode](Self::failsafe).
+    ///
+    /// # Errors
+    ///
+    /// What its commands and page tables come to, as of [`mmio_write`](Self::mmio_write);
+    /// [`Error::ContextPageUnmapped`] and, unless [`VgpuConfig::errors`] ignores these, [`Error::Read`] and
+    /// [`Error::Write`] (EFAULT); [`Error::QueueFull`] and [`Error::NotRunning`] (EINVAL): the execlist does not fit;
+    /// [`Error::Engine`] (EIO).
     pub fn run_next(
         &mut self,
         engine: EngineId,
