@@ -76,7 +76,8 @@ impl Pinner {
     pub fn pin_pages(&self, iova: u64, npages: usize, prot: Permissions) -> Result<PinnedPages> {
         let at = self.attached_for(iova, (npages as u64).saturating_mul(page_size()))?;
         at.check(at.view.space.pins.check(iova, npages))?;
-        let len = npages * page_size() as usize;
+        // All addresses are one byte more than this can say.
+        let len = npages.saturating_mul(page_size() as usize);
         let pin = |mappings: &[Arc<Mapping>]| {
             let host = |iova| host_address(mappings, iova);
             Ok(at.access.pin_at(iova, npages, host)?)

@@ -298,6 +298,21 @@ fn b24_misplaced_pins_and_unpins_touch_nothing() {
     assert_eq!(space.unmap(8 * p, 4 * p).unwrap(), 4 * p);
 }
 
+#[test]
+fn a_pin_of_all_addresses_meets_the_first_that_is_not_mapped() {
+    let options = PinOptions::new().max_pages(usize::MAX);
+    let space = IoAddressSpace::builder().pin_options(options).build();
+    map(&space, 0, 4, ReadWrite);
+    let pinner = quiet(&space);
+    let all = u64::MAX / page_size() + 1;
+    let pin = move || pinner.pin_pages(0, all as usize, Read).map(drop);
+    let refused = must_end("a pin of all addresses", pin).unwrap_err();
+    assert!(
+        matches!(refused, Error::NotMapped { iova, .. } if iova == 4 * page_size()),
+        "{refused}"
+    );
+}
+
 /// Pins and unmaps race: whatever is pinned is there until it is unpinned.
 #[test]
 fn b05_pins_beside_unmaps_leave_nothing_charged() {

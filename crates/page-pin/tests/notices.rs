@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use deadline::{ended, DEADLINE};
+use deadline::{ended, must_end, DEADLINE};
 use page_pin::{Access, Error, Interest, NoAccount, PinGuard, PinOptions, PinTable, Quota};
 
 const PAGE: u64 = 4096;
@@ -282,6 +282,17 @@ fn pins_have_a_limit_which_is_of_pages_and_owners() {
     let _third = other.pin(0, 1).unwrap();
     drop(two);
     assert!(one.pin(PAGE, 2).is_ok());
+}
+
+#[test]
+fn more_pages_than_can_be_pinned_are_not_counted() {
+    let options = PinOptions::new().max_pages(usize::MAX).pin_limit(3);
+    let table = PinTable::with_options(PAGE, options);
+    let owner = table.register("owner", Interest::Holder, Arc::new(|_, _| ()));
+    let _two = owner.pin(PAGE, 2).unwrap();
+    let all = u64::MAX / PAGE + 1;
+    let refused = must_end("a pin of all addresses", move || owner.pin(0, all as usize));
+    assert_eq!(refused.unwrap_err(), Error::PinLimit { limit: 3 });
 }
 
 #[test]

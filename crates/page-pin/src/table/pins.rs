@@ -29,8 +29,8 @@ impl Shared {
             return Err(owner.detached());
         }
         let limit = self.options.pin_limit_of();
-        let most = state.pins.len().saturating_add(pages.len());
-        if most > limit && state.pins.len() + state.new_pins(owner.id, pages)? > limit {
+        let room = limit.saturating_sub(state.pins.len());
+        if pages.len() > room && state.new_pins(owner.id, pages, room)? > room {
             return Err(Error::PinLimit { limit });
         }
         // The same pages make up very many ranges.

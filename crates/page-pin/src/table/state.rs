@@ -37,11 +37,15 @@ impl State {
         self.prevented.values().any(|range| range.contains(page))
     }
 
-    /// How many of these pages the owner has not pinned yet.
-    pub(super) fn new_pins(&self, id: AccessId, pages: &Pages) -> Result<usize> {
+    /// How many of these pages the owner has not pinned yet; one more than there is `room` for stands for any more.
+    pub(super) fn new_pins(&self, id: AccessId, pages: &Pages, room: usize) -> Result<usize> {
         let is_new = |page: &u64| !self.pins.contains_key(&(*page, id));
         Ok(match pages {
-            Pages::Range(_) => pages.iter().filter(is_new).count(),
+            // There may be far more pages than anybody can pin.
+            Pages::Range(_) => {
+                let new = pages.iter().filter(is_new);
+                new.take(room.saturating_add(1)).count()
+            }
             Pages::List(_) => {
                 let counted = pages.counted()?.into_iter();
                 counted.filter(|(page, _)| is_new(page)).count()
