@@ -56,14 +56,14 @@ pub struct Refusal {
 /// assert_eq!(access.pin(1 << 32, 1).unwrap_err().errno(), libc::ENOMEM);
 /// ```
 pub trait Account: fmt::Debug + Send + Sync {
-    /// Charges all of the pages, which are different ones, or none.
+    /// Charges all of the pages, one at least and different ones, or none.
     ///
     /// # Errors
     ///
     /// Which page cannot be charged, and why.
     fn charge(&self, pages: &[PinnedPage]) -> std::result::Result<(), Refusal>;
 
-    /// Gives back what was charged for these pages.
+    /// Gives back what was charged for these pages, one at least.
     fn uncharge(&self, pages: &[PinnedPage]);
 }
 

@@ -31,6 +31,7 @@ impl Account for Watching {
     }
 
     fn uncharge(&self, pages: &[PinnedPage]) {
+        assert!(!pages.is_empty(), "nothing is given back");
         let mut charged = self.charged.lock().unwrap();
         for page in pages {
             assert!(charged.remove(&page.iova), "never charged");
