@@ -201,8 +201,9 @@ pub(crate) fn end_failed(
     }
 }
 
-/// Puts back what was replaced, if what has replaced it is still there, and nothing where nothing was left.
-pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) {
+/// Puts back what was replaced, if what has replaced it is still there, and nothing where nothing was left. If so, what had
+/// replaced it.
+pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) -> Option<Vec<Arc<Mapping>>> {
     let is_there = |by: &Arc<Mapping>| {
         let found = table.visit(by.range, |mapping| {
             ControlFlow::Break(std::ptr::eq(mapping, Arc::as_ptr(by)))
@@ -213,16 +214,19 @@ pub(crate) fn undo(turn: Turn<'_>, table: &Table, undo: Undo) {
         let found = table.visit(*hole, |_| ControlFlow::Break(()));
         found.is_none() && turn.leaving_in(*hole).is_none()
     };
-    if undo.by.iter().all(is_there) && undo.holes.iter().all(is_free) {
-        let mut unlinked = Unlinked::default();
-        // Nobody else can change it while those who listen are told.
-        let mut writer = turn.report(&undo.by, &undo.parts);
-        if let Err((_, error)) = writer.exchange(table, &undo.by, &[], &undo.parts, &mut unlinked) {
-            log::warn!("what was replaced is not put back: {error}");
-            writer = writer.report(&undo.parts, &undo.by);
-        }
-        writer.late.append(unlinked);
+    if !undo.by.iter().all(is_there) || !undo.holes.iter().all(is_free) {
+        return None;
     }
+    let mut unlinked = Unlinked::default();
+    // Nobody else can change it while those who listen are told.
+    let mut writer = turn.report(&undo.by, &undo.parts);
+    let exchanged = writer.exchange(table, &undo.by, &[], &undo.parts, &mut unlinked);
+    if let Err((_, error)) = &exchanged {
+        log::warn!("what was replaced is not put back: {error}");
+        writer = writer.report(&undo.parts, &undo.by);
+    }
+    writer.late.append(unlinked);
+    exchanged.is_ok().then_some(undo.by)
 }
 
 /// The mappings of the table that share an address with a range.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use iommu_type1::{
     page_size, Backing, Change, Error, HolderKind, Interest, IoAddressSpace, Pinner, Profile,
-    Result, UnmapOptions,
+    Result, UnmapOptions, UnmapPolicy,
 };
 use vm_memory::Permissions::ReadWrite;
 
@@ -222,4 +222,32 @@ fn what_is_gone_of_mappings_that_overlap_is_counted_once() {
     drop(pinned);
     space.change([Change::UnmapAll]).unwrap();
     assert_eq!((space.mappings(), space.stats().leaving), (0, 0));
+}
+
+/// However often it is tried in vain.
+#[test]
+fn a_replacement_that_is_undone_leaves_nothing_behind() {
+    for profile in [Profile::Type1v2, Profile::Iotlb] {
+        let page = || Backing::anonymous(p(1) as usize).unwrap();
+        let space = IoAddressSpace::builder().profile(profile).build();
+        space.map(0, page(), ReadWrite).unwrap();
+        let (pinner, _) = stubborn(&space);
+        let pinned = pinner.pin_pages(0, 1, ReadWrite).unwrap();
+        let leased = space.scatter(0, 1, ReadWrite).unwrap();
+        let restoring = at_once().policy(UnmapPolicy::Restore);
+        let in_vain = || {
+            for _ in 0..8 {
+                let replaced = space.replace_with(0, page(), ReadWrite, restoring);
+                assert_eq!(replaced.unwrap_err().errno(), libc::EDEADLK);
+            }
+            space.stats().leaving
+        };
+        assert_eq!(in_vain(), 1, "what is leased and pinned");
+        drop(leased);
+        assert_eq!(in_vain(), 1, "what is pinned");
+        drop(pinned);
+        space.replace_with(0, page(), ReadWrite, restoring).unwrap();
+        assert_eq!(space.unmap(0, p(1)).unwrap(), p(1));
+        assert_eq!(space.stats().leaving, 0);
+    }
 }

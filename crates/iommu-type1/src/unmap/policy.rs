@@ -5,9 +5,14 @@
 
 use std::slice;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Revocation, UnmapPolicy};
+use checked_sync::lock;
+
+use super::{Replaced, Revocation, UnmapPolicy};
+use crate::deadline::Deadline;
 use crate::mapping::Mapping;
+use crate::memory;
 use crate::replace;
 use crate::space::Space;
 use crate::turn::Turn;
@@ -30,12 +35,37 @@ impl Drop for Revocation<'_> {
             false
         });
         let writer = put_back(writer, self.space, restored);
-        if let Some(undo) = self.undo.take() {
-            replace::undo(writer, &self.space.table, undo);
+        let mut replaced = std::mem::take(&mut self.replaced);
+        let Some(undo) = self.undo.take() else {
+            // During this turn: who else waits for them may be the last then.
+            replaced.clear();
+            return;
+        };
+        if let Some(by) = replace::undo(writer, &self.space.table, undo) {
+            release_unused(self.space, replaced, by);
         }
-        // During this turn: who else waits for them may be the last then.
-        self.replaced.clear();
     }
+}
+
+/// Releases what was there for a moment, and what is there again in parts, if nobody uses it: it would stay until the next
+/// unmap.
+fn release_unused(space: &Space, mut replaced: Vec<Replaced>, by: Vec<Arc<Mapping>>) {
+    // Without memory for the list they do stay.
+    let _all = memory::extend(&mut replaced, by.into_iter().map(Replaced::of));
+    let at_once = Deadline::after(Duration::ZERO);
+    let graced = space.grace.synchronize(&at_once);
+    let waited = replaced.iter().map(|replaced| &replaced.mapping);
+    let leased = space.leases.wait_released(waited, &at_once);
+    for replaced in &mut replaced {
+        replaced.over = graced && !leased.has(&replaced.mapping);
+    }
+    let harvest = lock(&space.harvest);
+    let mut writer = lock(&space.writer);
+    writer.release(&space.table, &space.pins, &mut replaced);
+    // With the lock: who else waits for the others may be the last then.
+    replaced.retain(|replaced| replaced.over);
+    drop(writer);
+    drop(harvest);
 }
 
 /// Has mappings that were revoked be in the table again; those that a listener refuses, or for which there is no

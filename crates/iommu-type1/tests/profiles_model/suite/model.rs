@@ -274,9 +274,8 @@ impl Model {
             return Ok(());
         }
         if policy == UnmapPolicy::Restore {
-            let by = self.mappings.iter().position(|mapped| mapped.id == id);
-            let by = self.mappings.remove(by.unwrap());
-            self.replaced.push(by);
+            // Nobody has leased it in that moment.
+            self.mappings.retain(|mapped| mapped.id != id);
             for old in there {
                 let part = Model::part(old, old.first.max(first), old.last.min(last));
                 self.add(part);
