@@ -5,9 +5,8 @@
 
 use std::io;
 
-use vfio_dma::iommu::{Backing, Error, IoAddressSpace, IommuAdapter};
-use vm_memory::{iommu::MappedRange, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
-use vm_memory::{GuestMemoryRegion, Iommu, Permissions};
+use vfio_dma::iommu::{Error, IoAddressSpace, IommuAdapter};
+use vm_memory::{iommu::MappedRange, GuestAddress, GuestMemoryMmap, Iommu, Permissions};
 
 /// `vm_device::dma_mapping::ExternalDmaMapping`: what virtio-iommu and virtio-mem tell of.
 trait ExternalDmaMapping: Send + Sync {
@@ -28,30 +27,14 @@ struct Platform {
     memory: GuestMemoryMmap<()>,
 }
 
-impl Platform {
-    /// As `ExternalDmaMapping::map`, which says nothing of permissions, with permissions. Memory that goes on in
-    /// the next region is several mappings, all of them or none.
-    fn map_with(&self, iova: u64, gpa: u64, size: u64, prot: Permissions) -> io::Result<()> {
-        let end = gpa.checked_add(size);
-        let end = end.filter(|_| iova.checked_add(size).is_some());
-        let end = end.ok_or(Error::Overflow { iova, size })?;
-        let (mut parts, mut at) = (Vec::new(), gpa);
-        while at < end {
-            let from = GuestAddress(at);
-            let region = self.memory.find_region(from);
-            let region = region.ok_or(Error::NoRegion(at))?;
-            let len = (end - at).min(region.last_addr().0 - at + 1);
-            let backing = Backing::from_guest_memory(&self.memory, from, len as usize)?;
-            parts.push((iova + (at - gpa), backing, prot));
-            at += len;
-        }
-        Ok(self.space.map_batch(parts)?)
-    }
-}
-
 impl ExternalDmaMapping for Platform {
+    /// The trait says nothing of permissions.
     fn map(&self, iova: u64, gpa: u64, size: u64) -> io::Result<()> {
-        self.map_with(iova, gpa, size, Permissions::ReadWrite)
+        let (memory, from) = (&self.memory, GuestAddress(gpa));
+        let prot = Permissions::ReadWrite;
+        Ok(self
+            .space
+            .map_guest_memory(iova, memory, from, size, prot)?)
     }
 
     fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {

@@ -122,6 +122,7 @@ mod iova_ranges;
 mod lease;
 mod listen;
 mod map;
+mod map_guest;
 mod mapping;
 mod mapping_set;
 mod membarrier;

@@ -116,8 +116,8 @@ impl Backing {
     }
 
     /// `len` bytes of guest memory from a guest physical address, inside one region. It carries that address
-    /// ([`guest_address`](Backing::guest_address)). A range that goes on in the next region is a backing for each,
-    /// which [`map_batch`](crate::IoAddressSpace::map_batch) maps together.
+    /// ([`guest_address`](Backing::guest_address)). A range that goes on in the next region is a backing for each:
+    /// [`map_guest_memory`](crate::IoAddressSpace::map_guest_memory) maps them together.
     ///
     /// # Errors
     ///
