@@ -71,6 +71,31 @@ fn a_lent_slice_holds_its_own_mapping_and_no_other() {
 }
 
 #[test]
+fn what_an_unmap_has_left_is_told_from_what_has_gone() {
+    let p = page_size();
+    let space = space();
+    let is_unmapped = |page: u64, pages: u64| space.is_unmapped(page * p, pages * p).unwrap();
+    assert_eq!([is_unmapped(0, 1), is_unmapped(9, 1)], [false, false]);
+    assert_eq!([is_unmapped(2, 6), is_unmapped(2, 7)], [true, false]);
+    let guard = space.memory();
+    guard.read_obj::<u64>(GuestAddress(16)).unwrap();
+    held(space.unmap_with(0, 16 * p, at_once().policy(UnmapPolicy::Revoked)));
+    // Not in the table, but waited for.
+    assert_eq!([is_unmapped(1, 1), is_unmapped(8, 2)], [false, true]);
+    drop(guard);
+    space.unmap(0, 2 * p).unwrap();
+    assert!(space.is_unmapped(0, u64::MAX).unwrap());
+
+    let error = space.is_unmapped(p, 0).unwrap_err();
+    assert!(
+        matches!(error, Error::Empty { iova } if iova == p),
+        "{error}"
+    );
+    let error = space.is_unmapped(p, u64::MAX).unwrap_err();
+    assert!(matches!(error, Error::Overflow { .. }), "{error}");
+}
+
+#[test]
 fn an_unmap_waits_for_the_guard_to_be_dropped() {
     let p = page_size();
     let space = space();
