@@ -3,13 +3,18 @@
 
 //! The examples that end by themselves do so well, and say what they should.
 
+#[path = "../crates/page-pin/tests/common/deadline.rs"]
+mod deadline;
 mod example;
 
 use std::process::Command;
 
+use deadline::must_end;
+
 #[track_caller]
 fn says(name: &str, expected: &str) {
-    let output = Command::new(example::example(name)).output().unwrap();
+    let mut command = Command::new(example::example(name));
+    let output = must_end(name, move || command.output().unwrap());
     let said = String::from_utf8(output.stdout).unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {errors}", output.status);

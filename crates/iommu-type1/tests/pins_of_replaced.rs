@@ -158,11 +158,14 @@ fn kept_pins_of_another_part_are_still_waited_for() {
     space.change([map(4, 2)]).unwrap();
     pinner.pin_pages(p(5), 1, ReadWrite).unwrap().keep();
     is_held_by_one(space.change_with([unmap(4, 2)], at_once()));
+    // Neither in the table nor leaving it, and waited for.
+    assert!(!space.is_unmapped(p(5), p(1)).unwrap());
     space.change_with([unmap(4, 1)], at_once()).unwrap();
     is_held_by_one(space.change_with([unmap(4, 2)], at_once()));
     pinner.unpin_pages(p(5), 1).unwrap();
     space.change([unmap(4, 2)]).unwrap();
     assert_eq!((space.mappings(), space.stats().leaving), (0, 0));
+    assert!(space.is_unmapped(p(4), p(2)).unwrap());
 }
 
 /// What is gone of several is told, waited for and counted once.

@@ -33,7 +33,8 @@ pub struct Refusal {
 /// [`PinnedPage::host`].
 ///
 /// Both calls run under the table's lock: pages are uncharged before anybody who waits for them goes
-/// on, and no pin comes between. They must not call the table or anything of it, nor panic.
+/// on, and no pin comes between. They must not call the table or anything of it, nor an IO address space that keeps its pins
+/// in it, nor panic.
 ///
 /// ```
 /// use std::sync::Arc;

@@ -45,16 +45,11 @@ pub(crate) fn meet_replaced(
         let rest = IovaRange { first, last };
         for range in all_met(&ranges, rest) {
             // Allocates only for what is gone: what was cut before would stay cut.
-            let failed =
-                visit_free(
-                    writer,
-                    &space.table,
-                    range.clamp(rest),
-                    |gap| match memory::push(&mut replaced.gone, gap) {
-                        Ok(()) => ControlFlow::Continue(()),
-                        Err(error) => ControlFlow::Break(error),
-                    },
-                );
+            let note = |gap| match memory::push(&mut replaced.gone, gap) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => ControlFlow::Break(error),
+            };
+            let failed = visit_free(writer, &space.table, range.clamp(rest), note);
             failed.map_or(Ok(()), Err)?;
         }
     }

@@ -155,7 +155,8 @@ impl IoAddressSpace {
         Ok((bytes, pages))
     }
 
-    /// Whether an unmap has left nothing of `size` bytes from `iova`: nothing there is mapped, and nothing is waited for.
+    /// Whether an unmap has left nothing of `size` bytes from `iova`: nothing there is mapped, and an unmap there would wait for
+    /// nothing.
     /// After [`Error::Deadline`] it says what has gone.
     ///
     /// ```
@@ -177,7 +178,9 @@ impl IoAddressSpace {
         let (space, range) = (&*self.view.space, IovaRange::new(iova, size)?);
         let writer = lock(&space.writer);
         let live = space.table.visit(range, |_| ControlFlow::Break(()));
-        Ok(live.is_none() && writer.leaving_in(range).is_none())
+        let (leaving, ranges) = (writer.leaving_in(range), [range]);
+        let replaced = writer.replaced_in(&ranges).next();
+        Ok(live.is_none() && leaving.is_none() && replaced.is_none())
     }
 
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {

@@ -41,14 +41,13 @@ impl Drop for Revocation<'_> {
             replaced.clear();
             return;
         };
-        if let Some(by) = replace::undo(writer, &self.space.table, undo) {
-            release_unused(self.space, replaced, by);
-        }
+        let by = replace::undo(writer, &self.space.table, undo);
+        release_unused(self.space, replaced, by.unwrap_or_default());
     }
 }
 
 /// Releases what was there for a moment, and what is there again in parts, if nobody uses it: it would stay until the next
-/// unmap.
+/// unmap there, as what an access that is running may use does.
 fn release_unused(space: &Space, mut replaced: Vec<Replaced>, by: Vec<Arc<Mapping>>) {
     // Without memory for the list they do stay.
     let _all = memory::extend(&mut replaced, by.into_iter().map(Replaced::of));

@@ -185,8 +185,6 @@ impl<'a> Revocation<'a> {
                 // Nobody can write to them any more.
                 let _harvest = lock(&self.space.harvest);
                 lock(&self.space.writer).settle_marks(&self.space.table);
-                self.mappings
-                    .sort_unstable_by_key(|mapping| mapping.range.first);
                 no_memory = marks.take_all(&self.mappings).err();
             }
             if no_memory.is_some() || free < self.mappings.len() || self.still().next().is_some() {

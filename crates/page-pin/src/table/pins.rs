@@ -30,7 +30,7 @@ impl Shared {
         }
         let limit = self.options.pin_limit_of();
         let room = limit.saturating_sub(state.pins.len());
-        if pages.len() > room && state.new_pins(owner.id, pages, room)? > room {
+        if !state.has_room(owner.id, pages, room)? {
             return Err(Error::PinLimit { limit });
         }
         // The same pages make up very many ranges.

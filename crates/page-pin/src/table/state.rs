@@ -37,11 +37,14 @@ impl State {
         self.prevented.values().any(|range| range.contains(page))
     }
 
-    /// How many of these pages the owner has not pinned yet; one more than there is `room` for stands for any more.
-    pub(super) fn new_pins(&self, id: AccessId, pages: &Pages, room: usize) -> Result<usize> {
+    /// Whether there is `room` for those of the pages that the owner has not pinned yet.
+    pub(super) fn has_room(&self, id: AccessId, pages: &Pages, room: usize) -> Result<bool> {
+        if pages.len() <= room {
+            return Ok(true);
+        }
         let is_new = |page: &u64| !self.pins.contains_key(&(*page, id));
-        Ok(match pages {
-            // There may be far more pages than anybody can pin.
+        let new = match pages {
+            // There may be far more pages than anybody can pin: one more than there is room for is enough.
             Pages::Range(_) => {
                 let new = pages.iter().filter(is_new);
                 new.take(room.saturating_add(1)).count()
@@ -50,7 +53,8 @@ impl State {
                 let counted = pages.counted()?.into_iter();
                 counted.filter(|(page, _)| is_new(page)).count()
             }
-        })
+        };
+        Ok(new <= room)
     }
 
     /// Changes the counts of one owner on every page of a pin, each as often as it is named.
