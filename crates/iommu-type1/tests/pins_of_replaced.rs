@@ -168,6 +168,16 @@ fn kept_pins_of_another_part_are_still_waited_for() {
     assert!(space.is_unmapped(p(4), p(2)).unwrap());
 }
 
+#[test]
+fn pins_of_what_is_still_mapped_keep_nothing_of_what_is_gone() {
+    let space = iotlb();
+    let (pinner, _told) = stubborn(&space);
+    space.change([map(4, 2)]).unwrap();
+    pinner.pin_pages(p(5), 1, ReadWrite).unwrap().keep();
+    space.change_with([unmap(4, 1)], at_once()).unwrap();
+    assert_eq!((space.mappings(), space.stats().leaving), (1, 0));
+}
+
 /// What is gone of several is told, waited for and counted once.
 #[test]
 fn what_several_have_had_is_waited_for_once() {
