@@ -77,6 +77,8 @@ proptest! {
             (_, None) => {
                 mapped.unwrap();
                 let (snapshot, _) = space.snapshot().unwrap();
+                let bytes = snapshot.mappings.iter().map(|mapping| mapping.size).sum::<u64>();
+                prop_assert_eq!(bytes, pages * p);
                 prop_assert_eq!(snapshot.mappings.len() as u64, (first + pages - 1) / 2 - first / 2 + 1);
                 for page in 0..pages {
                     let mut byte = [0xff];

@@ -9,12 +9,13 @@
 #[path = "common/deadline.rs"]
 mod deadline;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::hint::spin_loop;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
-use deadline::{ended, must_end};
+use deadline::{ended, must_end, within};
 use iommu_type1::{page_size, Backing, Interest};
 use vfio_group::{Container, Device, ExternalUser, Group, GroupFile, IommuType, Kvm, Result};
 use vm_memory::Permissions;
@@ -169,17 +170,19 @@ fn b14_the_container_is_used_while_its_last_group_leaves() {
 /// A device is opened and removed at the same time: one of them wins.
 #[test]
 fn b14_a_device_is_opened_while_it_is_removed() {
-    for _ in 0..200 {
+    for round in 0..200 {
         let vm = Vm::new();
-        let (device, start) = (vm.device.clone(), Arc::new(Barrier::new(2)));
+        let (device, start) = (vm.device.clone(), Arc::new(AtomicBool::new(false)));
         let remover = {
             let start = start.clone();
             thread::spawn(move || {
-                start.wait();
+                within("a start", || start.load(Ordering::Acquire));
                 device.remove()
             })
         };
-        start.wait();
+        start.store(true, Ordering::Release);
+        // So that each comes first in some rounds.
+        (0..round * 4).for_each(|_| spin_loop());
         let opened = vm.file.device("vgpu0");
         let removed = ended("a removal", remover);
         match (&opened, &removed) {

@@ -10,6 +10,7 @@ use crate::{Account, Error, PinnedPage, Result};
 
 impl Shared {
     /// Charges the account, if there is one, for those of the pages that nobody has pinned yet.
+    #[inline]
     pub(super) fn charge(
         &self,
         state: &mut State,
@@ -44,6 +45,7 @@ impl Shared {
     }
 
     /// Gives back what was charged for those of the pages that nobody has pinned any more.
+    #[inline]
     pub(super) fn uncharge(&self, state: &mut State, pages: impl Iterator<Item = u64>) {
         let Some(account) = &self.options.account else {
             return;

@@ -55,6 +55,7 @@ impl Shared {
     }
 
     /// Whether the pages may be pinned; if so, they are charged.
+    #[inline]
     fn admit(
         &self,
         state: &mut State,
@@ -128,6 +129,7 @@ impl Shared {
     }
 
     /// How many ranges these pages are, where unpins have to be exact.
+    #[inline]
     fn exact_ranges(&self, pages: &Pages) -> usize {
         match self.options.exact_unpin {
             true => pages.ranges().count(),

@@ -29,6 +29,7 @@ pub(super) struct State {
 }
 
 impl State {
+    #[inline]
     pub(super) fn is_pinned(&self, range: PageRange) -> bool {
         self.pins.range(keys(range)).next().is_some()
     }
@@ -38,6 +39,7 @@ impl State {
     }
 
     /// Whether there is `room` for those of the pages that the owner has not pinned yet.
+    #[inline]
     pub(super) fn has_room(&self, id: AccessId, pages: &Pages, room: usize) -> Result<bool> {
         if pages.len() <= room {
             return Ok(true);
@@ -58,6 +60,7 @@ impl State {
     }
 
     /// Changes the counts of one owner on every page of a pin, each as often as it is named.
+    #[inline]
     pub(super) fn change(&mut self, id: AccessId, pages: &Pages, change: impl Fn(&mut Count)) {
         for page in pages.iter() {
             if let Some(count) = self.pins.get_mut(&(page, id)) {
@@ -118,6 +121,7 @@ pub(super) struct Count {
 }
 
 /// The keys of all pins in a range.
+#[inline]
 pub(super) fn keys(range: PageRange) -> RangeInclusive<(u64, AccessId)> {
     (range.first, AccessId(0))..=(range.last, AccessId(u64::MAX))
 }

@@ -53,6 +53,8 @@ impl Shared {
         (state, true)
     }
 
+    #[inline]
+
     pub(super) fn wake(&self, state: &State) {
         if state.waiters > 0 {
             self.released.notify_all();
