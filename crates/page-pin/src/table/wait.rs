@@ -54,7 +54,6 @@ impl Shared {
     }
 
     #[inline]
-
     pub(super) fn wake(&self, state: &State) {
         if state.waiters > 0 {
             self.released.notify_all();
