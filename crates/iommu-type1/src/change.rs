@@ -7,7 +7,6 @@
 //! then come during one turn as the writer, as a replacement does ([`crate::replace`]).
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::ptr;
 use std::sync::Arc;
 
@@ -303,9 +302,9 @@ fn apart(pieces: Vec<Piece>) -> Result<Vec<Piece>> {
 fn meet(space: &Space, pieces: &[Piece]) -> Result<Vec<Replaced>> {
     let mut met: Vec<Replaced> = Vec::new();
     for piece in pieces {
-        let failed = space.table.visit(piece.range, |mapping| {
+        space.table.try_visit(piece.range, |mapping| {
             let gone = mapping.range.clamp(piece.range);
-            let noted = match met.last_mut() {
+            match met.last_mut() {
                 Some(last) if ptr::eq(&*last.mapping, mapping) => {
                     memory::push(&mut last.gone, gone)
                 }
@@ -314,13 +313,8 @@ fn meet(space: &Space, pieces: &[Piece]) -> Result<Vec<Replaced>> {
                     let of = Replaced::of(Table::share(mapping));
                     memory::push(&mut met, Replaced { gone, ..of })
                 }
-            };
-            match noted {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => ControlFlow::Break(error),
             }
-        });
-        failed.map_or(Ok(()), Err)?;
+        })?;
     }
     Ok(met)
 }

@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use checked_sync::lock;
@@ -260,13 +259,7 @@ impl IoAddressSpace {
             }
             memory::push(&mut mappings, tables.save(mapping)?)
         };
-        let failed = space
-            .table
-            .visit(IovaRange::ALL, |mapping| match save(mapping) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => ControlFlow::Break(error),
-            });
-        failed.map_or(Ok(()), Err)?;
+        space.table.try_visit(IovaRange::ALL, &mut save)?;
         for leaving in writer.leaving_inside(IovaRange::ALL) {
             if leaving.state.is_vaddr() {
                 save(&leaving.mapping)?;

@@ -206,6 +206,19 @@ impl Table {
             }
         })
     }
+
+    /// As `visit`, up to the first error.
+    pub(crate) fn try_visit(
+        &self,
+        range: IovaRange,
+        mut visit: impl FnMut(&Mapping) -> Result<()>,
+    ) -> Result<()> {
+        let failed = self.visit(range, |mapping| match visit(mapping) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(error),
+        });
+        failed.map_or(Ok(()), Err)
+    }
 }
 
 impl fmt::Debug for Table {

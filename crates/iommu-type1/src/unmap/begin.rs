@@ -3,7 +3,6 @@
 
 //! The beginning of an unmap: what it means leaves the table, under the writer's lock.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::select::{check_owned, select, stops};
@@ -95,15 +94,12 @@ impl<'a> Revocation<'a> {
         check_outside(space, IovaRange::ALL)?;
         let mut turn = space.turn(IovaRange::ALL)?;
         let mut mappings = Vec::new();
-        let failed = space.table.visit(IovaRange::ALL, |mapping| {
+        space.table.try_visit(IovaRange::ALL, |mapping| {
             if mapping.set == set {
-                if let Err(error) = memory::push(&mut mappings, Table::share(mapping)) {
-                    return ControlFlow::Break(error);
-                }
+                memory::push(&mut mappings, Table::share(mapping))?;
             }
-            ControlFlow::Continue(())
-        });
-        failed.map_or(Ok(()), Err)?;
+            Ok(())
+        })?;
         let leaving = turn.leaving_inside(IovaRange::ALL);
         let left = leaving.filter(|leaving| leaving.mapping.set == set);
         let left = memory::collect(left.map(|leaving| leaving.mapping.range))?;

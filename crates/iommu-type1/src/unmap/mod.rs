@@ -155,9 +155,8 @@ impl IoAddressSpace {
         Ok((bytes, pages))
     }
 
-    /// Whether an unmap has left nothing of `size` bytes from `iova`: nothing there is mapped, and an unmap there would wait for
-    /// nothing.
-    /// After [`Error::Deadline`] it says what has gone.
+    /// Whether an unmap has left nothing of `size` bytes from `iova`: nothing there is mapped, and an unmap there would wait
+    /// for nothing. After [`Error::Deadline`] it says what has gone.
     ///
     /// ```
     /// use iommu_type1::{Backing, IoAddressSpace};

@@ -81,13 +81,8 @@ pub(crate) fn share_all(
     range: IovaRange,
     found: &mut Vec<Arc<Mapping>>,
 ) -> Result<()> {
-    let failed = space.table.visit(range, |mapping| {
-        match memory::push(found, Table::share(mapping)) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => ControlFlow::Break(error),
-        }
-    });
-    failed.map_or(Ok(()), Err)
+    let share = |mapping: &Mapping| memory::push(found, Table::share(mapping));
+    space.table.try_visit(range, share)
 }
 
 /// Whether nothing of a range may be unmapped, as the first mapping in it begins before it.
