@@ -95,9 +95,6 @@ mod sharing;
 mod socket;
 pub mod wire;
 
-/// A deadline beyond the clock's range is no deadline; a day is as good.
-const LONGEST: std::time::Duration = std::time::Duration::from_secs(86_400);
-
 #[cfg(feature = "vfio_user")]
 pub use adapter::VfioUserAdapter;
 pub use backend::{Backend, IrqAction, IrqData, Irqs, Region, RegionFile, SetIrqs};

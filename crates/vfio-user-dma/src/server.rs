@@ -12,10 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use checked_sync::LONGEST;
+
 use crate::connection::{Connection, Input};
 use crate::event::Event;
 use crate::session::{Session, FIRST_LIMIT};
-use crate::{socket, Backend, Error, Result, LONGEST, MAX_DATA_XFER_SIZE};
+use crate::{socket, Backend, Error, Result, MAX_DATA_XFER_SIZE};
 
 /// How long a client may take for the rest of a message, or to take what it is sent, unless told otherwise.
 pub const IO_DEADLINE: Duration = Duration::from_secs(5);

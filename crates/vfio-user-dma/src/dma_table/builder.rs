@@ -7,11 +7,12 @@ use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use checked_sync::LONGEST;
 use iommu_type1::{IoAddressSpace, DMA_ENTRY_LIMIT};
 
 use super::{DmaTable, Inner};
 use crate::message_dma::MessageDma;
-use crate::{Result, FILE_BYTES_LIMIT, LONGEST};
+use crate::{Result, FILE_BYTES_LIMIT};
 
 /// How long an unmap waits for those who touch the range unless told otherwise: QEMU takes the server for dead
 /// after 5 s.
