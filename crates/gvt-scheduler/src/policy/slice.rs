@@ -20,6 +20,8 @@ pub(super) struct Slice {
     pub(super) left: i64,
     pub(super) used: u64,
     since: u64,
+    /// Whether a workload has begun since it got its turn.
+    pub(super) has_begun: bool,
     /// Workloads that wait, by engine.
     pub(super) queued: [usize; EngineId::ALL.len()],
     pub(super) running: usize,
@@ -35,6 +37,7 @@ impl Slice {
             left: 0,
             used: 0,
             since: 0,
+            has_begun: false,
             queued: [0; EngineId::ALL.len()],
             running: 0,
         }
@@ -58,6 +61,7 @@ impl Slice {
     /// Gets its turn.
     pub(super) fn enter(&mut self, now: u64) {
         self.since = now;
+        self.has_begun = false;
     }
 
     /// Pays for the time since it got its turn, or has last paid.

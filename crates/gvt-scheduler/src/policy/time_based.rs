@@ -34,6 +34,9 @@ impl fmt::Display for VgpuId {
 /// - Each decision goes through the started vGPUs, that of least recent turn first, and takes the first
 ///   that has a workload and either was started less than [`START_PRIORITY`](crate::policy::START_PRIORITY) ago or has time left. It
 ///   is the last from then on, unless it came first because it is new. A vGPU begins in front.
+/// - Who has just got its turn keeps it until it has begun a workload, or the next tick. The kernel has
+///   no such rule: there a turn is lost to whatever is queued before the one who has it begins, and with
+///   loads that keep in step the same vGPU can lose each of its turns, for periods.
 /// - Nobody is charged while nobody can be chosen. Who has its turn is charged until the next
 ///   decision, also if it has nothing to do.
 ///
@@ -174,7 +177,9 @@ impl<C: Clock> TimeBased<C> {
     pub fn queue(&mut self, vgpu: VgpuId, engine: EngineId) -> Result<(), PolicyError> {
         let queued = &mut self.slice_mut(vgpu)?.queued[engine as usize];
         *queued = queued.saturating_add(1);
-        self.schedule();
+        if !self.is_about_to_begin() {
+            self.schedule();
+        }
         Ok(())
     }
 
@@ -200,6 +205,7 @@ impl<C: Clock> TimeBased<C> {
         let queued = &mut slice.queued[engine as usize];
         *queued = queued.checked_sub(1)?;
         slice.running += 1;
+        slice.has_begun = true;
         self.running[engine as usize] = Some(vgpu);
         Some(vgpu)
     }
@@ -296,6 +302,12 @@ impl<C: Clock> TimeBased<C> {
                 slice.enter(now);
             }
         }
+    }
+
+    /// Whether the owner has just got its turn, and has a workload that it has not begun yet.
+    fn is_about_to_begin(&self) -> bool {
+        let owner = self.current.and_then(|vgpu| self.vgpus.get(&vgpu));
+        owner.is_some_and(|slice| !slice.has_begun && slice.has_workload())
     }
 
     fn choose(&mut self, now: u64) -> Option<VgpuId> {

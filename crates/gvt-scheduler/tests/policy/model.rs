@@ -67,6 +67,8 @@ struct Model {
     /// Of least recent turn first.
     order: Vec<usize>,
     owner: Option<usize>,
+    /// How many workloads the owner has begun in its turn.
+    begun: usize,
     change: Option<Option<usize>>,
     running: [Option<usize>; 3],
     balances: usize,
@@ -116,6 +118,7 @@ impl Model {
         }
         if let (Some(next), [None, None, None]) = (self.change, self.running) {
             self.owner = next;
+            self.begun = 0;
             self.change = None;
             if let Some(owner) = next {
                 self.vgpus[owner].since = self.now;
@@ -188,7 +191,11 @@ impl Model {
             Event::Queue(vgpu, engine) => {
                 known(self, vgpu)?;
                 self.vgpus[vgpu].queued[engine] += 1;
-                self.decide();
+                let waits = |vgpu: usize| self.vgpus[vgpu].queued.iter().any(|queued| *queued > 0);
+                let begins = self.begun == 0 && self.owner.is_some_and(waits);
+                if !begins {
+                    self.decide();
+                }
             }
             Event::Clear(vgpu, engine) => {
                 known(self, vgpu)?;
@@ -203,6 +210,7 @@ impl Model {
                 if let Some(owner) = owner {
                     self.vgpus[owner].queued[engine] -= 1;
                     self.running[engine] = Some(owner);
+                    self.begun += 1;
                 }
                 return Ok(owner);
             }

@@ -60,6 +60,7 @@ fn a_new_vgpu_comes_before_others_for_two_seconds() {
     policy.queue(ids[0], RCS).unwrap();
     assert_eq!(policy.current(), Some(ids[0]), "the other has nothing yet");
     policy.queue(ids[1], RCS).unwrap();
+    policy.tick();
     assert_eq!(policy.current(), Some(ids[1]), "started last, so in front");
     clock.advance(START_PRIORITY - TICK);
     policy.tick();
@@ -72,6 +73,27 @@ fn a_new_vgpu_comes_before_others_for_two_seconds() {
     clock.advance(TICK);
     policy.tick();
     assert_eq!(policy.current(), Some(ids[0]), "no longer new, and in debt");
+}
+
+#[test]
+fn a_turn_is_kept_until_a_workload_has_begun_or_the_next_tick() {
+    let clock = VirtualClock::default();
+    let (mut policy, ids) = seasoned(&clock, &[1, 1]);
+    policy.queue(ids[0], RCS).unwrap();
+    policy.queue(ids[1], RCS).unwrap();
+    assert_eq!(policy.current(), Some(ids[0]), "it has begun nothing yet");
+    assert_eq!(policy.begin(RCS), Some(ids[0]));
+    policy.queue(ids[1], RCS).unwrap();
+    assert!(policy.is_draining(), "it has begun, and the other waits");
+    policy.finish(RCS).unwrap();
+    policy.queue(ids[0], RCS).unwrap();
+    assert_eq!(policy.current(), Some(ids[1]));
+    clock.advance(TICK);
+    policy.tick();
+    assert_eq!(policy.current(), Some(ids[0]), "nothing begun for a tick");
+    policy.clear(ids[0], RCS).unwrap();
+    policy.queue(ids[1], RCS).unwrap();
+    assert_eq!(policy.current(), Some(ids[1]), "nothing to begin any more");
 }
 
 #[test]
