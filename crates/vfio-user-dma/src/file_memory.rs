@@ -28,9 +28,12 @@ pub const FILE_BYTES_LIMIT: u64 = 4 << 40;
 pub(crate) struct FileMemory(Backing);
 
 /// The oldest first. One that has grown, or got shorter, since it was mapped is there more than once.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Files {
     known: Vec<Known>,
+    /// Most bytes of all.
+    bytes: u64,
+    guard: bool,
 }
 
 #[derive(Debug)]
@@ -46,39 +49,84 @@ struct Known {
 pub(crate) struct Checks {
     pub(crate) sealed: bool,
     pub(crate) client: Option<i32>,
-    /// Whether an access has to survive that the file gets shorter.
-    pub(crate) guard: bool,
-    /// Most bytes of all files.
-    pub(crate) bytes: u64,
 }
 
-impl Files {
-    /// `size` bytes from `offset` of a file.
-    pub(crate) fn backing(
-        &mut self,
-        file: File,
-        offset: u64,
-        size: usize,
-        prot: Permissions,
-        checks: Checks,
-    ) -> Result<(Arc<FileMemory>, Backing)> {
+/// A file as a client has sent it.
+#[derive(Debug)]
+pub(crate) struct SentFile {
+    file: File,
+    id: FileId,
+    writable: bool,
+    bytes: u64,
+}
+
+/// The part of a file that is to be mapped.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) offset: u64,
+    pub(crate) size: usize,
+    pub(crate) prot: Permissions,
+}
+
+impl SentFile {
+    pub(crate) fn new(file: File) -> Result<Self> {
         let metadata = file.metadata().map_err(Error::io("the file of a map"))?;
         let id = FileId {
             dev: metadata.dev(),
             ino: metadata.ino(),
         };
         let writable = sharing::is_writable(&file);
-        if prot.has_write() && !writable {
+        Ok(SentFile {
+            file,
+            id,
+            writable,
+            bytes: metadata.len(),
+        })
+    }
+
+    /// Whether it may be mapped. That takes as long as the kernel takes to say what the client has mapped, so no lock is
+    /// held meanwhile.
+    pub(crate) fn check(
+        &self,
+        checks: Checks,
+        is_private: impl FnOnce(i32, FileId) -> bool,
+    ) -> Result<()> {
+        if checks.sealed && !sharing::is_sealed(&self.file) {
+            return Err(Error::Unsealed);
+        }
+        match checks.client {
+            Some(pid) if is_private(pid, self.id) => Err(Error::PrivateMemory { pid }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Files {
+    /// No file yet, and at most so many bytes of all. With `guard` an access has to survive that a file gets shorter.
+    pub(crate) fn new(bytes: u64, guard: bool) -> Self {
+        Files {
+            known: Vec::new(),
+            bytes,
+            guard,
+        }
+    }
+
+    /// A part of a file that is mapped already; `None` for one that is not, and may be.
+    pub(crate) fn find(
+        &mut self,
+        sent: &SentFile,
+        part: Part,
+    ) -> Result<Option<(Arc<FileMemory>, Backing)>> {
+        if part.prot.has_write() && !sent.writable {
             return Err(Error::FileAccess);
         }
-        let inside = |memory: &FileMemory| memory.part(offset, size);
-        let is_it = |known: &&Known| (known.id, known.writable) == (id, writable);
+        let is_it = |known: &&Known| (known.id, known.writable) == (sent.id, sent.writable);
         let newest = self.known.iter().rfind(is_it);
         if let Some(memory) = newest.and_then(|known| known.memory.upgrade()) {
             // A file that has grown since is mapped anew, or has its size again.
-            if let Ok(backing) = inside(&memory) {
+            if let Ok(backing) = memory.part(part) {
                 if !memory.is_bad() {
-                    return Ok((memory, backing));
+                    return Ok(Some((memory, backing)));
                 }
             }
         }
@@ -89,24 +137,29 @@ impl Files {
                 limit: FILE_LIMIT,
             });
         }
-        let bytes = metadata.len();
         let all = self.known.iter().map(|known| known.bytes);
-        if all.fold(bytes, u64::saturating_add) > checks.bytes {
+        if all.fold(sent.bytes, u64::saturating_add) > self.bytes {
             return Err(Error::Limit {
                 what: "bytes of files behind mappings",
-                limit: usize::try_from(checks.bytes).unwrap_or(usize::MAX),
+                limit: usize::try_from(self.bytes).unwrap_or(usize::MAX),
             });
         }
-        if checks.sealed && !sharing::is_sealed(&file) {
-            return Err(Error::Unsealed);
+        Ok(None)
+    }
+
+    /// A part of a file that has been checked, which is mapped now unless it is already.
+    pub(crate) fn map(&mut self, sent: SentFile, part: Part) -> Result<(Arc<FileMemory>, Backing)> {
+        if let Some(found) = self.find(&sent, part)? {
+            return Ok(found);
         }
-        if let Some(pid) = checks.client {
-            if sharing::is_private(pid, id) {
-                return Err(Error::PrivateMemory { pid });
-            }
-        }
-        let memory = Arc::new(FileMemory::new(file, bytes, writable, checks.guard)?);
-        let backing = inside(&memory)?;
+        let SentFile {
+            file,
+            id,
+            writable,
+            bytes,
+        } = sent;
+        let memory = Arc::new(FileMemory::new(file, bytes, writable, self.guard)?);
+        let backing = memory.part(part)?;
         self.known.push(Known {
             id,
             writable,
@@ -114,6 +167,12 @@ impl Files {
             memory: Arc::downgrade(&memory),
         });
         Ok((memory, backing))
+    }
+
+    /// All that are mapped.
+    pub(crate) fn living(&self) -> Vec<Arc<FileMemory>> {
+        let living = self.known.iter().map(|known| known.memory.upgrade());
+        living.flatten().collect()
     }
 }
 
@@ -133,10 +192,10 @@ impl FileMemory {
         Ok(FileMemory(memory))
     }
 
-    fn part(&self, offset: u64, size: usize) -> Result<Backing> {
+    fn part(&self, part: Part) -> Result<Backing> {
         // An offset beyond the address space is beyond the file.
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        Ok(self.0.slice(offset, size)?)
+        let offset = usize::try_from(part.offset).unwrap_or(usize::MAX);
+        Ok(self.0.slice(offset, part.size)?)
     }
 
     /// Whether bytes were missed that the file has had.

@@ -11,6 +11,7 @@ use checked_sync::LONGEST;
 use iommu_type1::{IoAddressSpace, DMA_ENTRY_LIMIT};
 
 use super::{DmaTable, Inner};
+use crate::file_memory::Files;
 use crate::message_dma::MessageDma;
 use crate::{Result, FILE_BYTES_LIMIT};
 
@@ -116,7 +117,7 @@ impl DmaTableBuilder {
                 .entry_limit(self.entry_limit)
                 .unmap_deadline(self.unmap_deadline)
                 .build(),
-            turn: Mutex::default(),
+            turn: Mutex::new(Files::new(self.file_bytes_limit, self.guard_files)),
             entries: Mutex::default(),
             messages: MessageDma::new(self.message_deadline)?,
             client: AtomicI32::new(0),

@@ -9,21 +9,19 @@
 
 mod access;
 mod builder;
+mod map;
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommu_type1::{page_size, IoAddressSpace};
 use vfio_bindings::bindings::vfio::{
-    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL,
-    VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
+    VFIO_DMA_UNMAP_FLAG_ALL, VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
 };
 use vm_memory::Permissions;
 
-use crate::file_memory::{Checks, FileMemory, Files};
+use crate::file_memory::{FileMemory, Files};
 use crate::message_dma::MessageDma;
 use crate::{Error, Result};
 
@@ -52,8 +50,9 @@ pub struct DmaTable(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     space: IoAddressSpace,
-    /// Taken by each map and unmap for as long as it runs, before the entries.
-    turn: Mutex<()>,
+    /// Taken by each map and unmap for as long as it changes anything, before the entries.
+    turn: Mutex<Files>,
+    /// Changed by whose turn it is only. Accesses look here, so nothing that takes long is done meanwhile.
     entries: Mutex<Entries>,
     messages: MessageDma,
     /// The process of the client, 0 where it is not known.
@@ -64,7 +63,6 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Entries {
     ranges: BTreeMap<u64, Entry>,
-    files: Files,
 }
 
 #[derive(Debug)]
@@ -116,66 +114,6 @@ impl DmaTable {
     /// [`Server`](crate::Server) does that by itself.
     pub fn set_client(&self, pid: Option<i32>) {
         self.0.client.store(pid.unwrap_or(0), Ordering::Relaxed);
-    }
-
-    /// Does what a DMA_MAP asks for; the flags are those of `VFIO_IOMMU_MAP_DMA`. Without a file the memory stays
-    /// with the client, and `offset` says nothing.
-    ///
-    /// # Errors
-    ///
-    /// In this order: [`Error::Flags`] or [`Error::Range`] (EINVAL), [`Error::Overlap`] (EEXIST), [`Error::Limit`]
-    /// (ENOSPC), then what is wrong with the file: [`Error::Io`], [`Error::FileAccess`] (EACCES),
-    /// [`Error::Limit`], [`Error::Unsealed`] (EPERM), [`Error::PrivateMemory`] (EINVAL) and [`Error::Space`]
-    /// (EFAULT where the range is not inside of the file; EBUSY where an unmap has not finished).
-    pub fn map(
-        &self,
-        flags: u32,
-        offset: u64,
-        address: u64,
-        size: u64,
-        fd: Option<OwnedFd>,
-    ) -> Result<()> {
-        let prot = permissions(flags)?;
-        let file = fd.map(File::from);
-        let offset = if file.is_some() { offset } else { 0 };
-        let last = whole_pages(offset, address, size)?;
-        let _turn = lock(&self.0.turn);
-        let mut entries = self.entries();
-        if let Some((mapped, _)) = entries.overlapping(address, last).next() {
-            return Err(Error::Overlap {
-                address,
-                size,
-                mapped,
-            });
-        }
-        let limit = self.0.config.entry_limit;
-        if entries.ranges.len() >= limit {
-            return Err(Error::Limit {
-                what: "mappings",
-                limit,
-            });
-        }
-        let memory = match file {
-            None => Memory::Client(prot),
-            Some(file) => {
-                let checks = Checks {
-                    sealed: self.0.config.require_seals,
-                    client: Some(self.0.client.load(Ordering::Relaxed)).filter(|pid| *pid > 0),
-                    guard: self.0.config.guard_files,
-                    bytes: self.0.config.file_bytes_limit,
-                };
-                let len = usize::try_from(size).map_err(|_| Error::Range {
-                    address,
-                    size,
-                    offset,
-                })?;
-                let (memory, backing) = entries.files.backing(file, offset, len, prot, checks)?;
-                self.0.space.map(address, backing, prot)?;
-                Memory::File(memory)
-            }
-        };
-        entries.ranges.insert(address, Entry { last, memory });
-        Ok(())
     }
 
     /// Does what a DMA_UNMAP asks for and returns the bytes that were unmapped, 0 where nothing is mapped. The
@@ -250,7 +188,7 @@ impl DmaTable {
         last: u64,
         check: impl FnOnce(&Entries) -> Result<()>,
     ) -> Result<u64> {
-        let _turn = lock(&self.0.turn);
+        let files = lock(&self.0.turn);
         let entries = self.entries();
         check(&entries)?;
         let mut in_space = Vec::new();
@@ -281,6 +219,8 @@ impl DmaTable {
             }
             result => result,
         };
+        // So that those which go with their last entry are unmapped and closed when nobody waits for the entries.
+        let _living = files.living();
         let mut entries = self.entries();
         let mut removed = 0_u64;
         for (start, size) in with_client {
@@ -355,21 +295,6 @@ impl Entries {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn permissions(flags: u32) -> Result<Permissions> {
-    const READ: u32 = VFIO_DMA_MAP_FLAG_READ;
-    const WRITE: u32 = VFIO_DMA_MAP_FLAG_WRITE;
-    const READ_WRITE: u32 = READ | WRITE;
-    match flags {
-        READ => Ok(Permissions::Read),
-        WRITE => Ok(Permissions::Write),
-        READ_WRITE => Ok(Permissions::ReadWrite),
-        flags => Err(Error::Flags {
-            what: "a map",
-            flags,
-        }),
-    }
 }
 
 /// The last address of a range of whole pages.
