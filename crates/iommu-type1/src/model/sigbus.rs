@@ -34,6 +34,42 @@ fn a_fault_against_regions_that_come_and_go() {
     });
 }
 
+/// The handler has found the entry of a region beside that of the memory that is accessed.
+#[test]
+fn a_fault_against_an_entry_that_gets_another_region() {
+    loom::model(|| {
+        let watches = watches();
+        let part = watches.watch(0x1000, 0x1000, 0x1000, 3);
+        let stays = watches.watch(0x1000, 0x2000, 0x1000, 3);
+        let changer = thread::spawn(move || {
+            drop(part);
+            watches.watch(0x8000, 0x1000, 0x1000, 3)
+        });
+        assert!(watches.fault(0x1800).is_some());
+        assert_eq!(stays.fault_offset(), Some(0));
+        // Nothing of that is gone, whatever the part was marked for.
+        let next = changer.join().unwrap();
+        assert_eq!(next.fault_offset(), None);
+    });
+}
+
+/// Memory that is not watched, between what an entry had and what it gets.
+#[test]
+fn a_fault_of_others_against_regions_that_come_and_go() {
+    loom::model(|| {
+        let watches = watches();
+        let other = watches.watch(0x8000, 0x1000, 0x1000, 3);
+        assert!(watches.fault(0x8000).is_some());
+        let changer = thread::spawn(move || {
+            drop(other);
+            watches.watch(0, 0x1000, 0x1000, 3)
+        });
+        assert_eq!(watches.fault(0x1800), None);
+        let next = changer.join().unwrap();
+        assert_eq!(next.fault_offset(), None);
+    });
+}
+
 #[test]
 fn a_fault_against_the_first_look_for_it() {
     loom::model(|| {

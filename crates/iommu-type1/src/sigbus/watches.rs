@@ -4,18 +4,16 @@
 //! The regions that are watched, as a signal handler may look at them: without a lock, and without memory that
 //! could be freed below it.
 //!
-//! A list of entries that only grows; one that is not needed any more is used again. An entry's version is odd
-//! while it changes hands, and different after: a reader that sees that passes on, because memory of a region
-//! that is being entered, or left, is not accessed yet, or not any more. So whoever looks for an address that is
-//! accessed finds the entry of its region, which does not change meanwhile.
+//! A list of entries that only grows; one that is not needed any more is used again, for another generation. A reader
+//! that finds an entry between two passes on, because memory of a region that is being entered, or left, is not
+//! accessed yet, or not any more. So whoever looks for an address that is accessed finds the entry of its region,
+//! which does not change meanwhile. Entries of other regions may; the generation is in the word that says what is gone,
+//! so nothing is said of a region but of the one that was looked at.
 
 use std::collections::BTreeMap;
 use std::ptr;
 
-use checked_sync::{fence, lock, AtomicPtr, AtomicUsize, Mutex, Ordering};
-
-/// No fault.
-const NONE: usize = usize::MAX;
+use checked_sync::{fence, lock, AtomicPtr, AtomicU64, AtomicUsize, Mutex, Ordering};
 
 pub(crate) struct Watches {
     newest: AtomicPtr<Entry>,
@@ -38,18 +36,29 @@ struct Used {
 }
 
 struct Entry {
-    version: AtomicUsize,
-    /// Address of the first byte of the region, and of the last; the last is below the first while it
-    /// is not in use.
+    mark: AtomicU64,
+    /// Address of the first byte of the region, and of the last.
     first: AtomicUsize,
     last: AtomicUsize,
     /// Bytes that memory can be replaced by.
     unit: AtomicUsize,
     prot: AtomicUsize,
-    /// Offset of the first byte that is gone.
-    fault: AtomicUsize,
     next: AtomicPtr<Entry>,
 }
+
+/// The generation of an entry, odd while it is nobody's, and from where on memory of its region is gone: in one word,
+/// so that nobody can mark an entry that has changed hands.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Mark(u64);
+
+/// Bits of an offset in pages; above them is the generation.
+const OFFSET_BITS: u32 = 40;
+/// All of a region is there. From here on it may be gone, but none has so much memory (4 PiB).
+const WHOLE: u64 = (1 << OFFSET_BITS) - 1;
+/// No page is smaller.
+const PAGE: usize = 4096;
+/// An entry has no other after this one, in which it is nobody's.
+const LAST_GENERATION: u64 = u64::MAX >> OFFSET_BITS;
 
 /// A region that is watched until this is dropped.
 pub(crate) struct Watch {
@@ -89,13 +98,7 @@ impl Watches {
             };
         }
         let entry = state.free.pop().unwrap_or_else(|| self.grow());
-        entry.change(|entry| {
-            entry.first.store(first, Ordering::Relaxed);
-            entry.last.store(last, Ordering::Relaxed);
-            entry.unit.store(unit, Ordering::Relaxed);
-            entry.prot.store(prot as usize, Ordering::Relaxed);
-            entry.fault.store(NONE, Ordering::Relaxed);
-        });
+        entry.enter(region, unit, prot);
         let used = Used { entry, watches: 1 };
         state.used.insert(region, used);
         Watch {
@@ -108,12 +111,11 @@ impl Watches {
     /// One entry more.
     fn grow(&self) -> &'static Entry {
         let entry = Box::leak(Box::new(Entry {
-            version: AtomicUsize::new(0),
-            first: AtomicUsize::new(1),
+            mark: AtomicU64::new(Mark::whole(1).0),
+            first: AtomicUsize::new(0),
             last: AtomicUsize::new(0),
             unit: AtomicUsize::new(1),
             prot: AtomicUsize::new(0),
-            fault: AtomicUsize::new(NONE),
             next: AtomicPtr::new(self.newest.load(Ordering::Relaxed)),
         }));
         self.newest.store(entry, Ordering::Release);
@@ -136,48 +138,106 @@ impl Watches {
     }
 }
 
+impl Mark {
+    fn whole(generation: u64) -> Self {
+        Mark(generation << OFFSET_BITS | WHOLE)
+    }
+
+    fn generation(self) -> u64 {
+        self.0 >> OFFSET_BITS
+    }
+
+    fn is_used(self) -> bool {
+        self.generation() % 2 == 0
+    }
+
+    /// The same with what is gone from an offset on, if it is not gone from farther below.
+    fn gone_from(self, offset: usize) -> Self {
+        let offset = ((offset / PAGE) as u64).min(WHOLE - 1);
+        self.min(Mark(self.generation() << OFFSET_BITS | offset))
+    }
+
+    fn offset(self) -> Option<usize> {
+        let offset = self.0 & WHOLE;
+        (offset != WHOLE).then_some(offset as usize * PAGE)
+    }
+}
+
 impl Entry {
-    /// Gives it to another region, or to none. Only under the lock.
-    fn change(&self, change: impl FnOnce(&Entry)) {
-        let version = self.version.load(Ordering::Relaxed);
-        self.version.store(version + 1, Ordering::Relaxed);
+    fn mark(&self, order: Ordering) -> Mark {
+        Mark(self.mark.load(order))
+    }
+
+    /// Gives it, while it is nobody's, to a region. Only under the lock.
+    fn enter(&self, (first, last): (usize, usize), unit: usize, prot: i32) {
+        // Who finds any of these finds that it is nobody's, or what comes after.
         fence(Ordering::Release);
-        change(self);
-        self.version.store(version + 2, Ordering::Release);
+        self.first.store(first, Ordering::Relaxed);
+        self.last.store(last, Ordering::Relaxed);
+        self.unit.store(unit, Ordering::Relaxed);
+        self.prot.store(prot as usize, Ordering::Relaxed);
+        self.next_generation(Ordering::Release);
+    }
+
+    /// Takes it from its region; says whether another may have it. Only under the lock.
+    fn leave(&self) -> bool {
+        self.next_generation(Ordering::Relaxed) < LAST_GENERATION
+    }
+
+    fn next_generation(&self, order: Ordering) -> u64 {
+        let generation = self.mark(Ordering::Relaxed).generation() + 1;
+        // A store would do. Loom has no order between one and the exchanges of others.
+        self.mark.swap(Mark::whole(generation).0, order);
+        generation
     }
 
     fn fault(&self, address: usize) -> Option<Rest> {
-        let version = self.version.load(Ordering::Acquire);
+        let mark = self.mark(Ordering::Acquire);
         let first = self.first.load(Ordering::Relaxed);
         let last = self.last.load(Ordering::Relaxed);
         let unit = self.unit.load(Ordering::Relaxed);
         let prot = self.prot.load(Ordering::Relaxed) as i32;
         fence(Ordering::Acquire);
-        let same = version % 2 == 0 && self.version.load(Ordering::Relaxed) == version;
-        if !same || address < first || address > last {
+        if !mark.is_used() || address < first || address > last {
             return None;
         }
         let offset = (address - first) / unit * unit;
-        self.fault.fetch_min(offset, Ordering::Release);
-        Some(Rest {
+        self.lose(mark.generation(), offset).then(|| Rest {
             first: first + offset,
             // To the end of the page where the region ends: a large one goes as a whole.
             len: (last - (first + offset) + 1).next_multiple_of(unit),
             prot,
         })
     }
+
+    /// Marks memory as gone from an offset on, unless another generation has begun.
+    fn lose(&self, generation: u64, offset: usize) -> bool {
+        let mut mark = self.mark(Ordering::Relaxed);
+        while mark.generation() == generation {
+            let lost = mark.gone_from(offset);
+            if lost == mark {
+                return true;
+            }
+            let (ok, failed) = (Ordering::Release, Ordering::Relaxed);
+            match self.mark.compare_exchange_weak(mark.0, lost.0, ok, failed) {
+                Ok(_) => return true,
+                Err(now) => mark = Mark(now),
+            }
+        }
+        false
+    }
 }
 
 impl Watch {
     /// Offset of the first byte that is gone.
     pub(crate) fn fault_offset(&self) -> Option<usize> {
-        let offset = self.entry.fault.load(Ordering::Acquire);
-        (offset != NONE).then_some(offset)
+        self.entry.mark(Ordering::Acquire).offset()
     }
 
     /// Notes what was gone before it was watched.
     pub(crate) fn note(&self, offset: usize) {
-        self.entry.fault.fetch_min(offset, Ordering::Release);
+        let generation = self.entry.mark(Ordering::Relaxed).generation();
+        self.entry.lose(generation, offset);
     }
 }
 
@@ -191,11 +251,9 @@ impl Drop for Watch {
             }
         }
         state.used.remove(&self.region);
-        self.entry.change(|entry| {
-            entry.first.store(1, Ordering::Relaxed);
-            entry.last.store(0, Ordering::Relaxed);
-        });
-        state.free.push(self.entry);
+        if self.entry.leave() {
+            state.free.push(self.entry);
+        }
     }
 }
 
@@ -261,6 +319,25 @@ mod tests {
         assert_eq!(watches.fault(0x1800), None);
         assert!(watches.fault(0x8000).is_some());
         assert_eq!(kept.fault_offset(), Some(0));
+    }
+
+    #[test]
+    fn an_entry_whose_generations_are_used_up_is_left_alone() {
+        let watches = watches();
+        let first = watches.watch(0x1000, 0x1000, 0x1000, 3);
+        let entry = first.entry;
+        entry
+            .mark
+            .store(Mark::whole(LAST_GENERATION - 3).0, Ordering::Relaxed);
+        drop(first);
+        let last = watches.watch(0x1000, 0x1000, 0x1000, 3);
+        assert!(ptr::eq(entry, last.entry));
+        assert!(watches.fault(0x1000).is_some());
+        drop(last);
+        assert_eq!(watches.fault(0x1000), None);
+        let next = watches.watch(0x1000, 0x1000, 0x1000, 3);
+        assert!(!ptr::eq(entry, next.entry));
+        assert_eq!(next.fault_offset(), None);
     }
 
     #[test]
