@@ -44,13 +44,6 @@ struct Known {
     memory: Weak<FileMemory>,
 }
 
-/// What to check of a file that is not known yet.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Checks {
-    pub(crate) sealed: bool,
-    pub(crate) client: Option<i32>,
-}
-
 /// A file as a client has sent it.
 #[derive(Debug)]
 pub(crate) struct SentFile {
@@ -69,7 +62,12 @@ pub(crate) struct Part {
 }
 
 impl SentFile {
-    pub(crate) fn new(file: File) -> Result<Self> {
+    /// With `sealed` nothing is asked of a file that may become shorter: one of a file system of the client's (FUSE)
+    /// may never answer. Seals are asked for without its file system.
+    pub(crate) fn new(file: File, sealed: bool) -> Result<Self> {
+        if sealed && !sharing::is_sealed(&file) {
+            return Err(Error::Unsealed);
+        }
         let metadata = file.metadata().map_err(Error::io("the file of a map"))?;
         let id = FileId {
             dev: metadata.dev(),
@@ -88,13 +86,10 @@ impl SentFile {
     /// held meanwhile.
     pub(crate) fn check(
         &self,
-        checks: Checks,
+        client: Option<i32>,
         is_private: impl FnOnce(i32, FileId) -> bool,
     ) -> Result<()> {
-        if checks.sealed && !sharing::is_sealed(&self.file) {
-            return Err(Error::Unsealed);
-        }
-        match checks.client {
+        match client {
             Some(pid) if is_private(pid, self.id) => Err(Error::PrivateMemory { pid }),
             _ => Ok(()),
         }

@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::{VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WR
 use vm_memory::Permissions;
 
 use super::{lock, whole_pages, DmaTable, Entry, Memory};
-use crate::file_memory::{Checks, Part, SentFile};
+use crate::file_memory::{Part, SentFile};
 use crate::sharing::{self, FileId};
 use crate::{Error, Result};
 
@@ -21,8 +21,8 @@ impl DmaTable {
     /// # Errors
     ///
     /// In this order: [`Error::Flags`] or [`Error::Range`] (EINVAL), [`Error::Overlap`] (EEXIST), [`Error::Limit`]
-    /// (ENOSPC), then what is wrong with the file: [`Error::Io`], [`Error::FileAccess`] (EACCES),
-    /// [`Error::Limit`], [`Error::Unsealed`] (EPERM), [`Error::PrivateMemory`] (EINVAL) and [`Error::Space`]
+    /// (ENOSPC), then what is wrong with the file: [`Error::Unsealed`] (EPERM), [`Error::Io`],
+    /// [`Error::FileAccess`] (EACCES), [`Error::Limit`], [`Error::PrivateMemory`] (EINVAL) and [`Error::Space`]
     /// (EFAULT where the range is not inside of the file; EBUSY where an unmap has not finished).
     pub fn map(
         &self,
@@ -47,7 +47,8 @@ impl DmaTable {
         let prot = permissions(flags)?;
         let offset = if fd.is_some() { offset } else { 0 };
         let last = whole_pages(offset, address, size)?;
-        let sent = fd.map(|fd| SentFile::new(fd.into())).transpose();
+        let sent = fd.map(|fd| SentFile::new(fd.into(), self.0.config.require_seals));
+        let sent = sent.transpose();
         let mut files = lock(&self.0.turn);
         self.check_room(address, last)?;
         let memory = match sent? {
@@ -63,7 +64,7 @@ impl DmaTable {
                     Some(found) => found,
                     None => {
                         drop(files);
-                        sent.check(self.checks(), is_private)?;
+                        sent.check(self.client(), is_private)?;
                         files = lock(&self.0.turn);
                         // Others may have had their turn.
                         self.check_room(address, last)?;
@@ -99,11 +100,9 @@ impl DmaTable {
         Ok(())
     }
 
-    fn checks(&self) -> Checks {
-        Checks {
-            sealed: self.0.config.require_seals,
-            client: Some(self.0.client.load(Ordering::Relaxed)).filter(|pid| *pid > 0),
-        }
+    /// The client's process, where that is known.
+    fn client(&self) -> Option<i32> {
+        Some(self.0.client.load(Ordering::Relaxed)).filter(|pid| *pid > 0)
     }
 }
 

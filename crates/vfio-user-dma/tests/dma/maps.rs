@@ -282,6 +282,10 @@ fn seals_can_be_asked_for() {
     };
     assert_eq!(sealed, 0);
     table.map(3, 0, 0, PAGE, clone()).unwrap();
+    // Nothing else is asked of a file that has none: its file system may be the client's, and never answer.
+    let readable = std::fs::File::open("/dev/null").unwrap();
+    let refused = table.map(3, 0, PAGE, PAGE, Some(readable.into()));
+    assert_eq!(refused.unwrap_err().errno(), libc::EPERM);
 }
 
 #[test]
