@@ -106,3 +106,8 @@ pub use irq_eventfd::IrqEventfd;
 pub use message_dma::REQUEST_LIMIT;
 pub use pins::{TablePin, TablePins};
 pub use server::{End, Server, Stopper, IO_DEADLINE};
+
+/// Examples of the README are tested as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -101,3 +101,8 @@ pub use error::{Error, Result};
 pub use iotlb::VhostIotlb;
 pub use mem_table::{MemRegion, MemTable, REGION_LIMIT};
 pub use miss::{Miss, MissSink, MISS_DEADLINE, MISS_LIMIT};
+
+/// Examples of the README are tested as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
