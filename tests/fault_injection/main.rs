@@ -9,6 +9,7 @@
 
 #[path = "../../crates/vfio-user-dma/tests/common/mod.rs"]
 mod common;
+mod gvt;
 mod inject;
 mod iotlb;
 mod refused;

@@ -41,6 +41,9 @@ pub const SCENARIOS: &[(&str, fn())] = &[
     ("holders", crate::refused::holders),
     ("an IOTLB", crate::iotlb::messages),
     ("misses", crate::iotlb::misses),
+    ("workloads of a vGPU", crate::gvt::workloads),
+    ("registers of a vGPU", crate::gvt::registers),
+    ("traces of a vGPU", crate::gvt::traces),
 ];
 
 /// Mappings of a batch: lists of them take more than a page.

@@ -140,6 +140,12 @@ pub enum Error {
         /// Tables and roots that may be shadowed.
         limit: usize,
     },
+    /// There is no memory for what the guest asks for.
+    #[error("{bytes:#x} bytes of memory are not there")]
+    NoMemory {
+        /// What was asked for in vain.
+        bytes: usize,
+    },
     /// A page that a page table maps could not be pinned.
     #[error("guest frame {gfn:#x} cannot be pinned")]
     LeafPin {
@@ -222,7 +228,7 @@ impl Error {
             Error::Command(error) => error.errno(),
             Error::LeafPin { .. } => libc::ENXIO,
             Error::TooManyWorkloads { .. } => libc::EBUSY,
-            Error::TooManyTables { .. } => libc::ENOMEM,
+            Error::TooManyTables { .. } | Error::NoMemory { .. } => libc::ENOMEM,
             Error::Engine { .. } => libc::EIO,
             Error::Register { .. }
             | Error::GgttIndex { .. }

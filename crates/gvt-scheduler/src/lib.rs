@@ -120,7 +120,8 @@
 //!   the new size, below whoever uses the old one.
 //! - A mapped page that was lost to an unmap ([`Vgpu::release_pins`]) is pinned again by the next
 //!   workload whose root maps it, when it is created or runs, or refuses that (`ENXIO`).
-//! - The workloads of a queue are limited (`EBUSY`), and so are page tables (`ENOMEM`).
+//! - The workloads of a queue are limited (`EBUSY`), and so are page tables (`ENOMEM`). Where there is no memory for what
+//!   a guest decides the size or the number of, that is an error ([`Error::NoMemory`]).
 //! - Left out besides: register tables, out-of-sync page tables, the host's observation registers, pins of
 //!   what the GGTT maps.
 
@@ -135,6 +136,7 @@ mod error;
 mod execlist;
 mod ggtt;
 mod guest_dma;
+mod memory;
 mod observe;
 pub mod policy;
 mod ppgtt;
@@ -162,3 +164,8 @@ pub use ppgtt::{DeviceMap, PageTableRoot};
 pub use regs::{interrupt_register, ring_context, ring_register, EngineId, Generation, PAGE_SIZE};
 pub use ring::Ring;
 pub use vgpu::{Completion, FailsafeReason, Submission, Vgpu, VgpuConfig};
+
+/// Examples of the README are tested as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

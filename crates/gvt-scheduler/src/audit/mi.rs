@@ -6,6 +6,7 @@
 use crate::audit::{CommandAuditor, CommandError, CommandPlace, CommandProblem, CopiedBatch, Scan};
 use crate::command::{dword_at, dwords, length, opcode, Gtt, Operation, Store, Target};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::regs::{PAGE_MASK, PAGE_SIZE, REGISTER_SPACE};
 
 /// Commands that a guest may not use.
@@ -100,14 +101,16 @@ impl CommandAuditor for MiAuditor {
         ] {
             audit_commands(scan, place, Level::Ring, commands, &mut next)?;
         }
-        next.extend(scan.per_ctx.map(|gma| (gma, Level::First)));
+        if let Some(gma) = scan.per_ctx {
+            memory::push(&mut next, (gma, Level::First))?;
+        }
         let mut seen: Vec<(u64, Level)> = Vec::new();
         let mut left = self.batch_limit;
         while let Some((gma, level)) = next.pop() {
             if seen.contains(&(gma, level)) {
                 continue;
             }
-            seen.push((gma, level));
+            memory::push(&mut seen, (gma, level))?;
             let place = CommandPlace::Batch { gma };
             let copied = scan.batches().iter().position(|batch| batch.gma == gma);
             let copied = match copied {
@@ -116,7 +119,7 @@ impl CommandAuditor for MiAuditor {
                     let bytes = self.copy_batch(scan, gma, left)?;
                     // So a guest cannot have any number of short ones kept.
                     left = left.saturating_sub(bytes.len().max(PAGE_SIZE));
-                    scan.keep_batch(CopiedBatch { gma, bytes });
+                    scan.keep_batch(CopiedBatch { gma, bytes })?;
                     scan.batches().len() - 1
                 }
             };
@@ -181,7 +184,7 @@ fn read_on(scan: &mut Scan<'_>, gma: u64, bytes: &mut Vec<u8>) -> Result<()> {
     let done = bytes.len();
     let next = gma + done as u64;
     let len = PAGE_SIZE - (next & PAGE_MASK) as usize;
-    bytes.resize(done + len, 0);
+    memory::grow(bytes, len)?;
     scan.read(next, &mut bytes[done..])
 }
 
@@ -203,6 +206,7 @@ fn audit_commands(
         let all = bytes.get(at..end);
         let all = all.ok_or_else(|| refuse(CommandProblem::Truncated))?;
         command.clear();
+        memory::reserve(&mut command, len)?;
         command.extend(dwords(all));
         check_registers(&command).map_err(refuse)?;
         if let Some((gma, len)) = global_address(&command) {
@@ -221,7 +225,7 @@ fn audit_commands(
                     _ => return Err(refuse(CommandProblem::BatchStart)),
                 };
                 if start.gtt == Gtt::Global {
-                    next.push((start.gma, started));
+                    memory::push(next, (start.gma, started))?;
                 }
             }
             _ => {}

@@ -13,6 +13,7 @@ pub use mi::MiAuditor;
 
 use crate::error::Result;
 use crate::ggtt::Ggtt;
+use crate::memory;
 use crate::regs::EngineId;
 
 /// The commands of a workload as they were copied from the guest, to be judged.
@@ -54,8 +55,12 @@ impl Scan<'_> {
     }
 
     /// Has the engine execute this copy when the commands start the batch in the GGTT that it is of.
-    pub fn keep_batch(&mut self, batch: CopiedBatch) {
-        self.batches.push(batch);
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`](crate::Error::NoMemory) (ENOMEM).
+    pub fn keep_batch(&mut self, batch: CopiedBatch) -> Result<()> {
+        memory::push(self.batches, batch)
     }
 
     /// The batches that were kept.

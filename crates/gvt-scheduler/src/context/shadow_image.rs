@@ -37,6 +37,12 @@ impl ShadowImage {
         }
     }
 
+    /// Zeroes all of it.
+    pub(crate) fn clear(&mut self) {
+        self.page1.fill(0);
+        self.pages.fill(0);
+    }
+
     /// Page 1: the ring context and the beginning of the engine context.
     pub fn page1(&self) -> &[u8; PAGE_SIZE] {
         &self.page1

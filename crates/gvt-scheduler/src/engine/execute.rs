@@ -8,6 +8,7 @@ use crate::command::{
 };
 use crate::engine::{registers, EngineJob, Executed};
 use crate::error::EngineFault;
+use crate::memory;
 use crate::regs::PAGE_MASK;
 
 /// Batches are read by lines of this many bytes, which never cross a page.
@@ -99,6 +100,7 @@ impl<'a, 'b> Execution<'a, 'b> {
         name: &'static str,
     ) -> Result<(), EngineFault> {
         let len = self.begin_command(header, Place::Copied(name))?;
+        memory::reserve(&mut self.command, len - 1)?;
         self.command.extend(copied.take(len - 1));
         if self.command.len() < len {
             return Err(self.fault("does not end there"));
@@ -110,6 +112,7 @@ impl<'a, 'b> Execution<'a, 'b> {
         let mut next = batch;
         let header = self.dword(next)?;
         let len = self.begin_command(header, Place::Batch(batch))?;
+        memory::reserve(&mut self.command, len - 1)?;
         for _ in 1..len {
             next.gma = next.gma.wrapping_add(4);
             let dword = self.dword(next)?;

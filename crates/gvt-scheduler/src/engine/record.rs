@@ -32,7 +32,7 @@ pub struct RecordedJob {
 
 /// Hands jobs to another engine, and keeps them: for tests, and to see what a guest runs.
 ///
-/// What is kept grows with each job until it is [taken](Self::take).
+/// What is kept grows with each job until it is [taken](Self::take), up to [`BYTES_LIMIT`](Self::BYTES_LIMIT).
 ///
 /// ```
 /// use gvt_scheduler::{ContextDescriptor, Engine, EngineId, EngineJob, RecordingEngine, ShadowImage};
@@ -60,14 +60,21 @@ pub struct RecordedJob {
 pub struct RecordingEngine<E> {
     inner: E,
     jobs: Vec<RecordedJob>,
+    /// What they take, with their commands.
+    bytes: usize,
 }
 
 impl<E> RecordingEngine<E> {
+    /// Bytes of jobs that are kept. A guest decides how many jobs there are, of up to 3 MiB each: one for which there is
+    /// no room is not executed, and fails until the others are [taken](Self::take).
+    pub const BYTES_LIMIT: usize = 64 << 20;
+
     /// Keeps what `inner` is given.
     pub const fn new(inner: E) -> Self {
         Self {
             inner,
             jobs: Vec::new(),
+            bytes: 0,
         }
     }
 
@@ -78,6 +85,7 @@ impl<E> RecordingEngine<E> {
 
     /// Gives the jobs away.
     pub fn take(&mut self) -> Vec<RecordedJob> {
+        self.bytes = 0;
         std::mem::take(&mut self.jobs)
     }
 
@@ -89,6 +97,12 @@ impl<E> RecordingEngine<E> {
 
 impl<E: Engine> Engine for RecordingEngine<E> {
     fn run(&mut self, job: EngineJob<'_>) -> Result<Executed, EngineFault> {
+        let bytes = self.bytes.saturating_add(bytes_of(&job));
+        let limit = Self::BYTES_LIMIT;
+        if bytes > limit {
+            let full = format!("jobs of {bytes:#x} bytes are more than are kept: {limit:#x}");
+            return Err(EngineFault::new(full));
+        }
         let mut recorded = RecordedJob {
             engine: job.engine,
             descriptor: job.descriptor,
@@ -102,6 +116,63 @@ impl<E: Engine> Engine for RecordingEngine<E> {
         let result = self.inner.run(job);
         recorded.result.clone_from(&result);
         self.jobs.push(recorded);
+        self.bytes = bytes;
         result
+    }
+}
+
+/// What it takes to keep a job.
+fn bytes_of(job: &EngineJob<'_>) -> usize {
+    let batches = job.batches.iter();
+    let batches = batches.map(|batch| size_of::<CopiedBatch>() + batch.bytes.len());
+    size_of::<RecordedJob>() + job.ring.len() + job.indirect_ctx.len() + batches.sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::context::ShadowImage;
+
+    struct Idle;
+
+    impl Engine for Idle {
+        fn run(&mut self, _: EngineJob<'_>) -> Result<Executed, EngineFault> {
+            Ok(Executed::default())
+        }
+    }
+
+    #[test]
+    fn a_guest_cannot_have_any_number_of_bytes_kept() {
+        const LIMIT: usize = RecordingEngine::<Idle>::BYTES_LIMIT;
+        let ring = vec![0; LIMIT / 8];
+        let mut engine = RecordingEngine::new(Idle);
+        let run = |engine: &mut RecordingEngine<Idle>| {
+            engine.run(EngineJob {
+                engine: EngineId::Bcs,
+                descriptor: ContextDescriptor::default(),
+                sequence: 0,
+                ring: &ring,
+                indirect_ctx: &[],
+                per_ctx: None,
+                batches: &[],
+                status_page: 0,
+                image: &mut ShadowImage::new(2),
+                memory: &mut (),
+            })
+        };
+        // What the jobs themselves take leaves no room for an eighth.
+        for _ in 0..7 {
+            run(&mut engine).unwrap();
+        }
+        let full = run(&mut engine).unwrap_err();
+        assert_eq!(
+            (
+                engine.jobs().len(),
+                full.to_string().contains("more than are kept")
+            ),
+            (7, true)
+        );
+        assert_eq!(engine.take().len(), 7);
+        run(&mut engine).unwrap();
     }
 }

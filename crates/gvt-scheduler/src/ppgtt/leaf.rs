@@ -10,6 +10,7 @@ use page_pin::PinPages;
 use vm_memory::Permissions;
 
 use crate::error::{Cause, Error, Result};
+use crate::memory;
 use crate::ppgtt::device::{Mapping, SharedMap};
 use crate::ppgtt::entry::Leaf;
 use crate::regs::PAGE_MASK;
@@ -222,10 +223,14 @@ fn pin_leaf<P: PinPages>(
 ) -> Result<Held<P::Pinned>> {
     match pin_part(pins, map, leaf) {
         Ok(mapping) => Ok(Held::Whole(mapping)),
-        Err(_) if leaf.pages > 1 => (leaf.gfn..leaf.gfn + leaf.pages as u64)
-            .map(|gfn| pin_part(pins, map, Leaf { gfn, pages: 1 }))
-            .collect::<Result<_>>()
-            .map(Held::Frames),
+        Err(_) if leaf.pages > 1 => {
+            let mut mappings = Vec::new();
+            memory::reserve(&mut mappings, leaf.pages)?;
+            for gfn in leaf.gfn..leaf.gfn + leaf.pages as u64 {
+                mappings.push(pin_part(pins, map, Leaf { gfn, pages: 1 })?);
+            }
+            Ok(Held::Frames(mappings))
+        }
         Err(error) => Err(error),
     }
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use vm_memory::GuestAddress;
 
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::ppgtt::device::SharedMap;
 use crate::ppgtt::entry::{Entry, Leaf, TableKey, TableKind, TABLE_ENTRIES};
 use crate::ppgtt::leaf::LeafPins;
@@ -196,9 +197,10 @@ impl<G> Ppgtt<G> {
     }
 
     /// A table that has one user and no entry that is present.
-    pub(super) fn add_table(&mut self, key: TableKey) {
-        let entries = Box::new([0; TABLE_ENTRIES]);
+    pub(super) fn add_table(&mut self, key: TableKey) -> Result<()> {
+        let entries = memory::zeroed()?;
         self.tables.insert(key, Table { users: 1, entries });
+        Ok(())
     }
 
     /// Sets an entry for what was acquired for it, and gives back what it was; `value` if there is no such
@@ -223,13 +225,15 @@ impl<G> Ppgtt<G> {
     }
 
     /// What `root` reaches of the entries that failed and of the leaves that lost their pages.
-    pub(super) fn unsettled(&self, root: &RootTables) -> Unsettled {
+    pub(super) fn unsettled(&self, root: &RootTables) -> Result<Unsettled> {
         let mut found = Unsettled::default();
         if self.failed.is_empty() && !self.leaves.any_lost() {
-            return found;
+            return Ok(found);
         }
         let mut seen = BTreeSet::new();
-        let mut next: Vec<TableKey> = root.iter().flatten().copied().collect();
+        let mut next: Vec<TableKey> = Vec::new();
+        memory::reserve(&mut next, root.len())?;
+        next.extend(root.iter().flatten());
         while let Some(key) = next.pop() {
             let Some(table) = self.tables.get(&key).filter(|_| seen.insert(key)) else {
                 continue;
@@ -239,13 +243,13 @@ impl<G> Ppgtt<G> {
                 .extend(self.failed.get(&key).into_iter().flatten());
             for entry in table.entries.iter() {
                 match key.kind.decode(*entry) {
-                    Ok(Entry::Table(child)) => next.push(child),
+                    Ok(Entry::Table(child)) => memory::push(&mut next, child)?,
                     Ok(Entry::Leaf(leaf)) => found.leaves.extend(self.leaves.lost(leaf)),
                     Ok(Entry::NotPresent) | Err(_) => {}
                 }
             }
         }
-        found
+        Ok(found)
     }
 
     /// Gives up what an entry points to.

@@ -34,7 +34,7 @@ impl<M: GuestDma, O: Observer, P: PinPages> Update<'_, '_, M, O, P> {
         let mut errors = self.read_written();
         self.know(root)?;
         loop {
-            let unsettled = self.shadow.unsettled(&root);
+            let unsettled = self.shadow.unsettled(&root)?;
             if unsettled.entries.is_empty() && unsettled.leaves.is_empty() {
                 return Ok(());
             }
@@ -140,7 +140,7 @@ impl<M: GuestDma, O: Observer, P: PinPages> Update<'_, '_, M, O, P> {
             return Ok(());
         }
         self.shadow.check_room()?;
-        self.shadow.add_table(key);
+        self.shadow.add_table(key)?;
         // A child is of a lower kind, so the recursion ends whatever the guest points where.
         for index in (0..TABLE_ENTRIES).step_by(key.kind.stride()) {
             let acquired = self

@@ -113,7 +113,7 @@ impl AccessTrace {
     ///
     /// # Errors
     ///
-    /// What is wrong with it, all EINVAL.
+    /// What is wrong with it, all EINVAL; [`TraceError::NoMemory`] (ENOMEM).
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, TraceError> {
         let accesses = format::parse(bytes)?;
         Ok(AccessTrace { accesses })
@@ -132,7 +132,8 @@ impl AccessTrace {
     ///
     /// # Errors
     ///
-    /// [`TraceError::TooMany`] and [`TraceError::Range`] (EINVAL): what could not be read again.
+    /// [`TraceError::TooMany`] and [`TraceError::Range`] (EINVAL): what could not be read again; [`TraceError::NoMemory`]
+    /// (ENOMEM).
     pub fn push(&mut self, access: TracedAccess) -> Result<(), TraceError> {
         let index = self.accesses.len();
         if index >= format::MAX_ACCESSES {
@@ -143,6 +144,7 @@ impl AccessTrace {
             let TracedAccess { iova, len, .. } = access;
             return Err(TraceError::Range { index, iova, len });
         }
+        format::reserve(&mut self.accesses, 1)?;
         self.accesses.push(access);
         Ok(())
     }
@@ -167,10 +169,13 @@ impl AccessTrace {
     ///
     /// # Errors
     ///
-    /// [`TraceError::Access`] (EFAULT) with the first that fails; those before are done.
+    /// [`TraceError::Access`] (EFAULT) with the first that fails; those before are done. [`TraceError::NoMemory`] (ENOMEM).
     pub fn drive<M: GuestDma>(&self, memory: &M) -> Result<Driven, TraceError> {
         let longest = self.accesses.iter().map(|access| access.len).max();
-        let mut buffer = vec![0; longest.unwrap_or(0) as usize];
+        let longest = longest.unwrap_or(0) as usize;
+        let mut buffer = Vec::new();
+        format::reserve(&mut buffer, longest)?;
+        buffer.resize(longest, 0);
         let mut driven = Driven::default();
         for (index, access) in self.accesses.iter().enumerate() {
             let TracedAccess { iova, len, .. } = *access;

@@ -64,6 +64,12 @@ pub enum TraceError {
         /// Its length in bytes.
         len: u32,
     },
+    /// There is no memory for the accesses or for what they transfer.
+    #[error("{bytes:#x} bytes of memory for a trace are not there")]
+    NoMemory {
+        /// What was asked for in vain.
+        bytes: usize,
+    },
     /// An access failed when it was done again.
     #[error("access {index} of the trace, {len} bytes at {iova:#x}: {source}")]
     Access {
@@ -79,10 +85,11 @@ pub enum TraceError {
 }
 
 impl TraceError {
-    /// What the kernel would return: EFAULT for an access that failed, EINVAL for the rest.
+    /// What the kernel would return: EFAULT for an access that failed, ENOMEM, EINVAL for the rest.
     pub fn errno(&self) -> i32 {
         match self {
             TraceError::Access { .. } => libc::EFAULT,
+            TraceError::NoMemory { .. } => libc::ENOMEM,
             _ => libc::EINVAL,
         }
     }

@@ -75,10 +75,23 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vec<TracedAccess>, TraceError> {
             actual: bytes.len() as u64,
         });
     }
-    let accesses = bytes[HEADER_BYTES..].chunks_exact(ACCESS_BYTES).enumerate();
-    accesses
-        .map(|(index, bytes)| access(index, bytes))
-        .collect()
+    let stored = bytes[HEADER_BYTES..].chunks_exact(ACCESS_BYTES);
+    let mut accesses = Vec::new();
+    reserve(&mut accesses, stored.len())?;
+    for (index, bytes) in stored.enumerate() {
+        accesses.push(access(index, bytes)?);
+    }
+    Ok(accesses)
+}
+
+/// Makes room for so many values more.
+pub(super) fn reserve<T>(list: &mut Vec<T>, more: usize) -> Result<(), TraceError> {
+    let bytes = list
+        .len()
+        .saturating_add(more)
+        .saturating_mul(size_of::<T>());
+    let reserved = list.try_reserve(more);
+    reserved.map_err(|_| TraceError::NoMemory { bytes })
 }
 
 fn access(index: usize, bytes: &[u8]) -> Result<TracedAccess, TraceError> {

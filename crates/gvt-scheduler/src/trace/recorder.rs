@@ -49,7 +49,8 @@ impl<C: Clock> Recorder<C> {
     ///
     /// # Errors
     ///
-    /// [`TraceError::TooMany`] if that is more than a trace may have, in which case it is lost.
+    /// [`TraceError::TooMany`] if that is more than a trace may have, [`TraceError::NoMemory`] if there was no memory for it;
+    /// it is lost then.
     pub fn take(&mut self) -> Result<AccessTrace, TraceError> {
         let trace = std::mem::take(&mut self.trace);
         match self.refused.take() {

@@ -31,14 +31,23 @@ pub struct VgpuConfig {
     pub ggtt_entries: u32,
     /// The parts of the graphics memory that are the vGPU's; `None` when all of it is.
     pub windows: Option<GmWindows>,
-    /// Workloads that may be in the queue of an engine; a submission beyond is `EBUSY`. The two slots
-    /// of the hardware hold four, and a driver waits for events before it submits more; 64 leaves room
-    /// for a caller that is late.
+    /// Workloads that may be in the queue of an engine, [`MAX_QUEUED`](Self::MAX_QUEUED) by default; a submission beyond
+    /// is `EBUSY`.
     pub max_queued: usize,
-    /// Page tables and roots that may be shadowed; one beyond is `ENOMEM`. A table takes 4 KiB, so
-    /// that 16384 of them are 64 MiB and map 32 GiB in small pages. Pins come on top, of some 200 bytes
-    /// for a page: there are as many as guest memory has pages that can be pinned.
+    /// Page tables and roots that may be shadowed, [`MAX_PAGE_TABLES`](Self::MAX_PAGE_TABLES) by default; one beyond is
+    /// `ENOMEM`. Pins come on top, of some 200 bytes for a page: there are as many as guest memory has pages that can be
+    /// pinned.
     pub max_page_tables: usize,
+}
+
+impl VgpuConfig {
+    /// The two slots of the hardware hold four workloads, and a driver waits for events before it submits more; this
+    /// leaves room for a caller that is late.
+    pub const MAX_QUEUED: usize = 64;
+
+    /// A table takes 4 KiB, so that these are 64 MiB and map 32 GiB in small pages. A submission whose tables are all new
+    /// reads, and pins by, 512 entries of each.
+    pub const MAX_PAGE_TABLES: usize = 16_384;
 }
 
 impl Default for VgpuConfig {
@@ -50,8 +59,8 @@ impl Default for VgpuConfig {
             errors: ErrorMode::default(),
             ggtt_entries: 0x10_0000,
             windows: None,
-            max_queued: 64,
-            max_page_tables: 16384,
+            max_queued: Self::MAX_QUEUED,
+            max_page_tables: Self::MAX_PAGE_TABLES,
         }
     }
 }

@@ -34,6 +34,16 @@ impl EngineState {
         }
     }
 
+    /// As it was made, in the memory that it has.
+    pub(super) fn reset(&mut self) {
+        self.elsp = ElspPort::default();
+        self.execlist = ExeclistState::default();
+        self.csb = ContextStatusBuffer::default();
+        self.queue.clear();
+        self.image.clear();
+        self.skip = SkipRecord::default();
+    }
+
     /// Where the queued workloads of a context end. The head in guest memory lags behind it until
     /// they are complete.
     pub(super) fn queued_tail(&self, context: &ContextDescriptor) -> Option<u32> {

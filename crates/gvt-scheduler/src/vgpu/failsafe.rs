@@ -10,7 +10,6 @@ use page_pin::PinPages;
 use crate::error::Error;
 use crate::guest_dma::GuestDma;
 use crate::observe::Observer;
-use crate::regs::EngineId;
 use crate::vgpu::engine_state::EngineState;
 use crate::vgpu::Vgpu;
 
@@ -86,8 +85,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
         self.ggtt.clear();
         self.drop_page_tables();
         self.registers.clear();
-        self.engines = EngineId::ALL
-            .map(|engine| EngineState::new(engine.context_pages(self.config.generation)));
+        self.engines.iter_mut().for_each(EngineState::reset);
         self.next_sequence = 0;
         self.skips = 0;
     }

@@ -26,6 +26,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::ggtt::{Ggtt, HalfEntry};
 use crate::guest_dma::{GuestDma, Port};
+use crate::memory;
 use crate::observe::Observer;
 use crate::ppgtt::{DeviceMap, PageTableRoot, Ppgtt, SharedMap, Update};
 use crate::regs::{ring_register, EngineId, REGISTER_SPACE};
@@ -135,7 +136,8 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     ///
     /// # Errors
     ///
-    /// [`Error::Register`] (EINVAL): `offset` is no multiple of 4, or not below 2 MiB. A submission is refused with
+    /// [`Error::Register`] (EINVAL): `offset` is no multiple of 4, or not below 2 MiB. [`Error::NoMemory`] (ENOMEM). A
+    /// submission is refused with
     ///
     /// - EINVAL: [`Error::EmptySubmission`], [`Error::NotPrivileged`], [`Error::AddressingMode`],
     ///   [`Error::RingContextUnmapped`], and of its ring and batches [`Error::NotPageAligned`],
@@ -169,7 +171,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
                 return Ok(None);
             }
         }
-        self.registers.insert(offset, value);
+        self.store(offset, value)?;
         Ok(None)
     }
 
@@ -205,7 +207,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     ///
     /// Those of [`page_table_written`](Self::page_table_written)'s later reads, now: the entry cannot be read
     /// (`EFAULT`), maps a page of 1 GiB (`EINVAL`) or one that cannot be pinned (`ENXIO`), or points to more
-    /// tables than may be shadowed (`ENOMEM`). It is not present then, and an error of each workload whose root
+    /// tables than may be shadowed or than there is memory for (`ENOMEM`). It is not present then, and an error of each workload whose root
     /// reaches it until it is mended.
     pub fn page_table_trapped(&mut self, gpa: GuestAddress, len: u64) -> Result<()> {
         let mut port = Port {
@@ -267,8 +269,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
 
     /// The guest resets an engine: its queue, submission port, slots and context status buffer.
     pub fn reset_engine(&mut self, engine: EngineId) {
-        let pages = engine.context_pages(self.config.generation);
-        self.engines[engine as usize] = EngineState::new(pages);
+        self.engines[engine as usize].reset();
     }
 
     /// Drops the pins of pages that page tables map inside `size` bytes from `iova`: what an unmap
@@ -339,6 +340,14 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
     /// How the vGPU was made.
     pub fn config(&self) -> &VgpuConfig {
         &self.config
+    }
+
+    /// Stores a register, of which there may be as many as `REGISTER_SPACE` has.
+    fn store(&mut self, offset: u32, value: u32) -> Result<()> {
+        let room = self.registers.try_reserve(1);
+        room.map_err(|_| memory::no_memory::<(u32, u32)>(self.registers.len() + 1))?;
+        self.registers.insert(offset, value);
+        Ok(())
     }
 
     fn drop_page_tables(&mut self) {

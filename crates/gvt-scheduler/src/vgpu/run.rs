@@ -46,7 +46,7 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
 
     fn populate(&mut self, engine: EngineId, workload: &mut Workload) -> Result<(CopyStats, bool)> {
         let start = engine.mmio_base() + ring_register::START;
-        self.registers.insert(start, workload.ring.start());
+        self.store(start, workload.ring.start())?;
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
@@ -121,18 +121,18 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
 
     /// Writes the context back; `None` when a page of it has no translation.
     fn write_back(&mut self, engine: EngineId, workload: &Workload) -> Result<Option<CopyStats>> {
+        self.observer.step(workload.sequence, Step::Complete);
+        for (register, value) in [
+            (ring_register::TAIL, workload.ring.tail()),
+            (ring_register::HEAD, workload.ring.final_head()),
+        ] {
+            self.store(engine.mmio_base() + register, value)?;
+        }
         let mut port = Port {
             memory: &self.memory,
             observer: &mut self.observer,
             errors: self.config.errors,
         };
-        port.observer.step(workload.sequence, Step::Complete);
-        for (register, value) in [
-            (ring_register::TAIL, workload.ring.tail()),
-            (ring_register::HEAD, workload.ring.final_head()),
-        ] {
-            self.registers.insert(engine.mmio_base() + register, value);
-        }
         let EngineState { image, skip, .. } = &mut self.engines[engine as usize];
         let copy = image_copy(&self.config, &self.ggtt, engine, workload, image);
         match copy.write_back(&mut port) {

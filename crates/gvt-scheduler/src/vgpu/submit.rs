@@ -8,6 +8,7 @@ use page_pin::PinPages;
 use crate::descriptor::ContextDescriptor;
 use crate::error::{Error, Result};
 use crate::guest_dma::{GuestDma, Port};
+use crate::memory;
 use crate::observe::{Observer, Step};
 use crate::ppgtt::{PageTableRoot, Update};
 use crate::regs::{EngineId, PAGE_SHIFT};
@@ -93,6 +94,8 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
             commands: self.spare.pop().unwrap_or_default(),
             scanned: false,
         };
+        let room = state.queue.try_reserve(1);
+        room.map_err(|_| memory::no_memory::<Workload>(state.queue.len() + 1))?;
         if state.queue.is_empty() {
             port.observer.step(sequence, Step::Scan);
             workload.scan(&mut port, engine, &self.ggtt, &*self.auditor)?;

@@ -16,6 +16,7 @@ use crate::descriptor::ContextDescriptor;
 use crate::error::{Error, Result};
 use crate::ggtt::Ggtt;
 use crate::guest_dma::{GuestDma, Port};
+use crate::memory;
 use crate::observe::{AccessKind, Observer};
 use crate::ppgtt::PageTableRoot;
 use crate::regs::EngineId;
@@ -113,7 +114,7 @@ fn copy_pieces<M: GuestDma, O: Observer>(
     for (gma, len) in pieces {
         let gpa = ggtt.translate(gma).ok_or(Error::BufferUnmapped { gma })?;
         let at = copy.len();
-        copy.resize(at + len, 0);
+        memory::grow(copy, len)?;
         port.read(AccessKind::Ring, gpa, &mut copy[at..])?;
     }
     Ok(())
