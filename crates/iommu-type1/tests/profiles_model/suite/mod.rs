@@ -34,17 +34,19 @@ pub struct Space {
     profile: Profile,
     other_policy: bool,
     is_tracked: bool,
+    is_heard: bool,
 }
 
 /// What is done, and which of what is there it is done to.
 pub type Step = (Op, Index);
 
 pub fn space() -> impl Strategy<Value = Space> {
-    let space = (profile(), any::<bool>(), any::<bool>());
-    space.prop_map(|(profile, other_policy, is_tracked)| Space {
+    let space = (profile(), any::<bool>(), any::<bool>(), any::<bool>());
+    space.prop_map(|(profile, other_policy, is_tracked, is_heard)| Space {
         profile,
         other_policy,
         is_tracked,
+        is_heard,
     })
 }
 
@@ -58,6 +60,7 @@ pub fn run(case: Case) -> Result<(), TestCaseError> {
         profile,
         other_policy,
         is_tracked,
+        is_heard,
     } = case.space;
     let strict = matches!(profile, Profile::Iommufd | Profile::Iotlb) != other_policy;
     let mut builder = IoAddressSpace::builder()
@@ -70,10 +73,7 @@ pub fn run(case: Case) -> Result<(), TestCaseError> {
             false => PermissionPolicy::WriteNeedsRead,
         });
     }
-    let mut real = Real {
-        space: builder.build(),
-        held: Vec::new(),
-    };
+    let mut real = Real::new(builder.build(), is_heard);
     let mut model = Model::new(profile, strict);
     step(&mut real, &mut model, Op::SetTracking(is_tracked))?;
     for (op, pick) in case.steps {

@@ -11,7 +11,7 @@ use iommu_type1::{page_size, Profile, UnmapPolicy};
 use vm_memory::Permissions;
 use Permissions::{Read, ReadWrite, Write};
 
-use super::op::{Range, LIMIT};
+use super::op::{Range, GUEST, LIMIT};
 
 /// Memory that several mappings may have.
 pub(crate) type Memory = Rc<RefCell<Vec<u8>>>;
@@ -557,6 +557,11 @@ impl Model {
             part.first = to + (part.first - range.0);
             part.last = part.first + (size - 1);
         }
+        self.map_parts(parts)
+    }
+
+    /// Maps one behind the other, all or none.
+    fn map_parts(&mut self, parts: Vec<Mapped>) -> Outcome<()> {
         if self.profile == Profile::Iotlb {
             return self.update(parts);
         }
@@ -579,6 +584,67 @@ impl Model {
             return Err(libc::ENOSPC);
         }
         parts.into_iter().for_each(|part| self.add(part));
+        Ok(())
+    }
+
+    /// `guest` has the regions of the guest's memory.
+    pub(crate) fn map_guest(
+        &mut self,
+        (iova, size): Range,
+        page: u64,
+        prot: Permissions,
+        guest: &[Memory],
+    ) -> Outcome<()> {
+        let p = page_size();
+        let behind = size.checked_sub(1).ok_or(libc::EINVAL)?;
+        for first in [iova, page * p] {
+            first.checked_add(behind).ok_or(libc::EOVERFLOW)?;
+        }
+        let mut parts = Vec::new();
+        let mut done = 0;
+        while done < size {
+            let at = page * p + done;
+            let mut regions = GUEST.iter().zip(guest);
+            let inside =
+                |(first, pages): (u64, u64)| (first * p..(first + pages) * p).contains(&at);
+            let found = regions.find(|(region, _)| inside(**region));
+            let ((first, pages), memory) = found.ok_or(libc::EFAULT)?;
+            let offset = at - first * p;
+            let len = (size - done).min(pages * p - offset);
+            parts.push(Mapped {
+                memory: memory.clone(),
+                offset: offset as usize,
+                ..Model::fresh((iova + done, len), prot)
+            });
+            done += len;
+        }
+        for part in &parts {
+            self.check_map(part.range(), prot)?;
+        }
+        self.map_parts(parts)
+    }
+
+    pub(crate) fn is_unmapped(&self, (iova, size): Range) -> Outcome<bool> {
+        let behind = size.checked_sub(1).ok_or(libc::EINVAL)?;
+        let last = iova.checked_add(behind).ok_or(libc::EOVERFLOW)?;
+        let mut all = self.mappings.iter().chain(&self.replaced);
+        Ok(!all.any(|mapped| mapped.overlaps(iova, last)))
+    }
+
+    /// Somebody says that bytes were written.
+    pub(crate) fn mark_dirty(&mut self, iova: u64, len: usize) -> Result<(), (i32, usize)> {
+        if iova as u128 + len as u128 > 1 << 64 {
+            return Err((libc::EOVERFLOW, 0));
+        }
+        for i in 0..len {
+            let at = iova + i as u64;
+            if let Some(errno) = self.refusal(at, |mapped| mapped.prot.allow(Write)) {
+                return Err((errno, i));
+            }
+            if self.tracking {
+                self.dirty.insert(at / page_size() * page_size());
+            }
+        }
         Ok(())
     }
 

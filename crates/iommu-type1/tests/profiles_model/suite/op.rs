@@ -43,7 +43,17 @@ pub enum Op {
     Release(prop::sample::Index),
     SetTracking(bool),
     TakeDirty(Range),
+    TakeBitmap(Range),
+    MarkDirty(u64, usize),
+    MapAnywhere(u64, Permissions),
+    /// To an address, so many bytes from a page of the guest's memory.
+    MapGuest(u64, u64, u64, Permissions),
+    IsUnmapped(Range),
+    Snapshot,
 }
+
+/// Regions of the guest's memory, in pages: two that meet, and one behind a hole.
+pub(crate) const GUEST: [(u64, u64); 3] = [(0, 2), (2, 3), (7, 2)];
 
 pub(crate) fn page() -> impl Strategy<Value = u64> {
     (0..PAGES).prop_map(address)
@@ -106,6 +116,13 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         4 => any::<prop::sample::Index>().prop_map(Op::Release),
         2 => (0..4_u8).prop_map(|n| Op::SetTracking(n > 0)),
         6 => range().prop_map(Op::TakeDirty),
+        2 => range().prop_map(Op::TakeBitmap),
+        4 => (byte(), len()).prop_map(|(at, len)| Op::MarkDirty(at, len)),
+        2 => (1..4_u64, prot()).prop_map(|(pages, prot)| Op::MapAnywhere(pages, prot)),
+        4 => (range(), 0..10_u64, prot())
+            .prop_map(|((at, size), page, prot)| Op::MapGuest(at, page, size, prot)),
+        3 => range().prop_map(Op::IsUnmapped),
+        1 => Just(Op::Snapshot),
     ]
 }
 
@@ -121,6 +138,8 @@ pub(crate) fn aim(op: Op, model: &Model, pick: prop::sample::Index) -> Op {
         Op::Replace(_, prot, policy) => Op::Replace(range, prot, policy),
         Op::Invalidate(_) => Op::Invalidate(range),
         Op::Resume(_) => Op::Resume(range),
+        // What lies anywhere is met by few ranges.
+        Op::Unmap(_, policy) if pick.index(3) == 0 => Op::Unmap(range, policy),
         op => op,
     }
 }
