@@ -9,12 +9,11 @@ mod example;
 
 use std::process::Command;
 
-use deadline::must_end;
+use deadline::output;
 
 #[track_caller]
 fn says(name: &str, expected: &str) {
-    let mut command = Command::new(example::example(name));
-    let output = must_end(name, move || command.output().unwrap());
+    let output = output(Command::new(example::example(name)));
     let said = String::from_utf8(output.stdout).unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {errors}", output.status);

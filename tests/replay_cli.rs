@@ -3,6 +3,8 @@
 
 //! The replay example as a program: exit statuses, what goes to stdout and stderr, JSON.
 
+#[path = "../crates/page-pin/tests/common/deadline.rs"]
+mod deadline;
 mod example;
 
 use std::fs;
@@ -10,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
+use deadline::{must_end, output};
 use serde_json::Value;
 
 const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/crates/gvt-replay/data");
@@ -20,7 +23,9 @@ fn example() -> &'static Path {
 }
 
 fn replay(args: &[&str]) -> Output {
-    Command::new(example()).args(args).output().unwrap()
+    let mut program = Command::new(example());
+    program.args(args);
+    output(program)
 }
 
 fn recording(name: &str) -> String {
@@ -449,7 +454,9 @@ fn a_reader_that_goes_away_is_no_error() {
         .spawn()
         .unwrap();
     drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
+    let output = must_end("a program whose output nobody reads", || {
+        child.wait_with_output().unwrap()
+    });
     assert_eq!(output.status.code(), Some(0));
     assert!(
         output.stderr.is_empty(),

@@ -212,13 +212,13 @@ impl Guest {
 
     /// Waits until the device wants to read or write what the client has for itself.
     pub fn wait_for_question(&self) {
-        within("the device asks for memory", || self.poll(20_000)[0]);
+        within("the device asks for memory", || self.poll(10)[0]);
     }
 
     /// Waits for an interrupt, and says how many there were. What the device wants meanwhile is answered.
     pub fn interrupts(&mut self) -> u64 {
         within("there is an interrupt", || {
-            let [asks, interrupts] = self.poll(20_000);
+            let [asks, interrupts] = self.poll(10);
             if asks && !interrupts {
                 let message = self.client.receive();
                 self.answer(&message);

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use common::deadline::{within, Over};
+use common::deadline::{output, within, Over};
 use common::patient;
 use iommu_type1::{
     page_size, Backing, Error, HolderKind, IoAddressSpace, ReaderBarrier, UnmapOptions, UnmapPolicy,
@@ -227,11 +227,11 @@ fn in_a_child(test: &str, work: impl FnOnce()) {
     if space().is_none() {
         return;
     }
-    let output = Command::new(std::env::current_exe().unwrap())
+    let mut program = Command::new(std::env::current_exe().unwrap());
+    program
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
+        .env(CHILD, "1");
+    let output = output(program);
     let said = String::from_utf8_lossy(&output.stdout);
     let cried = String::from_utf8_lossy(&output.stderr);
     assert!(

@@ -7,6 +7,7 @@
 #![allow(dead_code)] // Each test uses a part of it.
 
 use std::panic::resume_unwind;
+use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -14,13 +15,25 @@ use std::time::{Duration, Instant};
 /// Far longer than anything here takes, also on a machine that does much else. Under Miri all takes long.
 pub const DEADLINE: Duration = Duration::from_secs(if cfg!(miri) { 3600 } else { 60 });
 
-/// Waits until it is so.
+/// The most that counts of the time between two looks. Whoever does not get the processor for longer, or is stopped,
+/// cannot tell whether others get it.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Waits until it is so. To look at that must not take long.
 #[track_caller]
-pub fn within(what: &str, mut is_so: impl FnMut() -> bool) {
-    let mut begun = None;
+pub fn within(what: &str, is_so: impl FnMut() -> bool) {
+    by(DEADLINE, what, is_so);
+}
+
+#[track_caller]
+fn by(deadline: Duration, what: &str, mut is_so: impl FnMut() -> bool) {
+    let (mut waited, mut looked) = (Duration::ZERO, None);
     while !is_so() {
-        let waited = begun.get_or_insert_with(Instant::now).elapsed();
-        assert!(waited < DEADLINE, "not in {DEADLINE:?}: {what}");
+        let now = Instant::now();
+        waited += now
+            .duration_since(looked.replace(now).unwrap_or(now))
+            .min(LOOK);
+        assert!(waited < deadline, "not in {deadline:?}: {what}");
         thread::yield_now();
     }
 }
@@ -28,7 +41,12 @@ pub fn within(what: &str, mut is_so: impl FnMut() -> bool) {
 /// What a thread returns, which is left behind where it does not end.
 #[track_caller]
 pub fn ended<T>(what: &str, thread: JoinHandle<T>) -> T {
-    within(what, || {
+    ended_by(DEADLINE, what, thread)
+}
+
+#[track_caller]
+fn ended_by<T>(deadline: Duration, what: &str, thread: JoinHandle<T>) -> T {
+    by(deadline, what, || {
         let is_over = thread.is_finished();
         if !is_over {
             // What it does may want the processor.
@@ -43,6 +61,14 @@ pub fn ended<T>(what: &str, thread: JoinHandle<T>) -> T {
 #[track_caller]
 pub fn must_end<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
     ended(&format!("{what} ends"), thread::spawn(run))
+}
+
+/// What a program says, which is left behind where it does not end. It may have much to do, and others do as much.
+#[track_caller]
+pub fn output(mut program: Command) -> Output {
+    let what = format!("{program:?} ends");
+    let run = move || program.output().unwrap();
+    ended_by(10 * DEADLINE, &what, thread::spawn(run))
 }
 
 /// Set when this is dropped, so also where something fails: whoever goes on until then ends.
