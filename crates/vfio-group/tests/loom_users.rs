@@ -1,7 +1,7 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Model check of the container user protocol and of who is told of a value, on the production code.
+//! Model check of the container user protocol, of who is told of a value, and of devices that go, on the production code.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test -p vfio-group --release --test loom_users`
 
@@ -20,7 +20,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use broadcast::Broadcast;
+use checked_sync::clock::NEVER;
 use users::Attachment;
+use vfio_group::{Container, Device, Group, GroupFile, IommuType};
 
 /// What a group attaches to: records when it was left, and how often.
 struct Target {
@@ -297,5 +299,49 @@ fn a_listener_that_leaves_a_group_against_a_value() {
         attachment.put(Target::leave);
         setter.join().unwrap();
         assert_detached_once(&attachment, &target);
+    });
+}
+
+/// A device in a group that is ready, and the group's file.
+fn device() -> (Device, GroupFile) {
+    let group = Group::new(1);
+    let device = group.add_device("vgpu0").unwrap();
+    let (container, file) = (Container::open(), group.open().unwrap());
+    file.set_container(&container).unwrap();
+    container.set_iommu(IommuType::Type1v2).unwrap();
+    (device, file)
+}
+
+/// The kernel's bug B14: what was looked up was opened when it was gone.
+#[test]
+fn a_device_is_opened_or_removed() {
+    loom::model(|| {
+        let (device, file) = device();
+        let remover = {
+            let device = device.clone();
+            thread::spawn(move || device.remove())
+        };
+        let opened = file.device("vgpu0");
+        let removed = remover.join().unwrap();
+        match (&opened, &removed) {
+            (Ok(_), Err(error)) => {
+                assert_eq!(error.errno(), libc::EBUSY);
+                assert!(device.remove().is_err(), "still open");
+            }
+            (Err(error), Ok(())) => assert_eq!(error.errno(), libc::ENODEV),
+            other => panic!("both won, or none: {other:?}"),
+        }
+    });
+}
+
+/// Nobody else wakes whoever waits: a model in which none runs any more fails.
+#[test]
+fn who_waits_for_a_device_is_told_when_it_is_closed() {
+    loom::model(|| {
+        let (device, file) = device();
+        let opened = file.device("vgpu0").unwrap();
+        let waiter = thread::spawn(move || device.request_release(1, NEVER));
+        drop(opened);
+        waiter.join().unwrap().unwrap();
     });
 }

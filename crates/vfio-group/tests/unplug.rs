@@ -101,7 +101,8 @@ fn an_unplug_waits_as_long_as_it_was_told() {
     assert_eq!(notifier.read().unwrap(), 1);
 }
 
-/// Who is asked closes the device, and whoever waits is told of that.
+/// Who is asked closes the device, and whoever waits is told of that. It may not wait yet then; what becomes of one who
+/// does is in the model of `tests/loom_users.rs`.
 #[test]
 fn whoever_unplugs_waits_for_who_is_asked() {
     type Wait = fn(&Device) -> vfio_group::Result<()>;
