@@ -17,9 +17,8 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use deadline::ended;
+use deadline::{ended, DEADLINE};
 use vfio_user_dma::wire::{self, command, flags, Header};
 use vfio_user_dma::{
     Backend, Capabilities, DmaTable, End, Irqs, Region, RegionFile, Result, Server, SetIrqs,
@@ -144,12 +143,8 @@ pub struct Client {
 
 impl Client {
     pub fn new(stream: UnixStream) -> Self {
-        stream
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
-        stream
-            .set_write_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.set_write_timeout(Some(DEADLINE)).unwrap();
         Client {
             stream,
             next_id: 100,
@@ -387,6 +382,15 @@ impl Backend for Device {
     }
 }
 
+/// A table whose deadlines only pass where something does not come to its end at all.
+pub fn patient_table() -> DmaTable {
+    DmaTable::builder()
+        .unmap_deadline(DEADLINE)
+        .message_deadline(DEADLINE)
+        .build()
+        .unwrap()
+}
+
 /// A server with a client.
 pub struct Served {
     pub client: Client,
@@ -398,11 +402,7 @@ pub struct Served {
 
 impl Served {
     pub fn new() -> Self {
-        Served::with(
-            DmaTable::new().unwrap(),
-            |server| server,
-            Capabilities::default(),
-        )
+        Served::with(patient_table(), |server| server, Capabilities::default())
     }
 
     /// With a version agreed on.
@@ -418,7 +418,10 @@ impl Served {
 
     /// Without.
     pub fn silent(table: DmaTable, configure: impl FnOnce(Server) -> Server) -> Self {
-        let server = configure(Server::from_listener(listener()).unwrap());
+        let server = Server::from_listener(listener())
+            .unwrap()
+            .io_deadline(DEADLINE);
+        let server = configure(server);
         let stopper = server.stopper();
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut device = Device::new(table.clone());

@@ -3,6 +3,7 @@
 
 //! Memory without a file: the client is asked for it by messages, and need not answer.
 
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use vm_memory::Permissions;
 
 use crate::cause;
 use crate::common::deadline::{ended, within};
-use crate::common::{self, memfd, Client, Reply, Served, PAGE};
+use crate::common::{self, memfd, patient_table, Client, Reply, Served, PAGE};
 
 /// What a device waits for.
 const ANSWERED: &str = "accesses end when they are answered";
@@ -71,7 +72,7 @@ fn memory_without_a_file_is_accessed_by_messages_of_the_agreed_size() {
             max_data_xfer_size: 0x600,
             ..Capabilities::default()
         };
-        let mut served = Served::with(DmaTable::new().unwrap(), |server| server, capabilities);
+        let mut served = Served::with(patient_table(), |server| server, capabilities);
         let file = memfd(1);
         // Client, file, client: one access over all of them.
         assert_eq!(served.client.map(0x1_0000, PAGE, 7, None), 0);
@@ -141,13 +142,6 @@ fn say_wide(client: &mut Client) -> Reply {
     asked
 }
 
-fn short_table() -> DmaTable {
-    DmaTable::builder()
-        .message_deadline(Duration::from_millis(300))
-        .build()
-        .unwrap()
-}
-
 #[test]
 fn a_deadline_may_be_never() {
     let never = DmaTable::builder().message_deadline(Duration::MAX);
@@ -162,7 +156,7 @@ fn a_deadline_may_be_never() {
 
 #[test]
 fn the_client_is_served_while_the_device_waits_for_it() {
-    let (read, served) = read_while(DmaTable::new().unwrap(), |client| {
+    let (read, served) = read_while(patient_table(), |client| {
         let asked = say_wide(client);
         // Replies are told from questions by their ids only; these have ids of their own.
         client.assert_in_step();
@@ -190,7 +184,7 @@ fn answers_that_are_none_fail_that_access_only() {
         (0, 0, &|_| vec![0; 1 << 20]),
     ];
     for (index, (flags, error, body)) in wrong.into_iter().enumerate() {
-        let (read, mut served) = read_while(DmaTable::new().unwrap(), |client| {
+        let (read, mut served) = read_while(patient_table(), |client| {
             let asked = say_wide(client);
             let body = body(&asked);
             client.reply(&asked, flags, error, &body);
@@ -204,7 +198,7 @@ fn answers_that_are_none_fail_that_access_only() {
         served.end().unwrap();
     }
     // Another command's answer.
-    let (read, served) = read_while(DmaTable::new().unwrap(), |client| {
+    let (read, served) = read_while(patient_table(), |client| {
         let mut asked = say_wide(client);
         asked.header.command = command::DMA_WRITE;
         client.reply(&asked, 0, 0, &[&asked.body[..], &[9; 16]].concat());
@@ -215,7 +209,7 @@ fn answers_that_are_none_fail_that_access_only() {
 
 #[test]
 fn an_error_about_the_address_says_nothing_of_the_layout() {
-    let (read, mut served) = read_while(DmaTable::new().unwrap(), |client| {
+    let (read, mut served) = read_while(patient_table(), |client| {
         let asked = client.receive();
         client.reply(&asked, flags::ERROR, libc::EFAULT as u32, &[]);
     });
@@ -231,36 +225,87 @@ fn an_error_about_the_address_says_nothing_of_the_layout() {
     served.end().unwrap();
 }
 
+/// Says whether it is the question how the client lays messages out, and answers that as the protocol has it.
+fn is_layout(client: &mut Client, asked: &Reply) -> bool {
+    let (access, _) = DmaAccess::decode(&asked.body).unwrap();
+    let is_layout = access.count > u32::MAX.into();
+    if is_layout {
+        client.reply(asked, flags::ERROR, libc::EINVAL as u32, &[]);
+    }
+    is_layout
+}
+
 #[test]
 fn an_answer_that_never_comes_fails_at_the_deadline_and_is_nothing_when_it_comes() {
-    let mut late = None;
-    let (read, mut served) = read_while(short_table(), |client| {
-        let mut asked = say_wide(client);
-        // An answer to nothing is no answer.
-        asked.header.message_id ^= 0x4000;
-        let body = [&asked.body[..], &[9; 16]].concat();
-        client.reply(&asked, 0, 0, &body);
-        asked.header.message_id ^= 0x4000;
-        late = Some(asked);
-    });
-    assert!(matches!(cause(read), (0, AccessError::Deadline(_))));
-    // The next question has another id, so the late answer is not taken for its own.
+    let hasty = DmaTable::builder().message_deadline(Duration::from_millis(20));
+    let hasty = hasty.build().unwrap();
+    let mut served = Served::with(hasty, |server| server, Capabilities::default());
+    assert_eq!(served.client.map(0x1_0000, PAGE, 0, None), 0);
     let dma = served.table.handle();
+    // The client may be late itself: so until an answer came in time.
     let device = thread::spawn(move || {
-        let mut bytes = [0; 16];
-        dma.read(0x1_0000, &mut bytes).map(|()| bytes)
+        let mut deadlines = 0;
+        loop {
+            let mut bytes = [0; 16];
+            match dma.read(0x1_0000, &mut bytes) {
+                Ok(()) => return (deadlines, bytes),
+                Err(error) => {
+                    assert!(matches!(
+                        cause::<()>(Err(error)),
+                        (0, AccessError::Deadline(_))
+                    ));
+                    deadlines += 1;
+                }
+            }
+        }
     });
-    let late = late.unwrap();
-    let asked = served.client.receive();
+    let client = &mut served.client;
+    let next = |client: &mut Client| loop {
+        let asked = client.receive();
+        if !is_layout(client, &asked) {
+            return asked;
+        }
+    };
+    let with = |asked: &Reply, byte| [&asked.body[..], &[byte; 16]].concat();
+    let late = next(client);
+    // An answer to nothing is no answer.
+    let mut wrong = late.header;
+    wrong.message_id ^= 0x4000;
+    let wrong = Reply {
+        header: wrong,
+        body: Vec::new(),
+    };
+    client.reply(&wrong, 0, 0, &with(&late, 9));
+    // The next question has another id, so the late answer is not taken for its own.
+    let asked = next(client);
     assert_ne!(asked.header.message_id, late.header.message_id);
-    served
-        .client
-        .reply(&late, 0, 0, &[&late.body[..], &[1; 16]].concat());
-    served
-        .client
-        .reply(&asked, 0, 0, &[&asked.body[..], &[2; 16]].concat());
-    assert_eq!(ended(ANSWERED, device).unwrap(), [2; 16]);
+    client.reply(&late, 0, 0, &with(&late, 1));
+    client.reply(&asked, 0, 0, &with(&asked, 2));
+    within("an answer comes in time", || {
+        if has_message(client) {
+            let asked = client.receive();
+            if !is_layout(client, &asked) {
+                client.reply(&asked, 0, 0, &with(&asked, 2));
+            }
+        }
+        device.is_finished()
+    });
+    let (deadlines, bytes) = ended(ANSWERED, device);
+    assert!(deadlines > 0);
+    assert_eq!(bytes, [2; 16]);
     served.end().unwrap();
+}
+
+/// Whether there is something to receive by now.
+fn has_message(client: &Client) -> bool {
+    let mut fd = libc::pollfd {
+        fd: client.stream.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one structure, which outlives the call.
+    assert!(unsafe { libc::poll(&mut fd, 1, 1) } >= 0);
+    fd.revents != 0
 }
 
 #[test]
@@ -271,16 +316,18 @@ fn what_is_awaited_of_a_silent_client_is_bounded() {
         .unwrap();
     let mut served = Served::with(table, |server| server, Capabilities::default());
     assert_eq!(served.client.map(0, PAGE, 0, None), 0);
-    for _ in 0..300 {
-        let (_, cause) = cause(served.table.read(0, &mut [0; 4]));
-        assert!(matches!(cause, AccessError::Deadline(_)));
-    }
-    served
-        .client
-        .stream
-        .set_read_timeout(Some(Duration::from_millis(100)))
-        .unwrap();
-    let asked = std::iter::from_fn(|| served.client.try_receive().ok()).count();
+    // What the server had no time to send is given up. So until it had some.
+    within("the client is asked", || {
+        for _ in 0..300 {
+            let (_, cause) = cause(served.table.read(0, &mut [0; 4]));
+            assert!(matches!(cause, AccessError::Deadline(_)));
+        }
+        has_message(&served.client)
+    });
+    // What was wanted is sent before the answer to what comes now.
+    served.client.send(command::DEVICE_RESET, &[]);
+    let until_answered = || Some(served.client.receive()).filter(|it| !it.header.is_reply());
+    let asked = std::iter::from_fn(until_answered).count();
     assert!((1..=64).contains(&asked), "{asked}");
     served.end().unwrap();
 }
@@ -324,7 +371,7 @@ fn a_client_that_goes_fails_what_is_awaited_of_it() {
 
 #[test]
 fn an_unmap_fails_what_is_awaited_of_its_range_and_nothing_else() {
-    let (read, mut served) = read_while(DmaTable::new().unwrap(), |client| {
+    let (read, mut served) = read_while(patient_table(), |client| {
         let asked = say_wide(client);
         assert_eq!(client.map(0x2_0000, PAGE, 0, None), 0);
         assert_eq!(client.unmap(0, 0x2_0000, PAGE), Ok(PAGE));
