@@ -10,7 +10,7 @@ mod deadline;
 use std::thread;
 use std::time::Duration;
 
-use deadline::within;
+use deadline::{within, DEADLINE};
 use gvt_replay::layout::{Slot, SLOTS};
 use gvt_replay::{Contiguity, Machine, Model, Plan, Trace};
 use gvt_scheduler::VgpuConfig;
@@ -47,7 +47,7 @@ fn an_unmap_ends_when_the_vgpus_thread_reads_the_notice() {
         let pinned = machine.vgpu().pinned_leaves();
         let space = space.clone();
         let vmm = thread::spawn(move || {
-            let patient = UnmapOptions::new().deadline(Duration::from_secs(20));
+            let patient = UnmapOptions::new().deadline(DEADLINE);
             space.unmap_with(gpa, len, patient)
         });
         within("an unmap ends when the notice is read", || {

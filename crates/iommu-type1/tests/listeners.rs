@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use deadline::{within, Over};
+use deadline::{within, Over, DEADLINE};
 use iommu_type1::{
     page_size, Backing, Error, IoAddressSpace, Listener, Listening, MappingInfo, PermissionPolicy,
     Profile, UnmapOptions, UnmapPolicy, LISTENER_LIMIT,
@@ -466,7 +466,7 @@ fn memory_that_is_taken_away_and_given_back() {
 /// Who maps and unmaps, and who comes and goes, at the same time.
 #[test]
 fn nothing_is_missed_and_nothing_told_twice() {
-    let space = IoAddressSpace::new();
+    let space = IoAddressSpace::builder().unmap_deadline(DEADLINE).build();
     let is_over = AtomicBool::new(false);
     let always = Mirror::new();
     thread::scope(|scope| {

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::beside_an_unmap;
-use common::deadline::{ended, within, Over};
+use common::deadline::{ended, within, Over, DEADLINE};
 use iommu_type1::{
     page_size, Backing, Error, HolderKind, Interest, IoAddressSpace, PermissionPolicy, Profile,
     UnmapOptions, UnmapPolicy,
@@ -27,7 +27,10 @@ fn pages(n: u64) -> Backing {
 }
 
 fn space(profile: Profile) -> IoAddressSpace {
-    IoAddressSpace::builder().profile(profile).build()
+    IoAddressSpace::builder()
+        .profile(profile)
+        .unmap_deadline(DEADLINE)
+        .build()
 }
 
 fn errno<T>(result: Result<T, Error>) -> Result<T, i32> {
@@ -550,7 +553,7 @@ fn a_copy_shares_memory_and_shrinks_permissions_only() {
 #[test]
 fn what_was_replaced_is_forgotten_by_whoever_waits_last() {
     for _ in 0..200 {
-        let space = IoAddressSpace::new();
+        let space = space(Type1v2);
         space.map(0, pages(1), ReadWrite).unwrap();
         let guard = space.memory();
         guard.read_slice(&mut [0], GuestAddress(0)).unwrap();

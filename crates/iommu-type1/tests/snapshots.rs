@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
 
-use deadline::{within, Over};
+use deadline::{within, Over, DEADLINE};
 use iommu_type1::{
     page_size, Backing, BackingRef, Error, IoAddressSpace, Place, Profile, Result, Snapshot,
     SnapshotError, SnapshotMemory,
@@ -413,7 +413,7 @@ fn what_is_being_unmapped_is_left_out() {
 /// Batches come and go as one, and a snapshot sees them so.
 #[test]
 fn a_snapshot_is_of_one_moment() {
-    let space = IoAddressSpace::new();
+    let space = IoAddressSpace::builder().unmap_deadline(DEADLINE).build();
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
         let _over = Over(&is_over);

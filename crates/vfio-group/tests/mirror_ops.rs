@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
 
-use deadline::{within, Over};
+use deadline::{within, Over, DEADLINE};
 use iommu_type1::{Error, IoAddressSpace, Profile};
 use proptest::prelude::*;
 use side::{follow, marked, op, p, pages, Follows, Side};
@@ -228,7 +228,7 @@ fn what_the_hardware_has_not_is_not_stuck() {
 
 #[test]
 fn who_maps_and_unmaps_beside_mirrors_that_come_and_go() {
-    let space = IoAddressSpace::new();
+    let space = IoAddressSpace::builder().unmap_deadline(DEADLINE).build();
     let is_over = AtomicBool::new(false);
     let always = Side::new();
     let kept = mirror(&space, &always).unwrap();

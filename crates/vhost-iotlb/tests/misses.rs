@@ -36,7 +36,12 @@ impl MissSink for Socket {
 
 fn iotlb() -> (VhostIotlb, Receiver<VhostIotlbMsg>) {
     let (sender, misses) = channel();
-    let iotlb = VhostIotlb::new(Socket(sender)).miss_deadline(LONG);
+    let space = IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .unmap_deadline(LONG)
+        .build();
+    let iotlb = VhostIotlb::with_space(space, Arc::new(Socket(sender))).unwrap();
+    let iotlb = iotlb.miss_deadline(LONG);
     iotlb.set_mem_table(table()).unwrap();
     (iotlb, misses)
 }

@@ -11,11 +11,15 @@ mod revoked;
 mod users;
 
 use common::at_once;
+use common::deadline::DEADLINE;
 use iommu_type1::{page_size, Backing, Change, IoAddressSpace, Profile, ScatterList};
 use vm_memory::Permissions::ReadWrite;
 
 fn iotlb() -> IoAddressSpace {
-    IoAddressSpace::builder().profile(Profile::Iotlb).build()
+    IoAddressSpace::builder()
+        .profile(Profile::Iotlb)
+        .unmap_deadline(DEADLINE)
+        .build()
 }
 
 fn p(pages: u64) -> u64 {

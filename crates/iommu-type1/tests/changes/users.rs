@@ -3,14 +3,12 @@
 
 //! Whoever uses what a list takes away is waited for.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
-use iommu_type1::{Change, Error, HolderKind, Interest, UnmapOptions, UnmapPolicy};
+use iommu_type1::{Change, Error, HolderKind, Interest, UnmapPolicy};
 use vm_memory::Permissions::ReadWrite;
 
-use crate::common::deadline::{ended, within};
 use crate::common::{at_once, beside_an_unmap};
 use crate::{byte, iotlb, map, p, unmap};
 
@@ -104,18 +102,19 @@ fn what_was_changed_meanwhile_is_not_put_back() {
     let space = iotlb();
     space.change([map(0, 2, 1)]).unwrap();
     let list = space.scatter(0, 4, ReadWrite).unwrap();
-    let other = space.clone();
-    let changer = thread::spawn(move || {
-        let options = UnmapOptions::new()
-            .deadline(Duration::from_millis(300))
-            .policy(UnmapPolicy::Restore);
-        other.change_with([unmap(0, 2)], options)
-    });
-    within("nobody finds what is being unmapped", || {
-        byte(&space, 0).is_err() || changer.is_finished()
-    });
-    space.change([map(1, 1, 9)]).unwrap();
-    assert!(ended("a change ends at its deadline", changer).is_err());
+    // Whoever is told of an unmap is in the middle of it.
+    let (other, calls) = (space.clone(), Arc::new(AtomicUsize::new(0)));
+    let counts = calls.clone();
+    let notice = move |_, _| {
+        if counts.fetch_add(1, Ordering::Relaxed) == 0 {
+            assert_eq!(byte(&other, 1), Err(libc::EAGAIN));
+            other.change([map(1, 1, 9)]).unwrap();
+        }
+    };
+    let _told = space.pinner("told", Interest::All, Arc::new(notice));
+    let options = at_once().policy(UnmapPolicy::Restore);
+    space.change_with([unmap(0, 2)], options).unwrap_err();
+    assert_eq!(calls.load(Ordering::Relaxed), 1);
     assert_eq!(
         (byte(&space, 0), byte(&space, 1)),
         (Err(libc::EAGAIN), Ok(9))

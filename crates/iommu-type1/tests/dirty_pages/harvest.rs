@@ -17,7 +17,7 @@ use std::thread;
 use iommu_type1::{page_size, Backing, DmaHandle, IoAddressSpace, ReaderBarrier};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, Permissions};
 
-use crate::common::deadline::{within, Over};
+use crate::common::deadline::{within, Over, DEADLINE};
 
 /// Two mappings of more pages than a word of marks has, some TiB apart.
 const PLACES: [u64; 2] = [1 << 28, 1 << 42];
@@ -114,7 +114,10 @@ impl Turns {
 
 fn nothing_written_is_missed(barrier: ReaderBarrier) {
     let rounds = std::env::var("ROUNDS").map_or(2000, |rounds| rounds.parse().unwrap());
-    let space = IoAddressSpace::builder().reader_barrier(barrier).build();
+    let space = IoAddressSpace::builder()
+        .reader_barrier(barrier)
+        .unmap_deadline(DEADLINE)
+        .build();
     for at in PLACES {
         let backing = Backing::anonymous((PAGES * page_size()) as usize).unwrap();
         space.map(at, backing, Permissions::ReadWrite).unwrap();
@@ -179,7 +182,7 @@ fn nothing_written_is_missed_with_membarriers() {
 #[test]
 fn what_is_replaced_beside_a_harvest_is_forgotten() {
     let p = page_size();
-    let space = IoAddressSpace::new();
+    let space = IoAddressSpace::builder().unmap_deadline(DEADLINE).build();
     let page = || Backing::anonymous(p as usize).unwrap();
     space.map(0, page(), Permissions::ReadWrite).unwrap();
     space.start_dirty_tracking().unwrap();

@@ -6,10 +6,10 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
 
 use iommu_type1::UnmapOptions;
 
+use super::deadline::DEADLINE;
 use super::memory::{Span, BLOCKS};
 use super::overlap::{has_moved_on, is_used, Met};
 use super::random::Random;
@@ -17,8 +17,6 @@ use super::{Stress, UNMAPPERS};
 
 const BLOCKS_EACH: usize = BLOCKS / UNMAPPERS;
 
-/// How long an unmap may wait for its users, who all let go soon.
-const DEADLINE: Duration = Duration::from_secs(60);
 /// How many ranges an unmapper looks at for one that is used.
 const AIMS: usize = 64;
 /// How often an unmapper gives the processor away for somebody who may be late.
