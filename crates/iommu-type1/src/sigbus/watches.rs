@@ -68,7 +68,7 @@ pub(crate) struct Watch {
     entry: &'static Entry,
 }
 
-/// What has to be replaced: the memory of a region from the page of a fault to its end.
+/// What has to be replaced: the memory of a region from the page of a fault to its end, or of several to the first end.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Rest {
     pub(crate) first: usize,
@@ -125,16 +125,33 @@ impl Watches {
     /// Marks the memory at an address that was accessed, and says what has to be replaced; `None` for memory that
     /// is not watched. Async-signal-safe.
     pub(crate) fn fault(&self, address: usize) -> Option<Rest> {
-        let mut rest = None;
+        let mut rest = None::<Rest>;
         let mut next = self.newest.load(Ordering::Acquire);
         while !next.is_null() {
             // SAFETY: entries are never freed.
             let entry = unsafe { &*next };
-            // A region may be a part of another: both hear of it.
-            rest = entry.fault(address).or(rest);
+            // A region may be a part of another: both hear of it. Which of them is accessed, and so cannot go meanwhile,
+            // nobody knows: only what they have in common is replaced.
+            rest = match (rest, entry.fault(address)) {
+                (Some(one), Some(other)) => Some(one.common(&other)),
+                (one, other) => one.or(other),
+            };
             next = entry.next.load(Ordering::Acquire);
         }
         rest
+    }
+}
+
+impl Rest {
+    /// What two have in common, which is the page of the fault at least; with all that either allows.
+    fn common(&self, other: &Rest) -> Rest {
+        let last = |rest: &Rest| rest.first + (rest.len - 1);
+        let first = self.first.max(other.first);
+        Rest {
+            first,
+            len: last(self).min(last(other)) - first + 1,
+            prot: self.prot | other.prot,
+        }
     }
 }
 
@@ -288,6 +305,21 @@ mod tests {
         // A later one behind it changes nothing.
         assert!(watches.fault(0x1_5000).is_some());
         assert_eq!(watch.fault_offset(), Some(0x2000));
+    }
+
+    #[test]
+    fn of_regions_that_overlap_only_the_common_part_is_replaced() {
+        let watches = watches();
+        let whole = watches.watch(0x1_0000, 0x8000, 0x1000, 1);
+        let part = watches.watch(0x1_2000, 0x3000, 0x1000, 3);
+        let rest = Rest {
+            first: 0x1_3000,
+            len: 0x2000,
+            prot: 3,
+        };
+        assert_eq!(watches.fault(0x1_3800), Some(rest));
+        assert_eq!(part.fault_offset(), Some(0x1000));
+        assert_eq!(whole.fault_offset(), Some(0x3000));
     }
 
     #[test]
