@@ -38,8 +38,8 @@ pub struct Capabilities {
     pub pgsizes: u64,
     /// Mappings at a time.
     pub max_dma_maps: u32,
-    /// Page size of dirty bitmaps.
-    pub migration_pgsize: u64,
+    /// Page size of dirty bitmaps, of an end that migrates. A [`Server`](crate::Server) does not.
+    pub migration_pgsize: Option<u64>,
 }
 
 impl Default for Capabilities {
@@ -50,7 +50,7 @@ impl Default for Capabilities {
             max_data_xfer_size: MAX_DATA_XFER_SIZE,
             pgsizes: PGSIZES,
             max_dma_maps: MAX_DMA_MAPS,
-            migration_pgsize: page_size(),
+            migration_pgsize: None,
         }
     }
 }
@@ -93,8 +93,9 @@ impl Capabilities {
             let pgsizes = pgsizes.as_u64();
             capabilities.pgsizes = pgsizes.ok_or(Error::Malformed("pgsizes is not a number"))?;
         }
-        if let Some(pgsize) = object(of.get("migration"))?.and_then(|of| of.get("pgsize")) {
-            capabilities.migration_pgsize = number(pgsize)?.into();
+        if let Some(migration) = object(of.get("migration"))? {
+            let pgsize = migration.get("pgsize").map(number).transpose()?;
+            capabilities.migration_pgsize = Some(pgsize.map_or(page_size(), u64::from));
         }
         Ok(capabilities)
     }
@@ -104,13 +105,15 @@ impl Capabilities {
         let mut of = json!({
             "max_msg_fds": self.max_msg_fds,
             "max_data_xfer_size": self.max_data_xfer_size,
-            "migration": { "pgsize": self.migration_pgsize },
         });
         if self.max_dma_maps < MAX_DMA_MAPS {
             of["max_dma_maps"] = json!(self.max_dma_maps);
         }
         if self.pgsizes != PGSIZES {
             of["pgsizes"] = json!(self.pgsizes);
+        }
+        if let Some(pgsize) = self.migration_pgsize {
+            of["migration"] = json!({ "pgsize": pgsize });
         }
         let json = json!({ "capabilities": of });
         let mut text = json.to_string().into_bytes();

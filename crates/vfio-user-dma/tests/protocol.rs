@@ -447,6 +447,20 @@ fn a_client_that_goes_in_the_middle_of_an_answer_is_gone() {
 }
 
 #[test]
+fn migration_is_not_announced_also_to_a_client_that_migrates() {
+    let mut served = Served::silent(DmaTable::new().unwrap(), |server| server);
+    let reply = served.client.version(Capabilities {
+        migration_pgsize: Some(PAGE),
+        ..Capabilities::default()
+    });
+    assert_eq!(reply.errno(), 0);
+    let text = &reply.body[wire::Version::SIZE..];
+    assert!(!String::from_utf8_lossy(text).contains("migration"));
+    assert_eq!(Capabilities::parse(text).unwrap().migration_pgsize, None);
+    served.end().unwrap();
+}
+
+#[test]
 fn a_client_is_told_of_fewer_mappings() {
     for (limit, told) in [(7, 7), (65535, 65535), (1 << 20, 65535)] {
         let table = DmaTable::builder().entry_limit(limit).build().unwrap();

@@ -49,14 +49,14 @@ proptest! {
         size in 1..=u32::MAX,
         pgsizes: u64,
         maps in 0..=65535_u32,
-        pgsize: u32,
+        pgsize: Option<u32>,
     ) {
         let capabilities = Capabilities {
             max_msg_fds: fds,
             max_data_xfer_size: size,
             pgsizes,
             max_dma_maps: maps,
-            migration_pgsize: pgsize.into(),
+            migration_pgsize: pgsize.map(u64::from),
         };
         prop_assert_eq!(Capabilities::parse(&capabilities.to_text()).unwrap(), capabilities);
     }
