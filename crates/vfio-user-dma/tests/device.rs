@@ -12,10 +12,10 @@ use std::thread;
 use std::time::Duration;
 
 use common::deadline::ended;
-use common::{memfd, Client, Served, PAGE, READ_WRITE};
+use common::{memfd, Client, Served, Told, PAGE, READ_WRITE};
 use iommu_type1::{Interest, PinPages};
 use vfio_user_dma::wire::{command, flags, DmaAccess};
-use vfio_user_dma::{AccessError, Backend, Capabilities, DmaTable, Error, TablePin};
+use vfio_user_dma::{AccessError, DmaTable, Error, TablePin};
 use vm_memory::{Bytes, GuestAddress, Permissions};
 
 /// Answers the next `questions` about memory from `base` on, but those that ask for the layout.
@@ -183,55 +183,27 @@ fn what_waits_for_the_client_can_be_ended() {
     served.end().unwrap();
 }
 
-/// A device that remembers what was mapped.
-struct Watcher(common::Device, Arc<Mutex<Vec<(bool, u64, u64)>>>);
-
-impl Backend for Watcher {
-    fn dma(&self) -> &DmaTable {
-        &self.0.table
-    }
-    fn regions(&self) -> &[vfio_user_dma::Region] {
-        &self.0.regions
-    }
-    fn irqs(&self) -> &[vfio_user_dma::Irqs] {
-        &[]
-    }
-    fn region_read(&mut self, _: u32, _: u64, _: &mut [u8]) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn set_irqs(&mut self, _: vfio_user_dma::SetIrqs) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn reset(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn dma_mapped(&mut self, address: u64, size: u64) {
-        self.1.lock().unwrap().push((true, address, size));
-    }
-    fn dma_unmapped(&mut self, address: u64, size: u64) {
-        self.1.lock().unwrap().push((false, address, size));
-    }
-}
-
 #[test]
 fn a_device_is_told_of_maps_and_unmaps_that_were_done() {
-    let server = vfio_user_dma::Server::from_listener(common::listener()).unwrap();
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let told = Arc::new(Mutex::new(Vec::new()));
-    let mut device = Watcher(common::Device::new(DmaTable::new().unwrap()), told.clone());
-    let thread = thread::spawn(move || server.serve(&theirs, &mut device).unwrap());
-    let mut client = Client::new(ours);
-    client.version(Capabilities::default());
+    let (mut client, thread) = {
+        let told = told.clone();
+        common::serve_plain(move |_, what| {
+            match what {
+                Told::Mapped(address, size) => told.lock().unwrap().push((true, address, size)),
+                Told::Unmapped(address, size) => told.lock().unwrap().push((false, address, size)),
+                _ => {}
+            }
+            Ok(())
+        })
+    };
     assert_eq!(client.map(0x1000, PAGE, 0, None), 0);
     assert_eq!(client.map(0x1000, PAGE, 0, None), libc::EEXIST);
     assert_eq!(client.unmap(0, 0x1000, PAGE), Ok(PAGE));
     assert_eq!(client.unmap(0, 0x1000, 1), Err(libc::EINVAL));
     assert_eq!(client.unmap(2, 0, 0), Ok(0));
     drop(client);
-    ended("a server ends with its client", thread);
+    ended("a server ends with its client", thread).unwrap();
     let all = [
         (true, 0x1000, PAGE),
         (false, 0x1000, PAGE),

@@ -6,6 +6,7 @@
 #![allow(dead_code)] // Each test file uses a part of it.
 
 pub mod deadline;
+mod device;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -19,11 +20,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use deadline::{ended, DEADLINE};
+pub use device::{Device, Plain, Told};
 use vfio_user_dma::wire::{self, command, flags, Header};
-use vfio_user_dma::{
-    Backend, Capabilities, DmaTable, End, Irqs, Region, RegionFile, Result, Server, SetIrqs,
-    Stopper,
-};
+use vfio_user_dma::{Backend, Capabilities, DmaTable, End, Result, Server, Stopper};
 
 pub const PAGE: u64 = 4096;
 pub const READ_WRITE: u32 = 3;
@@ -295,93 +294,6 @@ pub fn map_body(flags: u32, address: u64, size: u64, offset: u64) -> Vec<u8> {
     body
 }
 
-/// Region 0 is memory, region 1 can be mapped in parts, region 2 cannot be accessed.
-pub struct Device {
-    pub table: DmaTable,
-    pub regions: Vec<Region>,
-    pub memory: Vec<u8>,
-    pub irqs: Vec<SetIrqs>,
-    pub seen: Arc<Mutex<Vec<String>>>,
-}
-
-impl Device {
-    pub fn new(table: DmaTable) -> Self {
-        let file = RegionFile {
-            fd: Arc::new(memfd(4).into()),
-            offset: PAGE,
-            areas: vec![(0, PAGE), (2 * PAGE, PAGE)],
-        };
-        let sparse = Region {
-            mmap: Some(file),
-            ..Region::new(3 * PAGE)
-        };
-        Device {
-            table,
-            regions: vec![Region::new(2 << 20), sparse, Region::default()],
-            memory: vec![0; 2 << 20],
-            irqs: Vec::new(),
-            seen: Arc::default(),
-        }
-    }
-
-    fn saw(&self, what: String) {
-        self.seen.lock().unwrap().push(what);
-    }
-}
-
-impl Backend for Device {
-    fn dma(&self) -> &DmaTable {
-        &self.table
-    }
-
-    fn regions(&self) -> &[Region] {
-        &self.regions
-    }
-
-    fn irqs(&self) -> &[Irqs] {
-        const IRQS: [Irqs; 2] = [
-            Irqs::new(1),
-            Irqs {
-                flags: 9,
-                count: 32,
-            },
-        ];
-        &IRQS
-    }
-
-    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        if region == 1 {
-            return Err(io::Error::from_raw_os_error(libc::ENXIO));
-        }
-        data.copy_from_slice(&self.memory[offset as usize..][..data.len()]);
-        Ok(())
-    }
-
-    fn region_write(&mut self, _region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.memory[offset as usize..][..data.len()].copy_from_slice(data);
-        Ok(())
-    }
-
-    fn set_irqs(&mut self, set: SetIrqs) -> io::Result<()> {
-        self.saw(format!(
-            "{:?} {} {}+{} {:?}",
-            set.action, set.index, set.start, set.count, set.data
-        ));
-        self.irqs.push(set);
-        Ok(())
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.saw("reset".to_owned());
-        Ok(())
-    }
-
-    fn disconnected(&mut self) {
-        self.irqs.clear();
-        self.saw("disconnected".to_owned());
-    }
-}
-
 /// A table whose deadlines only pass where something does not come to its end at all.
 pub fn patient_table() -> DmaTable {
     DmaTable::builder()
@@ -423,12 +335,11 @@ impl Served {
             .io_deadline(DEADLINE);
         let server = configure(server);
         let stopper = server.stopper();
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut device = Device::new(table.clone());
+        let device = Device::new(table.clone());
         let seen = device.seen.clone();
-        let thread = std::thread::spawn(move || server.serve(&theirs, &mut device));
+        let (client, thread) = serve(server, device);
         Served {
-            client: Client::new(ours),
+            client,
             table,
             stopper,
             seen,
@@ -454,6 +365,27 @@ impl Served {
     pub fn join(self) -> Result<End> {
         ended("a server ends by itself", self.thread)
     }
+}
+
+/// A client of a device that is served in a thread.
+pub fn serve(
+    server: Server,
+    mut device: impl Backend + Send + 'static,
+) -> (Client, JoinHandle<Result<End>>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let thread = std::thread::spawn(move || server.serve(&theirs, &mut device));
+    (Client::new(ours), thread)
+}
+
+/// The same of a [`Plain`] device, with a version agreed on.
+pub fn serve_plain(
+    told: impl FnMut(&DmaTable, Told<'_>) -> io::Result<()> + Send + 'static,
+) -> (Client, JoinHandle<Result<End>>) {
+    let server = Server::from_listener(listener()).unwrap();
+    let server = server.io_deadline(DEADLINE);
+    let (mut client, thread) = serve(server, Plain::new(told));
+    client.version(Capabilities::default());
+    (client, thread)
 }
 
 pub fn listener() -> UnixListener {
