@@ -544,8 +544,7 @@ impl Error {
             Error::Deadline { .. } | Error::InsideAccess { .. } | Error::InsideListener { .. } => {
                 libc::EDEADLK
             }
-            Error::Stream { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
-            Error::Refused { source, .. } => refused_errno(source),
+            Error::Stream { source, .. } | Error::Refused { source, .. } => errno_of(source),
             Error::Pin(error) => error.errno(),
         }
     }
@@ -606,8 +605,19 @@ impl From<Error> for io::Error {
     }
 }
 
-/// The errno of a listener's error, also where that says it in words.
-fn refused_errno(error: &io::Error) -> i32 {
+/// The errno of an error of code that is called: of a [`Listener`](crate::Listener), a stream, a device. It is the error's own, or
+/// the one that its kind stands for: EPERM of `PermissionDenied`, EEXIST of `AlreadyExists`, EINVAL of `InvalidInput`, EBUSY of
+/// `ResourceBusy`, ENOSPC of `StorageFull`, ENOMEM of `OutOfMemory`, EOPNOTSUPP of `Unsupported`, EIO of any other.
+///
+/// ```
+/// use std::io::{Error, ErrorKind};
+/// use iommu_type1::errno_of;
+///
+/// assert_eq!(errno_of(&Error::from_raw_os_error(libc::ENXIO)), libc::ENXIO);
+/// assert_eq!(errno_of(&ErrorKind::InvalidInput.into()), libc::EINVAL);
+/// assert_eq!(errno_of(&Error::other("the engine hangs")), libc::EIO);
+/// ```
+pub fn errno_of(error: &io::Error) -> i32 {
     let of_kind = match error.kind() {
         io::ErrorKind::PermissionDenied => libc::EPERM,
         io::ErrorKind::AlreadyExists => libc::EEXIST,

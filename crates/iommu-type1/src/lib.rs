@@ -155,7 +155,7 @@ pub use atomics::CompareExchange;
 pub use backing::Backing;
 pub use change::Change;
 pub use dirty::{Dirty, DirtyBitmap, DirtyPages, DirtySlice};
-pub use error::{Error, Result};
+pub use error::{errno_of, Error, Result};
 pub use guest_memory::{DmaGuard, DmaMemory, DmaSlices};
 pub use handle::DmaHandle;
 pub use holder::{Holder, HolderKind};

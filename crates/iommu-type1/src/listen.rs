@@ -59,8 +59,8 @@ pub trait Listener: Send + Sync {
     ///
     /// # Errors
     ///
-    /// Then it is not mapped, and whoever wanted to map it gets [`Error::Refused`]. Its errno is that of the
-    /// error, or the one that its kind stands for: EPERM of `PermissionDenied`, ENOSPC of `StorageFull`.
+    /// Then it is not mapped, and whoever wanted to map it gets [`Error::Refused`]. Its errno is the
+    /// error's ([`errno_of`](crate::errno_of)).
     fn map(&self, mapping: &MappingInfo) -> io::Result<()>;
 
     /// What was given to [`map`](Listener::map) is not mapped any more. Its memory lives until this has

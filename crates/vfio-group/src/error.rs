@@ -202,7 +202,7 @@ impl Error {
             Error::NothingToMap => libc::ENOTTY,
             Error::PinsNeedV2 => libc::EACCES,
             #[cfg(any(feature = "hardware", feature = "kvm"))]
-            Error::Hardware { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::Hardware { source, .. } => iommu_type1::errno_of(source),
             Error::Iommu(error) => error.errno(),
         }
     }

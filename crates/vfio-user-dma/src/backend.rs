@@ -113,8 +113,8 @@ pub enum IrqData {
 
 /// A device that a [`Server`](crate::Server) serves. All calls come from the thread that serves it.
 ///
-/// Errors travel to the client as their errno ([`io::Error::from_raw_os_error`]), EIO where they have none, as
-/// those made of an [`io::ErrorKind`]. [`Error`](crate::Error) has one.
+/// Errors travel to the client as their errno, or the one that their kind stands for
+/// ([`errno_of`](iommu_type1::errno_of)). [`Error`](crate::Error) has one.
 pub trait Backend {
     /// Where the device does its DMA. Threads of the device take [handles](DmaTable::handle) of it.
     fn dma(&self) -> &DmaTable;

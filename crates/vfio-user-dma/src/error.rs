@@ -6,6 +6,8 @@
 use std::io;
 use std::time::Duration;
 
+use iommu_type1::errno_of;
+
 /// Errors of the server and its DMA table.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -172,7 +174,7 @@ impl Error {
             Error::Space(error) => error.errno(),
             Error::Access { cause, .. } => cause.errno(),
             Error::Io { source, .. } | Error::Stream { source, .. } | Error::Device(source) => {
-                source.raw_os_error().unwrap_or(libc::EIO)
+                errno_of(source)
             }
             Error::Malformed(_)
             | Error::Flags { .. }

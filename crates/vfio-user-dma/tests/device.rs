@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::io::Cursor;
+use std::io::{self, Cursor};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -210,6 +210,30 @@ fn a_device_is_told_of_maps_and_unmaps_that_were_done() {
         (false, 0, u64::MAX),
     ];
     assert_eq!(*told.lock().unwrap(), all);
+}
+
+#[test]
+fn errors_of_a_device_have_an_errno_also_in_words() {
+    let errors: [(fn() -> io::Error, i32); 6] = [
+        (|| io::Error::from_raw_os_error(libc::ENXIO), libc::ENXIO),
+        (|| io::ErrorKind::InvalidInput.into(), libc::EINVAL),
+        (|| io::ErrorKind::PermissionDenied.into(), libc::EPERM),
+        (
+            || io::Error::new(io::ErrorKind::ResourceBusy, "it runs"),
+            libc::EBUSY,
+        ),
+        (|| io::ErrorKind::UnexpectedEof.into(), libc::EIO),
+        (|| io::Error::other("the engine hangs"), libc::EIO),
+    ];
+    let (mut client, thread) = common::serve_plain(move |_, what| match what {
+        Told::Read(index, _) => Err((errors[index as usize].0)()),
+        _ => Ok(()),
+    });
+    for (index, (_, errno)) in errors.iter().enumerate() {
+        assert_eq!(client.region_read(0, index as u64, 1), Err(*errno));
+    }
+    drop(client);
+    ended("a server ends with its client", thread).unwrap();
 }
 
 #[cfg(feature = "sigbus")]
