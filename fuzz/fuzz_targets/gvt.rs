@@ -6,12 +6,16 @@
 
 #![no_main]
 
+use std::io;
+
 use arbitrary::Arbitrary;
 use gvt_scheduler::{
-    Access, AccessKind, EngineId, Generation, GmWindow, GmWindows, HalfEntry, Observer, SimulatedEngine, Vgpu, VgpuConfig,
+    Access, AccessKind, CopyMode, EngineId, ErrorMode, Generation, GmWindow, GmWindows, HalfEntry, MiAuditor, Observer,
+    SimulatedEngine, Vgpu, VgpuConfig,
 };
 use libfuzzer_sys::fuzz_target;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use page_pin::PinPages;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
 const PAGES: u64 = 64;
 const GGTT_ENTRIES: u32 = 64;
@@ -100,7 +104,24 @@ impl Observer for Outside {
 
 struct Guest {
     memory: GuestMemoryMmap,
-    vgpu: Vgpu<GuestMemoryMmap, (), Outside>,
+    vgpu: Vgpu<GuestMemoryMmap, Pins, Outside>,
+}
+
+/// Whoever pins may be refused: a page, and all that are not pinned one by one.
+struct Pins {
+    refuses: bool,
+}
+
+impl PinPages for Pins {
+    type Pinned = ();
+    type Error = io::Error;
+
+    fn pin_pages(&self, iova: u64, npages: usize, _: Permissions) -> io::Result<()> {
+        if self.refuses && (npages > 1 || iova == 13 << 12) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        Ok(())
+    }
 }
 
 impl Guest {
@@ -128,8 +149,13 @@ fn engine_of(number: u8) -> EngineId {
     EngineId::ALL[usize::from(number) % EngineId::ALL.len()]
 }
 
-fuzz_target!(|input: ([bool; 3], Vec<Action>)| {
-    let ([gen8, audited, windows], actions) = input;
+fuzz_target!(|input: ([u8; 3], Vec<Action>)| {
+    // The lowest bits, and the next ones, say what the vGPU is like.
+    let (bytes, actions) = input;
+    let is_set = |bit: u8| bytes.map(|byte| byte >> bit & 1 == 1);
+    let [gen8, audited, windows] = is_set(0);
+    let [forgives, refuses, small] = is_set(1);
+    let [per_page, upstream, rereads] = is_set(2);
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (PAGES * 4096) as usize)]).unwrap();
     let mut config = VgpuConfig::default();
     config.ggtt_entries = GGTT_ENTRIES;
@@ -138,13 +164,28 @@ fuzz_target!(|input: ([bool; 3], Vec<Action>)| {
         aperture: GmWindow { base: 0, size: 32 * 4096 },
         hidden: GmWindow { base: 40 * 4096, size: 24 * 4096 },
     });
+    config.skip_unchanged = !rereads;
+    if forgives {
+        config.errors = ErrorMode::Kernel;
+    }
+    config.copy_mode = match (per_page, upstream) {
+        (false, false) => CopyMode::Coalesced,
+        (true, false) => CopyMode::PerPage,
+        (false, true) => CopyMode::UpstreamTail,
+        (true, true) => CopyMode::Scattered,
+    };
+    if small {
+        (config.max_queued, config.max_page_tables) = (3, 6);
+    }
     let mut guest = Guest {
-        vgpu: Vgpu::new(memory.clone(), (), Outside::default(), config),
+        vgpu: Vgpu::new(memory.clone(), Pins { refuses }, Outside::default(), config),
         memory,
     };
     guest.map();
     if !audited {
         guest.vgpu.set_auditor(());
+    } else if small {
+        guest.vgpu.set_auditor(MiAuditor::new().batch_limit(2 * 4096));
     }
     let mut hardware = SimulatedEngine::new().step_limit(4096);
     for action in actions.into_iter().take(64) {
@@ -205,13 +246,16 @@ fuzz_target!(|input: ([bool; 3], Vec<Action>)| {
                 guest.vgpu.observer_mut().0 = None;
                 let ran = guest.vgpu.run_next(engine_of(engine), &mut hardware);
                 let outside = guest.vgpu.observer().0;
-                assert!(outside.is_none() || ran.is_err(), "{outside:x?}: {ran:?}");
+                assert!(forgives || outside.is_none() || ran.is_err(), "{outside:x?}: {ran:?}");
             }
             Action::Reset { engine } => guest.vgpu.reset_engine(engine_of(engine)),
             Action::ReleasePins { page, pages } => {
                 guest.vgpu.release_pins(u64::from(page) * 4096, u64::from(pages) * 4096);
             }
         }
+        let config = guest.vgpu.config();
+        assert!(guest.vgpu.shadowed_tables() <= config.max_page_tables);
+        assert!(EngineId::ALL.iter().all(|engine| guest.vgpu.queued(*engine) <= config.max_queued));
         if guest.vgpu.failsafe().is_some() {
             assert_eq!(guest.vgpu.shadowed_tables(), 0);
             guest.vgpu.reset();

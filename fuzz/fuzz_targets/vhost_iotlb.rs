@@ -12,7 +12,7 @@ use std::time::Duration;
 use arbitrary::Arbitrary;
 use iommu_type1::{page_size, Backing, IoAddressSpace, Profile};
 use libfuzzer_sys::fuzz_target;
-use vhost::VhostIotlbMsg;
+use vhost::{VhostIotlbMsg, VhostIotlbType};
 use vhost_iotlb::{message, MemRegion, MemTable, MissSink, VhostIotlb};
 use vm_memory::{GuestAddress, Permissions};
 
@@ -56,6 +56,38 @@ fn table(regions: &[(u8, u8, Option<u64>)]) -> Option<MemTable> {
     MemTable::new(regions.collect::<Option<Vec<_>>>()?).ok()
 }
 
+/// Takes a message, and looks whether what it says is so then; `is_open` says whether it may be one of a batch.
+fn apply(iotlb: &VhostIotlb, bytes: &[u8], is_open: &mut bool) {
+    let applied = iotlb.apply_bytes(bytes);
+    // Nobody holds anything: no invalidation can be late.
+    let errno = applied.err().map(|error| error.errno());
+    assert_ne!(errno, Some(libc::EDEADLK));
+    let Ok(message) = message::decode(bytes) else {
+        assert_eq!(errno, Some(libc::EINVAL));
+        return;
+    };
+    match message.msg_type {
+        VhostIotlbType::BatchBegin => *is_open = true,
+        VhostIotlbType::BatchEnd => *is_open = false,
+        VhostIotlbType::Update if errno.is_none() && !*is_open => {
+            let (write, read) = (message.perm as u8 & 2 != 0, message.perm as u8 & 1 != 0);
+            for (access, is_allowed) in [(Permissions::Read, read), (Permissions::Write, write)] {
+                let len = message.size.try_into().unwrap();
+                let found = iotlb.space().scatter(message.iova, len, access);
+                assert_eq!(found.is_ok(), is_allowed, "{found:?}");
+            }
+        }
+        VhostIotlbType::Invalidate if errno.is_none() && !*is_open => {
+            let ends = [message.iova, message.iova.wrapping_add(message.size.wrapping_sub(1))];
+            for iova in ends {
+                let error = iotlb.space().scatter(iova, 1, Permissions::Read).unwrap_err();
+                assert_eq!(error.errno(), libc::EAGAIN);
+            }
+        }
+        _ => {}
+    }
+}
+
 fuzz_target!(|ops: Vec<Op>| {
     let p = page_size();
     let space = IoAddressSpace::builder()
@@ -66,11 +98,10 @@ fuzz_target!(|ops: Vec<Op>| {
         .unwrap()
         .miss_deadline(Duration::ZERO);
     iotlb.set_mem_table(table(&[(0, 7, None), (7, 1, Some(0))]).unwrap()).unwrap();
+    let mut is_open = false;
     for op in ops.into_iter().take(64) {
         match op {
-            Op::Bytes(bytes) => {
-                let _ = iotlb.apply_bytes(&bytes);
-            }
+            Op::Bytes(bytes) => apply(&iotlb, &bytes, &mut is_open),
             Op::Message { kind, perm, page, pages, at, off } => {
                 let mut bytes = [0; message::SIZE];
                 let iova = (i64::from(page) as u64).wrapping_mul(p);
@@ -80,14 +111,8 @@ fuzz_target!(|ops: Vec<Op>| {
                 let userspace = USERSPACE + u64::from(at) % (PAGES + 2) * p;
                 bytes[16..24].copy_from_slice(&userspace.to_ne_bytes());
                 (bytes[24], bytes[25]) = (perm % 5, kind % 8);
-                let Ok(message) = message::decode(&bytes) else {
-                    assert!(bytes[24] > 3 || bytes[25] > 6);
-                    continue;
-                };
-                // Nobody holds anything: no invalidation can be late.
-                if let Err(error) = iotlb.apply(&message) {
-                    assert_ne!(error.errno(), libc::EDEADLK, "{error}");
-                }
+                assert_eq!(message::decode(&bytes).is_err(), bytes[24] > 3 || bytes[25] > 6);
+                apply(&iotlb, &bytes, &mut is_open);
             }
             Op::Table(regions) => {
                 if let Some(table) = table(&regions) {
@@ -96,6 +121,7 @@ fuzz_target!(|ops: Vec<Op>| {
             }
             Op::Disconnect => {
                 iotlb.disconnect().unwrap();
+                is_open = false;
                 assert_eq!(iotlb.space().mappings(), 0);
             }
             Op::Access { page, off, len, write } => {

@@ -59,6 +59,14 @@ pub enum Error {
         /// How many there may be.
         limit: usize,
     },
+    /// A memory table of too many bytes.
+    #[error("a memory table of {bytes:#x} bytes, where {limit:#x} are taken")]
+    TableBytes {
+        /// Bytes of all regions.
+        bytes: u64,
+        /// How many there may be.
+        limit: u64,
+    },
     /// A batch or a new memory table is wanted inside of a batch.
     #[error("a batch is open")]
     BatchOpen,
@@ -148,7 +156,9 @@ impl Error {
             | Error::Profile(_)
             | Error::Policy(_) => libc::EINVAL,
             Error::NotInTable { .. } | Error::UserspaceRange { .. } => libc::EFAULT,
-            Error::RegionLimit { .. } | Error::BatchLimit { .. } => libc::E2BIG,
+            Error::RegionLimit { .. } | Error::TableBytes { .. } | Error::BatchLimit { .. } => {
+                libc::E2BIG
+            }
             Error::BatchOpen => libc::EBUSY,
             Error::MissLimit { .. } => libc::ENOBUFS,
             Error::MissDeadline { .. } => libc::ETIMEDOUT,

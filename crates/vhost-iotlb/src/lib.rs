@@ -99,7 +99,7 @@ mod model;
 pub use batch::BATCH_LIMIT;
 pub use error::{Error, Result};
 pub use iotlb::VhostIotlb;
-pub use mem_table::{MemRegion, MemTable, REGION_LIMIT};
+pub use mem_table::{MemRegion, MemTable, REGION_LIMIT, TABLE_BYTES_LIMIT};
 pub use miss::{Miss, MissSink, MISS_DEADLINE, MISS_LIMIT};
 
 /// Examples of the README are tested as those here are.

@@ -14,6 +14,10 @@ use crate::{memory, Error, Result};
 /// Most regions of a memory table; QEMU and the kernel know fewer.
 pub const REGION_LIMIT: usize = 512;
 
+/// Most bytes of all regions of a memory table. They are mapped, and a process has addresses for 128 TiB, of which this
+/// is a half: files may be as large as a front end likes, and take no memory themselves.
+pub const TABLE_BYTES_LIMIT: u64 = 64 << 40;
+
 /// Some memory of the front end.
 #[derive(Clone, Debug)]
 pub struct MemRegion {
@@ -86,8 +90,14 @@ impl MemTable {
     ///
     /// # Errors
     ///
-    /// [`Error::RegionLimit`] (E2BIG), [`Error::UserspaceRange`] (EFAULT), [`Error::RegionsOverlap`] (EINVAL).
+    /// [`Error::RegionLimit`], [`Error::TableBytes`] (E2BIG), [`Error::UserspaceRange`] (EFAULT), [`Error::RegionsOverlap`]
+    /// (EINVAL).
     pub fn new(regions: impl IntoIterator<Item = MemRegion>) -> Result<Self> {
+        MemTable::within(regions, TABLE_BYTES_LIMIT)
+    }
+
+    /// A table of so many bytes at most.
+    fn within(regions: impl IntoIterator<Item = MemRegion>, limit: u64) -> Result<Self> {
         let mut regions: Vec<_> = regions.into_iter().collect();
         if regions.len() > REGION_LIMIT {
             return Err(Error::RegionLimit {
@@ -97,6 +107,11 @@ impl MemTable {
         }
         for region in &regions {
             check_range(region.userspace_addr, region.backing.len() as u64)?;
+        }
+        let sizes = regions.iter().map(|region| region.backing.len() as u64);
+        let bytes = sizes.fold(0, u64::saturating_add);
+        if bytes > limit {
+            return Err(Error::TableBytes { bytes, limit });
         }
         regions.sort_unstable_by_key(|region| region.userspace_addr);
         let met = regions.windows(2);
@@ -177,6 +192,15 @@ mod tests {
         let many = (0..=REGION_LIMIT as u64).map(|i| region(i << 12, 0x1000));
         let error = MemTable::new(many).unwrap_err();
         assert_eq!(error.errno(), libc::E2BIG);
+    }
+
+    #[test]
+    fn the_bytes_of_all_regions_have_a_limit() {
+        let regions = || [region(0, 0x2000), region(0x8000, 0x1000)];
+        MemTable::within(regions(), 0x3000).unwrap();
+        let error = MemTable::within(regions(), 0x2fff).unwrap_err();
+        assert_eq!(error.errno(), libc::E2BIG);
+        assert!(error.to_string().contains("0x3000 bytes"), "{error}");
     }
 
     #[test]
