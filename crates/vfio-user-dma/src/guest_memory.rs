@@ -17,11 +17,38 @@ use crate::{AccessError, Error, Result, TableHandle};
 const BUFFER: usize = 1 << 16;
 
 /// What was done before an error counts as success with fewer bytes, as in vm-memory.
-fn partial(result: Result<()>, len: usize) -> Result<usize> {
+fn partial(result: Result<usize>) -> Result<usize> {
     match result {
-        Ok(()) => Ok(len),
         Err(error) if error.completed() > 0 => Ok(error.completed()),
-        Err(error) => Err(error),
+        result => result,
+    }
+}
+
+/// An error behind the bytes that were done before it.
+fn behind(done: usize) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Access {
+            iova,
+            completed,
+            cause,
+        } => Error::Access {
+            iova,
+            completed: done + completed,
+            cause,
+        },
+        error => error,
+    }
+}
+
+/// An error of bytes that were to be handed on, and were not: as many are done as before.
+fn in_vain(done: usize) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Access { iova, cause, .. } => Error::Access {
+            iova,
+            completed: done,
+            cause,
+        },
+        error => error,
     }
 }
 
@@ -48,7 +75,15 @@ impl TableHandle {
         count: usize,
         mut step: impl FnMut(u64, &mut [u8], usize) -> Result<usize>,
     ) -> Result<usize> {
-        let mut buffer = vec![0; count.min(BUFFER)];
+        let mut buffer = Vec::new();
+        let len = count.min(BUFFER);
+        let room = buffer.try_reserve_exact(len);
+        room.map_err(|_| Error::Access {
+            iova: addr.0,
+            completed: 0,
+            cause: AccessError::NoMemory(len),
+        })?;
+        buffer.resize(len, 0);
         let mut done = 0;
         while done < count {
             let len = buffer.len().min(count - done);
@@ -67,12 +102,12 @@ impl Bytes<GuestAddress> for TableHandle {
     type E = Error;
 
     fn write(&self, buf: &[u8], addr: GuestAddress) -> Result<usize> {
-        partial(self.write(addr.0, buf), buf.len())
+        partial(self.write(addr.0, buf).map(|()| buf.len()))
     }
 
     fn read(&self, buf: &mut [u8], addr: GuestAddress) -> Result<usize> {
         let len = buf.len();
-        partial(self.read(addr.0, buf), len)
+        partial(self.read(addr.0, buf).map(|()| len))
     }
 
     fn write_slice(&self, buf: &[u8], addr: GuestAddress) -> Result<()> {
@@ -87,12 +122,12 @@ impl Bytes<GuestAddress> for TableHandle {
     where
         F: ReadVolatile,
     {
-        self.pieces(addr, count, |iova, buffer, done| {
+        partial(self.pieces(addr, count, |iova, buffer, done| {
             let mut slice = VolatileSlice::from(&mut *buffer);
             let len = src.read_volatile(&mut slice).map_err(stream(done))?;
-            self.write(iova, &buffer[..len])?;
+            self.write(iova, &buffer[..len]).map_err(behind(done))?;
             Ok(len)
-        })
+        }))
     }
 
     fn read_exact_volatile_from<F>(
@@ -107,7 +142,7 @@ impl Bytes<GuestAddress> for TableHandle {
         let moved = self.pieces(addr, count, |iova, buffer, done| {
             let mut slice = VolatileSlice::from(&mut *buffer);
             src.read_exact_volatile(&mut slice).map_err(stream(done))?;
-            self.write(iova, buffer)?;
+            self.write(iova, buffer).map_err(behind(done))?;
             Ok(buffer.len())
         });
         moved.map(drop)
@@ -117,11 +152,11 @@ impl Bytes<GuestAddress> for TableHandle {
     where
         F: WriteVolatile,
     {
-        self.pieces(addr, count, |iova, buffer, done| {
-            self.read(iova, buffer)?;
+        partial(self.pieces(addr, count, |iova, buffer, done| {
+            self.read(iova, buffer).map_err(in_vain(done))?;
             let slice = VolatileSlice::from(&mut *buffer);
             dst.write_volatile(&slice).map_err(stream(done))
-        })
+        }))
     }
 
     fn write_all_volatile_to<F>(&self, addr: GuestAddress, dst: &mut F, count: usize) -> Result<()>
@@ -129,7 +164,7 @@ impl Bytes<GuestAddress> for TableHandle {
         F: WriteVolatile,
     {
         let moved = self.pieces(addr, count, |iova, buffer, done| {
-            self.read(iova, buffer)?;
+            self.read(iova, buffer).map_err(in_vain(done))?;
             let slice = VolatileSlice::from(&mut *buffer);
             dst.write_all_volatile(&slice).map_err(stream(done))?;
             Ok(buffer.len())

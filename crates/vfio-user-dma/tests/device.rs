@@ -105,6 +105,28 @@ fn whatever_takes_guest_memory_takes_memory_of_both_kinds() {
 }
 
 #[test]
+fn streams_that_stop_say_how_far_they_came() {
+    let table = DmaTable::new().unwrap();
+    let size = 40 * PAGE as usize;
+    let file = Some(memfd(40).into());
+    table.map(READ_WRITE, 0, 0, size as u64, file).unwrap();
+    let (dma, at) = (table.handle(), GuestAddress(PAGE));
+    let (rest, more) = (size - PAGE as usize, size);
+    let error = dma.read_exact_volatile_from(at, &mut &vec![1; more][..], more);
+    assert_eq!(error.unwrap_err().completed(), rest);
+    let filled = dma.read_volatile_from(at, &mut &vec![2; more][..], more);
+    assert_eq!(filled.unwrap(), rest);
+    // What could not be handed on as a whole was not: whole pieces are.
+    let mut sink = Vec::new();
+    let error = dma.write_all_volatile_to(at, &mut sink, more).unwrap_err();
+    assert_eq!(error.completed(), sink.len());
+    let mut sink = Vec::new();
+    let drained = dma.write_volatile_to(at, &mut sink, more).unwrap();
+    assert_eq!(sink.len(), drained);
+    assert!(sink.len() > more / 2 && sink.iter().all(|byte| *byte == 2));
+}
+
+#[test]
 fn pins_are_let_go_by_their_notice_and_hold_nothing_without_a_file() {
     let table = DmaTable::builder()
         .unmap_deadline(Duration::from_millis(50))
