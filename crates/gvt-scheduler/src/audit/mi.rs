@@ -3,6 +3,8 @@
 
 //! The default auditor.
 
+use std::collections::BTreeSet;
+
 use crate::audit::{CommandAuditor, CommandError, CommandPlace, CommandProblem, CopiedBatch, Scan};
 use crate::command::{dword_at, dwords, length, opcode, Gtt, Operation, Store, Target};
 use crate::error::{Error, Result};
@@ -104,13 +106,13 @@ impl CommandAuditor for MiAuditor {
         if let Some(gma) = scan.per_ctx {
             memory::push(&mut next, (gma, Level::First))?;
         }
-        let mut seen: Vec<(u64, Level)> = Vec::new();
+        // A ring has room for 170 000 starts of batches it has started before.
+        let mut seen = BTreeSet::new();
         let mut left = self.batch_limit;
         while let Some((gma, level)) = next.pop() {
-            if seen.contains(&(gma, level)) {
+            if !seen.insert((gma, level)) {
                 continue;
             }
-            memory::push(&mut seen, (gma, level))?;
             let place = CommandPlace::Batch { gma };
             let copied = scan.batches().iter().position(|batch| batch.gma == gma);
             let copied = match copied {
@@ -162,7 +164,7 @@ impl MiAuditor {
 }
 
 /// Where commands stand, as the device counts.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Level {
     Ring,
     First,
