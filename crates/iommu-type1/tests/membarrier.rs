@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use common::deadline::{output, within, Over};
+use common::deadline::{output, skipped, within, Over};
 use common::patient;
 use iommu_type1::{
     page_size, Backing, Error, HolderKind, IoAddressSpace, ReaderBarrier, UnmapOptions, UnmapPolicy,
@@ -36,7 +36,7 @@ fn space() -> Option<IoAddressSpace> {
         return Some(space);
     }
     assert_eq!(space.reader_barrier(), ReaderBarrier::Fence);
-    println!("skipped: this kernel has no membarrier");
+    skipped("this kernel has no membarrier");
     None
 }
 

@@ -9,22 +9,13 @@
 mod deadline;
 
 use std::fs::File;
-use std::io::Write;
 use std::sync::Arc;
 
-use deadline::must_end;
+use deadline::{must_end, skipped};
 use iommu_type1::{page_size, Backing, IoAddressSpace};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vfio_group::{KvmVfio, MemorySlots};
 use vm_memory::Permissions::{Read, ReadWrite};
-
-/// Says so, by a way on which tests that pass are not silenced.
-#[allow(clippy::explicit_write, reason = "eprintln is what is silenced")]
-fn skipped(why: &str) {
-    let test = std::thread::current();
-    let test = test.name().unwrap_or("a test").to_owned();
-    writeln!(std::io::stderr(), "{test} is skipped: {why}").unwrap();
-}
 
 /// What opening it fails with where it is not, is not for us, is not let into this container, or has no driver.
 const MISSING: [i32; 5] = [

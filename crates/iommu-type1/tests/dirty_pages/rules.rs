@@ -15,6 +15,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
 use super::taken;
+use crate::common::deadline::skipped;
 use crate::common::{at_once, log};
 use Permissions::{Read, ReadWrite};
 
@@ -42,8 +43,7 @@ fn a_mapping_of_more_pages_than_a_bitmap_of_the_kernel_is_refused() {
     const MOST: u64 = i32::MAX as u64;
     let p = page_size();
     let Ok(backing) = Backing::anonymous(((MOST + 1) * p) as usize) else {
-        eprintln!("skipped: this process cannot have so many addresses");
-        return;
+        return skipped("this process cannot have so many addresses");
     };
     let most = backing.slice(0, (MOST * p) as usize).unwrap();
     let space = IoAddressSpace::new();

@@ -1,11 +1,13 @@
 // Copyright (c) the vfio-dma authors.
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What has to happen does by a deadline, or the test fails and says what did not: none waits for ever.
+//! What has to happen does by a deadline, or the test fails and says what did not: none waits for ever. What cannot
+//! happen on a machine is said to be skipped there.
 //! The tests of the other crates have this file by a link, so that each crate is packed with it.
 
 #![allow(dead_code)] // Each test uses a part of it.
 
+use std::io::Write;
 use std::panic::resume_unwind;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,6 +71,14 @@ pub fn output(mut program: Command) -> Output {
     let what = format!("{program:?} ends");
     let run = move || program.output().unwrap();
     ended_by(10 * DEADLINE, &what, thread::spawn(run))
+}
+
+/// Says that the test of this thread is, by a way on which tests that pass are not silenced.
+#[allow(clippy::explicit_write, reason = "eprintln is what is silenced")]
+pub fn skipped(why: &str) {
+    let test = thread::current();
+    let test = test.name().unwrap_or("a test");
+    writeln!(std::io::stderr(), "{test} is skipped: {why}").unwrap();
 }
 
 /// Set when this is dropped, so also where something fails: whoever goes on until then ends.
