@@ -223,8 +223,7 @@ fn b11_a_holder_that_lets_go_at_the_third_notice_is_waited_for() {
     let elsewhere = table.register("elsewhere", Interest::All, Arc::new(|_, _| panic!("told")));
     let _pin = elsewhere.pin(PAGE, 1).unwrap();
     cache.lock().unwrap().1 = Some(slow.pin(0, 1).unwrap());
-    let deadline = Instant::now() + Duration::from_secs(20);
-    assert_eq!(table.remind(0, PAGE, 2_000, deadline), Ok(()));
+    assert_eq!(table.remind(0, PAGE, 2_000, soon()), Ok(()));
     assert_eq!(cache.lock().unwrap().0, 3);
 }
 
@@ -237,11 +236,10 @@ fn b11_who_is_told_again_once_is_told_again() {
     let slow = table.register("slow", Interest::Holder, Arc::new(notice));
     *cache.lock().unwrap() = Some(slow.pin(0, 1).unwrap());
     // One whose time is over before it begins tells nobody.
-    let released = (0..10).any(|_| {
-        let deadline = Instant::now() + Duration::from_millis(100);
+    within("the holder is told in time", || {
+        let deadline = Instant::now() + Duration::from_millis(10);
         table.remind(0, PAGE, 1, deadline).is_ok()
     });
-    assert!(released);
 }
 
 #[test]
