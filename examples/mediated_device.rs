@@ -8,11 +8,12 @@ use std::error::Error;
 use std::sync::mpsc::{channel, Sender};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use vfio_dma::group::{Container, Device, ExternalUser, Group, IommuType};
 use vfio_dma::gvt::{self, ring_context, ring_register, AddressingMode, ContextDescriptor};
 use vfio_dma::gvt::{EngineId, SimulatedEngine, Vgpu, VgpuConfig};
-use vfio_dma::iommu::{Backing, Interest};
+use vfio_dma::iommu::{Backing, Interest, IoAddressSpace};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
 const ENGINE: EngineId = EngineId::Bcs;
@@ -67,7 +68,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), SIZE as usize)])?;
     let group = Group::new(26);
     let device = group.add_device("vgpu0")?;
-    let (container, file) = (Container::open(), group.open()?);
+    // The vGPU's thread may not get the processor for a while.
+    let patient = IoAddressSpace::builder().unmap_deadline(Duration::from_secs(30));
+    let (container, file) = (Container::open_with(patient), group.open()?);
     file.set_container(&container)?;
     container.set_iommu(IommuType::Type1v2)?;
     for (gpa, size) in [(0, BUFFER), (BUFFER, SIZE - BUFFER)] {

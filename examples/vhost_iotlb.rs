@@ -8,6 +8,7 @@ use std::error::Error;
 use std::io::{self, Read};
 use std::sync::mpsc::{channel, Sender};
 use std::thread;
+use std::time::Duration;
 
 use vfio_dma::iommu::{page_size, Backing};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
@@ -75,7 +76,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // The back end, and the front end's memory in it.
     let (socket, misses) = channel();
-    let iotlb = VhostIotlb::new(Socket(socket));
+    let iotlb = VhostIotlb::new(Socket(socket)).miss_deadline(Duration::from_secs(30));
     let backing = Backing::from_guest_memory(&memory, GuestAddress(IOVA), MEMORY)?;
     iotlb.set_mem_table(MemTable::new([MemRegion::new(USERSPACE, backing)])?)?;
 

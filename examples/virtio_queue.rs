@@ -7,6 +7,7 @@
 use std::error::Error;
 use std::io::{Read, Write};
 use std::thread;
+use std::time::Duration;
 
 use vfio_dma::iommu::{page_size, Backing, IoAddressSpace};
 use virtio_queue::desc::{split::Descriptor, RawDescriptor};
@@ -35,7 +36,11 @@ fn serve(space: &IoAddressSpace, queue: &mut Queue) -> Result<(), Box<dyn Error>
 
 fn main() -> Result<(), Box<dyn Error>> {
     // What the vIOMMU of the VMM does: each page that the guest maps is a mapping.
-    let space = IoAddressSpace::new().named("virtio-net");
+    let space = IoAddressSpace::builder()
+        // A device's thread may not get the processor for a while.
+        .unmap_deadline(Duration::from_secs(30))
+        .build()
+        .named("virtio-net");
     let page = page_size();
     for iova in (0..8).map(|number| 0x8000_0000 + number * page) {
         let memory = Backing::anonymous(page as usize)?;

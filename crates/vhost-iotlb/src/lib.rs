@@ -28,6 +28,7 @@
 //! use std::io;
 //! use std::sync::mpsc::{channel, Sender};
 //! use std::thread;
+//! use std::time::Duration;
 //!
 //! use iommu_type1::Backing;
 //! use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
@@ -43,7 +44,7 @@
 //! }
 //!
 //! let (sender, misses) = channel();
-//! let iotlb = VhostIotlb::new(Frontend(sender));
+//! let iotlb = VhostIotlb::new(Frontend(sender)).miss_deadline(Duration::from_secs(30));
 //! // The front end has this memory at 0x7f00_0000_0000.
 //! let memory = MemRegion::new(0x7f00_0000_0000, Backing::anonymous(0x1_0000)?);
 //! iotlb.set_mem_table(MemTable::new([memory])?)?;
