@@ -51,11 +51,12 @@ impl Pages {
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = u64> + '_ {
-        let (range, list): (Option<RangeInclusive<u64>>, &[u64]) = match self {
-            Pages::Range(range) => (Some(range.first..=range.last), &[]),
-            Pages::List(list) => (None, list),
+        // One of the two is empty.
+        let (range, list): (_, &[u64]) = match self {
+            Pages::Range(range) => (range.first..=range.last, &[]),
+            Pages::List(list) => (RangeInclusive::new(1, 0), list),
         };
-        range.into_iter().flatten().chain(list.iter().copied())
+        range.chain(list.iter().copied())
     }
 
     /// The pages at these addresses.

@@ -39,7 +39,7 @@ impl Shared {
         })?;
         let charged = fresh
             .iter()
-            .map(|page| (page.iova / self.page_size, page.host));
+            .map(|page| (self.page_of(page.iova), page.host));
         state.charged.extend(charged);
         Ok(())
     }

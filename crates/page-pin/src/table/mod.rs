@@ -260,7 +260,7 @@ impl PinTable {
 
     /// How often the page that contains `iova` is pinned, by all owners together.
     pub fn pins(&self, iova: u64) -> u64 {
-        let page = iova / self.shared.page_size;
+        let page = self.shared.page_of(iova);
         lock(&self.shared.state)
             .pins
             .range(keys(PageRange::only(page)))

@@ -191,7 +191,7 @@ impl Shared {
 
     pub(crate) fn pins_of(&self, id: AccessId, iova: u64) -> u64 {
         let state = lock(&self.state);
-        let count = state.pins.get(&(iova / self.page_size, id));
+        let count = state.pins.get(&(self.page_of(iova), id));
         count.map_or(0, |count| count.guarded + count.kept)
     }
 

@@ -12,6 +12,12 @@ impl Shared {
         self.page_size
     }
 
+    /// The page of an address. A shift, as every unmap asks and a division takes ten times as long.
+    #[inline]
+    pub(super) fn page_of(&self, iova: u64) -> u64 {
+        iova >> self.page_size.trailing_zeros()
+    }
+
     pub(super) fn max_pages(&self) -> usize {
         self.options.max_pages_of(self.page_size)
     }
@@ -29,10 +35,10 @@ impl Shared {
         if npages > max {
             return Err(Error::TooMany { npages, max });
         }
-        let first = iova / page_size;
+        let first = self.page_of(iova);
         first
             .checked_add(npages as u64 - 1)
-            .filter(|last| *last <= u64::MAX / page_size)
+            .filter(|last| *last <= self.page_of(u64::MAX))
             .map(|last| PageRange { first, last })
             .ok_or(Error::Overflow { iova, npages })
     }
@@ -57,8 +63,8 @@ impl Shared {
     pub(super) fn covering(&self, iova: u64, size: u64) -> Option<PageRange> {
         let last = iova.checked_add(size.checked_sub(1)?)?;
         Some(PageRange {
-            first: iova / self.page_size,
-            last: last / self.page_size,
+            first: self.page_of(iova),
+            last: self.page_of(last),
         })
     }
 }

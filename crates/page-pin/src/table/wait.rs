@@ -25,7 +25,7 @@ impl Shared {
         }
         let everything = PageRange {
             first: 0,
-            last: u64::MAX / self.page_size,
+            last: self.page_of(u64::MAX),
         };
         let mut holders = self.holders(&state, everything);
         holders.retain(|holder| holder.id == id);
