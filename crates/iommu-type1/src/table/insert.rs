@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use checked_sync::{AtomicPtr, Ordering};
 
-use super::node::{block_of, is_node, mapping_word, node, separating_level, Node, Raw, Word};
+use super::narrow;
+use super::node::{block_of, mapping_word, separating_level, Node, Raw, Word};
 use super::pages::Pages;
 use super::spares::{Needed, Spares};
 use crate::mapping::Mapping;
@@ -16,7 +17,7 @@ use crate::{Error, Result};
 /// Makes a mapping that overlaps no other reachable from `root`; returns the bytes of nodes that took.
 pub(super) fn insert(root: &AtomicPtr<()>, mapping: Arc<Mapping>) -> Result<usize> {
     let pages = Pages::of(mapping.range);
-    let (raw, block) = first_met(root, pages);
+    let (raw, block) = narrow(root, pages);
     let needed = needed(raw, pages, block);
     let spares = Spares::new(needed).map_err(|bytes| Error::NoMemory { bytes })?;
     let mut inserter = Inserter {
@@ -27,25 +28,6 @@ pub(super) fn insert(root: &AtomicPtr<()>, mapping: Arc<Mapping>) -> Result<usiz
     inserter.insert(root, pages, Pages::ALL);
     debug_assert!(inserter.spares.are_used_up());
     Ok(inserter.bytes)
-}
-
-/// The first word on the way to some pages that is not a node which has all of them below one word; the most
-/// common way to the end of [`needed`].
-fn first_met(root: &AtomicPtr<()>, pages: Pages) -> (Raw, Pages) {
-    let (mut raw, mut block) = (root.load(Ordering::Relaxed), Pages::ALL);
-    while is_node(raw) {
-        // SAFETY: reachable, and only the writer removes.
-        let node = unsafe { &*node(raw) };
-        let (first, last) = (node.index(pages.first), node.index(pages.last));
-        if first != last || node.level() == 0 || !node.span().contains(pages) {
-            break;
-        }
-        (raw, block) = (
-            node.slots[first].load(Ordering::Relaxed),
-            node.block_at(first),
-        );
-    }
-    (raw, block)
 }
 
 /// How many nodes it takes to put a mapping into a word, where `pages` are those of it that fall into the word's
@@ -159,7 +141,7 @@ impl Inserter {
         // SAFETY: only the writer, which this is, frees nodes.
         let node = unsafe { &*raw };
         node.enter(1);
-        for index in node.index(pages.first)..=node.index(pages.last) {
+        for index in node.indices(pages) {
             let slot = &node.slots[index];
             let was_empty = slot.load(Ordering::Relaxed).is_null();
             let block = node.block_at(index);

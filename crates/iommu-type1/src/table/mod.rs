@@ -33,7 +33,7 @@ use crate::mapping::{Mapping, PageWord};
 use crate::range::IovaRange;
 use crate::Result;
 use insert::insert;
-use node::{address, index, is_leaf, is_node, node, Node, Word};
+use node::{address, index, is_leaf, is_node, node, Node, Raw, Word};
 use pages::Pages;
 use remove::{remove, settle};
 
@@ -249,12 +249,7 @@ fn refresh(slot: &AtomicPtr<()>, mapping: &Mapping, pages: Pages) {
     };
     // SAFETY: reachable, and nothing is removed during the caller's turn as the writer.
     let node = unsafe { &*raw };
-    let span = node.span();
-    if !span.overlaps(pages) {
-        return;
-    }
-    let pages = pages.clamp(span);
-    for index in node.index(pages.first)..=node.index(pages.last) {
+    for index in node.met(pages).into_iter().flatten() {
         if node.level() == 0 {
             let page = node.block_at(index).first;
             // SAFETY: of level 0, and allocated as above.
@@ -270,19 +265,31 @@ fn walk<B>(
     pages: Pages,
     visit: &mut impl FnMut(*const Mapping) -> ControlFlow<B>,
 ) -> Option<B> {
-    match Word::decode(slot.load(Ordering::Relaxed)) {
+    match Word::decode(narrow(slot, pages).0) {
         Word::Empty => None,
         Word::Mapping(mapping) => visit(mapping).break_value(),
         Word::Node(node) => {
             // SAFETY: reachable, and nothing is removed during the caller's turn as the writer.
             let node = unsafe { &*node };
-            let span = node.span();
-            if !span.overlaps(pages) {
-                return None;
-            }
-            let pages = pages.clamp(span);
-            (node.index(pages.first)..=node.index(pages.last))
+            node.met(pages)?
                 .find_map(|index| walk(&node.slots[index], pages, visit))
         }
     }
+}
+
+/// The last word on the way to some pages, from `slot`, that all of them fall into, with its block: the way's most
+/// common end.
+fn narrow(slot: &AtomicPtr<()>, pages: Pages) -> (Raw, Pages) {
+    let (mut raw, mut block) = (slot.load(Ordering::Relaxed), Pages::ALL);
+    while is_node(raw) {
+        // SAFETY: reachable, and nothing is removed during the caller's turn as the writer.
+        let node = unsafe { &*node(raw) };
+        let index = node.index(pages.first);
+        let below = node.block_at(index);
+        if !below.contains(pages) {
+            break;
+        }
+        (raw, block) = (node.slots[index].load(Ordering::Relaxed), below);
+    }
+    (raw, block)
 }

@@ -12,6 +12,7 @@
 
 use std::alloc::Layout;
 use std::cell::Cell;
+use std::ops::Range;
 use std::ptr;
 
 #[cfg(any(loom, shuttle))]
@@ -265,6 +266,18 @@ impl Node {
     /// Index of the word for a page.
     pub(super) fn index(&self, page: u64) -> usize {
         (page >> (self.level * BITS)) as usize % FANOUT
+    }
+
+    /// Indices of the words for pages that lie in its block.
+    pub(super) fn indices(&self, pages: Pages) -> Range<usize> {
+        self.index(pages.first)..self.index(pages.last) + 1
+    }
+
+    /// Indices of the words for whatever of the pages lies in its block; `None` where nothing does.
+    pub(super) fn met(&self, pages: Pages) -> Option<Range<usize>> {
+        let span = self.span();
+        let overlaps = span.overlaps(pages);
+        overlaps.then(|| self.indices(pages.clamp(span)))
     }
 
     /// The pages of the word at `index`.

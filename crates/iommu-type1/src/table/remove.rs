@@ -28,12 +28,10 @@ pub(super) fn remove(
         Word::Node(raw) => {
             // SAFETY: reachable, and only the writer, which this is, removes.
             let node = unsafe { &*raw };
-            let span = node.span();
-            if !span.overlaps(pages) {
+            let Some(met) = node.met(pages) else {
                 return;
-            }
-            let pages = pages.clamp(span);
-            for index in node.index(pages.first)..=node.index(pages.last) {
+            };
+            for index in met {
                 let below = &node.slots[index];
                 let was_empty = below.load(Ordering::Relaxed).is_null();
                 if node.level() == 0 {
@@ -70,13 +68,11 @@ pub(super) fn settle(slot: &AtomicPtr<()>, pages: Pages, unlinked: &mut Unlinked
     };
     // SAFETY: reachable, and only the writer, which this is, removes.
     let node = unsafe { &*raw };
-    let span = node.span();
-    if !span.overlaps(pages) {
+    let Some(met) = node.met(pages) else {
         return;
-    }
-    let pages = pages.clamp(span);
+    };
     if node.level() > 0 {
-        for index in node.index(pages.first)..=node.index(pages.last) {
+        for index in met {
             let below = &node.slots[index];
             let was_empty = below.load(Ordering::Relaxed).is_null();
             settle(below, pages, unlinked);
