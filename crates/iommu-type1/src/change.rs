@@ -232,7 +232,7 @@ pub(crate) fn change(
         return Err(error);
     }
     drop(after);
-    space.counters.maps.add(undo.by.len());
+    writer.maps += undo.by.len() as u64;
     drop(writer);
     drop((before, revoked));
     Revocation::of_replaced(space, replaced, undo, unlinked, options).run(None)?;

@@ -62,12 +62,18 @@ impl Request {
     }
 
     /// Looks at some things only.
+    #[inline]
     pub(crate) fn look(&self, space: &Space, checks: &[Check]) -> Result<()> {
         let unit = space.unit();
         // In which order to look matters only where there is something to find.
         if checks.is_empty() || self.is_sound(unit) {
             return Ok(());
         }
+        self.look_at_all(checks, unit)
+    }
+
+    #[cold]
+    fn look_at_all(&self, checks: &[Check], unit: u64) -> Result<()> {
         checks
             .iter()
             .try_for_each(|check| self.look_at(*check, unit))

@@ -70,7 +70,7 @@ impl IoAddressSpace {
             drop(writer.report(slice::from_ref(&mapping), &[]));
             return Err(error);
         }
-        space.counters.maps.add(1);
+        writer.maps += 1;
         Ok(range.first)
     }
 }

@@ -106,7 +106,7 @@ impl IoAddressSpace {
             drop(turn.report(new, &[]));
             return Err(error);
         }
-        space.counters.maps.add(1);
+        turn.maps += 1;
         Ok(())
     }
 
@@ -182,7 +182,7 @@ impl IoAddressSpace {
                 }
                 return Err(full);
             }
-            space.counters.maps.add(1);
+            turn.maps += 1;
         }
         Ok(())
     }
@@ -205,8 +205,8 @@ pub(crate) fn check_room(writer: &Writer, space: &Space, range: IovaRange) -> Re
 
 /// Refuses a range of which something is mapped, or leaves.
 fn check_free(writer: &Writer, space: &Space, range: IovaRange) -> Result<()> {
-    check_not_unmapping(writer, range)?;
     if let Some(leaving) = writer.leaving_in(range) {
+        check_not_unmapping(writer, range)?;
         return Err(overlap(range, leaving.mapping.range));
     }
     let in_the_way = space

@@ -195,7 +195,8 @@ pub(crate) fn end_failed(
         return;
     }
     drop(turn);
-    let revocation = Revocation::of_replaced(space, seen, Undo::default(), unlinked, space.unmap);
+    let mut revocation =
+        Revocation::of_replaced(space, seen, Undo::default(), unlinked, space.unmap);
     if let Err(error) = revocation.run(None) {
         log::warn!("what was mapped before there was no memory: {error}");
     }

@@ -48,11 +48,10 @@ pub struct Stats {
     pub membarriers: u64,
 }
 
-/// What is counted as it happens; none of it on the way of an access that succeeds.
+/// What is counted as it happens, beside what the [`Writer`](crate::writer::Writer) counts; none of it on the way of
+/// an access that succeeds.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
-    pub(crate) maps: Counter,
-    pub(crate) unmaps: Counter,
     pub(crate) unmap_waits: Counter,
     pub(crate) stragglers: Counter,
     pub(crate) misses: Counter,
@@ -96,8 +95,8 @@ impl IoAddressSpace {
                 0
             },
             leases: space.leases.count() as u64,
-            maps: counters.maps.get(),
-            unmaps: counters.unmaps.get(),
+            maps: writer.maps,
+            unmaps: writer.unmaps,
             unmap_waits: counters.unmap_waits.get(),
             stragglers: counters.stragglers.get(),
             misses: counters.misses.get(),

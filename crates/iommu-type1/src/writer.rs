@@ -59,6 +59,10 @@ pub(crate) struct Leaving {
 #[derive(Default)]
 pub(crate) struct Writer {
     pub(crate) live: usize,
+    /// Mappings that were made so far.
+    pub(crate) maps: u64,
+    /// Mappings that were removed so far.
+    pub(crate) unmaps: u64,
     /// Memory of the table's nodes, those included that are not freed yet.
     pub(crate) table_bytes: usize,
     /// By address.

@@ -60,12 +60,13 @@ impl Ledger {
         mappings: impl Iterator<Item = &'a Arc<Mapping>>,
         deadline: &Deadline,
     ) -> LeasedOf {
-        let LeasedOf(all) = self.leased();
-        let mut left = LeasedOf(BTreeSet::new());
-        if !all.is_empty() {
-            let addresses = mappings.map(|mapping| Arc::as_ptr(mapping).addr());
-            left.0.extend(addresses.filter(|addr| all.contains(addr)));
+        let all = self.leased();
+        if all.is_empty() {
+            return all;
         }
+        let leased = mappings.filter(|mapping| all.has(mapping));
+        let leased = leased.map(|mapping| Arc::as_ptr(mapping).addr());
+        let mut left = LeasedOf(leased.collect());
         if left.is_empty() {
             return left;
         }
@@ -99,13 +100,14 @@ impl Ledger {
     fn leased(&self) -> LeasedOf {
         let further = lock(&self.further);
         let mut leased = BTreeSet::new();
-        for place in self.places(&further) {
+        // Not by a loop, which would ask for each place whose turn it is: the shared or the further ones.
+        self.places(&further).for_each(|place| {
             if place.len.load(Ordering::Acquire) > 0 {
                 place.each(|addr| {
                     leased.insert(addr);
                 });
             }
-        }
+        });
         LeasedOf(leased)
     }
 

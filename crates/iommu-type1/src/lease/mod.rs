@@ -22,7 +22,7 @@ use std::ptr::NonNull;
 
 use crate::mapping::Mapping;
 
-pub(crate) use ledger::Ledger;
+pub(crate) use ledger::{LeasedOf, Ledger};
 pub(crate) use set::{LeaseSet, Leases};
 
 /// A mapping that somebody leases.

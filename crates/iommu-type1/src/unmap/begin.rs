@@ -17,16 +17,11 @@ use crate::table::{Table, Unlinked};
 use crate::Result;
 
 impl<'a> Revocation<'a> {
-    pub(super) fn begin(
-        space: &'a Space,
-        ranges: &[IovaRange],
-        options: UnmapOptions,
-        set: SetId,
-        marked: bool,
-    ) -> Result<Self> {
-        let mut revocation = Revocation::of(space, Vec::new(), Unlinked::default(), options);
+    /// Has what there is in some ranges be revoked by one that has nothing yet.
+    pub(super) fn begin(&mut self, ranges: &[IovaRange], set: SetId, marked: bool) -> Result<()> {
+        let space = self.space;
         let Some(first) = ranges.first() else {
-            return Ok(revocation);
+            return Ok(());
         };
         check_outside(space, *first)?;
         let mut writer = space.turn(*first)?;
@@ -47,7 +42,7 @@ impl<'a> Revocation<'a> {
             &mut unlinked,
             &mut cuts,
         );
-        let mut replaced = Vec::new();
+        let mut retried = 0;
         let cut = cuts.before.len();
         let ready = selected.and_then(|()| {
             if ranges.len() > 1 {
@@ -58,24 +53,28 @@ impl<'a> Revocation<'a> {
             if writer.is_heard {
                 memory::extend(&mut cuts.before, mappings.iter().cloned())?;
             }
-            replaced = meet_replaced(&writer, space, ranges, |_| true)?;
-            if writer.leaving() > 0 {
-                let retried = ranges.iter().map(|range| writer.may_retry(*range));
-                memory::reserve(&mut mappings, retried.sum())?;
-            }
-            writer.reserve_leaving(mappings.len())
+            let replaced = meet_replaced(&writer, space, ranges, |_| true)?;
+            retried = ranges.iter().map(|range| writer.may_retry(*range)).sum();
+            memory::reserve(&mut mappings, retried)?;
+            writer.reserve_leaving(mappings.len())?;
+            Ok(replaced)
         });
-        if let Err(error) = ready {
-            // Something may have been cut before.
-            writer.late.append(unlinked);
-            cuts.before.truncate(cut);
-            cuts.tell(writer);
-            return Err(error);
-        }
+        let replaced = match ready {
+            Ok(replaced) => replaced,
+            Err(error) => {
+                // Something may have been cut before.
+                writer.late.append(unlinked);
+                cuts.before.truncate(cut);
+                cuts.tell(writer);
+                return Err(error);
+            }
+        };
         writer.revoke(&space.table, &mappings, &mut unlinked);
-        for range in ranges {
-            if !stops(&writer, space, *range) {
-                writer.retry(*range, &mut mappings);
+        if retried > 0 {
+            for range in ranges {
+                if !stops(&writer, space, *range) {
+                    writer.retry(*range, &mut mappings);
+                }
             }
         }
         if !mappings.is_empty() || !replaced.is_empty() {
@@ -83,10 +82,10 @@ impl<'a> Revocation<'a> {
             unlinked.append(std::mem::take(&mut writer.late));
         }
         cuts.tell(writer);
-        revocation.mappings = mappings;
-        revocation.unlinked = unlinked;
-        revocation.replaced = replaced;
-        Ok(revocation)
+        self.mappings = mappings;
+        self.unlinked = unlinked;
+        self.replaced = replaced;
+        Ok(())
     }
 
     /// Of whatever was made through a set.
@@ -119,7 +118,9 @@ impl<'a> Revocation<'a> {
             turn.retry(range, &mut mappings);
         }
         drop(turn);
-        let mut revocation = Revocation::of(space, mappings, unlinked, options);
+        let mut revocation = Revocation::new(space, options);
+        revocation.mappings = mappings;
+        revocation.unlinked = unlinked;
         revocation.replaced = replaced;
         Ok(revocation)
     }

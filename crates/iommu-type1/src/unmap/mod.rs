@@ -150,8 +150,9 @@ impl IoAddressSpace {
         let space = &*self.view.space;
         let ranges = [space.to_unmap(iova, size)?];
         let mut pages = DirtyPages::default();
-        let bytes = Revocation::begin(space, &ranges, space.unmap, self.view.set, true)?
-            .run(Some(&mut pages))?;
+        let mut revocation = Revocation::new(space, space.unmap);
+        revocation.begin(&ranges, self.view.set, true)?;
+        let bytes = revocation.run(Some(&mut pages))?;
         Ok((bytes, pages))
     }
 
@@ -184,7 +185,9 @@ impl IoAddressSpace {
 
     fn unmap_ranges(&self, ranges: &[IovaRange], options: UnmapOptions) -> Result<u64> {
         let space = &*self.view.space;
-        Revocation::begin(space, ranges, options, self.view.set, false)?.run(None)
+        let mut revocation = Revocation::new(space, options);
+        revocation.begin(ranges, self.view.set, false)?;
+        revocation.run(None)
     }
 }
 
@@ -210,7 +213,10 @@ pub(crate) fn take_back(
     turn.revoke(&space.table, &mappings[..published], &mut unlinked);
     drop(turn.report(&mappings, &[]));
     mappings.truncate(published);
-    Revocation::of(space, mappings, unlinked, space.unmap).run(None)
+    let mut revocation = Revocation::new(space, space.unmap);
+    revocation.mappings = mappings;
+    revocation.unlinked = unlinked;
+    revocation.run(None)
 }
 
 /// Refuses to wait from inside an access of the same space.

@@ -9,6 +9,7 @@ use checked_sync::lock;
 
 use super::{Holders, UnmapOptions, UnmapPolicy};
 use crate::deadline::Deadline;
+use crate::lease::LeasedOf;
 use crate::mapping::Mapping;
 use crate::range::IovaRange;
 use crate::space::Space;
@@ -64,20 +65,15 @@ pub(crate) struct Undo {
 }
 
 impl<'a> Revocation<'a> {
-    /// Of mappings that are being revoked already.
-    pub(super) fn of(
-        space: &'a Space,
-        mappings: Vec<Arc<Mapping>>,
-        unlinked: Unlinked,
-        options: UnmapOptions,
-    ) -> Self {
+    /// Of nothing yet.
+    pub(super) fn new(space: &'a Space, options: UnmapOptions) -> Self {
         Revocation {
             space,
-            mappings,
+            mappings: Vec::new(),
             replaced: Vec::new(),
             undo: None,
             policy: options.policy,
-            unlinked,
+            unlinked: Unlinked::default(),
             graced: false,
             pinned: false,
             deadline: Deadline::after(options.deadline),
@@ -92,14 +88,15 @@ impl<'a> Revocation<'a> {
         unlinked: Unlinked,
         options: UnmapOptions,
     ) -> Self {
-        let mut revocation = Revocation::of(space, Vec::new(), unlinked, options);
+        let mut revocation = Revocation::new(space, options);
         revocation.replaced = replaced;
+        revocation.unlinked = unlinked;
         revocation.undo = (options.policy == UnmapPolicy::Restore).then_some(undo);
         revocation
     }
 
     /// Waits for everybody; the bytes unmapped. The marks of what is unmapped go to `marks`.
-    pub(crate) fn run(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
+    pub(crate) fn run(&mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
         if self.mappings.is_empty() && self.replaced.is_empty() {
             return Ok(0);
         }
@@ -140,65 +137,32 @@ impl<'a> Revocation<'a> {
         }
     }
 
-    fn finish(mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
+    fn finish(&mut self, marks: Option<&mut DirtyPages>) -> Result<u64> {
         let replaced = self.replaced.iter().map(|replaced| &replaced.mapping);
         let waited = replaced.chain(&self.mappings);
         let leased = self.space.leases.wait_released(waited, &self.deadline);
         let mut holders = Holders::default();
-        let mut replaced = std::mem::take(&mut self.replaced);
-        for replaced in &mut replaced {
-            let mapping = &replaced.mapping;
-            let leased = leased.has(mapping);
-            replaced.over = !self.add_holders(mapping, &replaced.gone, leased, &mut holders);
-        }
-        let mut mappings = std::mem::take(&mut self.mappings);
-        // By address, so that of many each is looked at once.
-        replaced.sort_unstable_by_key(|replaced| replaced.mapping.range.first);
-        mappings.sort_unstable_by_key(|mapping| mapping.range.first);
-        self.replaced = replaced;
-        let still = self.still().map(|replaced| replaced.mapping.range);
-        let mut still = still.peekable();
-        // Where the last ends of those that begin before the mapping ends.
-        let mut lent = None;
-        // Those that are free come before the others.
-        let mut free = 0;
-        for at in 0..mappings.len() {
-            let mapping = &mappings[at];
-            let range = mapping.range;
-            let leased = leased.has(mapping);
-            let is_held = self.add_holders(mapping, &[range], leased, &mut holders);
-            while let Some(begun) = still.next_if(|other| other.first <= range.last) {
-                lent = lent.max(Some(begun.last));
-            }
-            // Who uses what it was a part of may use it.
-            let is_lent = lent >= Some(range.first);
-            if !is_held && !is_lent {
-                mappings.swap(free, at);
-                free += 1;
-            }
-        }
-        drop(still);
-        self.mappings = mappings;
+        self.look_at_replaced(&leased, &mut holders);
+        let mut held = self.sort_out_held(&leased, &mut holders);
         let mut no_memory = None;
         if let Some(marks) = marks {
-            if free == self.mappings.len() && self.still().next().is_none() {
+            if held == 0 && self.still().next().is_none() {
                 // Nobody can write to them any more.
                 let _harvest = lock(&self.space.harvest);
                 lock(&self.space.writer).settle_marks(&self.space.table);
                 no_memory = marks.take_all(&self.mappings).err();
             }
-            if no_memory.is_some() || free < self.mappings.len() || self.still().next().is_some() {
-                free = 0;
+            if no_memory.is_some() || held > 0 || self.still().next().is_some() {
+                held = self.mappings.len();
             }
         }
         let counters = &self.space.counters;
-        counters.unmaps.add(free);
-        let stragglers = self.mappings.len() - free + self.still().count();
+        let stragglers = held + self.still().count();
         counters.stragglers.add(stragglers);
         counters
             .unmap_waits
             .add(usize::from(self.deadline.was_waited_for()));
-        let unmapped = self.remove(free);
+        let unmapped = self.remove(held);
         if stragglers == 0 {
             return Ok(unmapped);
         }
@@ -219,14 +183,57 @@ impl<'a> Revocation<'a> {
         })
     }
 
+    /// Looks who uses what was replaced.
+    fn look_at_replaced(&mut self, leased: &LeasedOf, holders: &mut Holders) {
+        let mut replaced = std::mem::take(&mut self.replaced);
+        for replaced in &mut replaced {
+            let mapping = &replaced.mapping;
+            let leased = leased.has(mapping);
+            replaced.over = !self.add_holders(mapping, &replaced.gone, leased, holders);
+        }
+        self.replaced = replaced;
+    }
+
+    /// Has what is removed and still held come first; how many there are.
+    fn sort_out_held(&mut self, leased: &LeasedOf, holders: &mut Holders) -> usize {
+        let mut mappings = std::mem::take(&mut self.mappings);
+        // By address, so that of many each is looked at once, and as marks are taken.
+        let replaced = &mut self.replaced;
+        replaced.sort_unstable_by_key(|replaced| replaced.mapping.range.first);
+        mappings.sort_unstable_by_key(|mapping| mapping.range.first);
+        let still = self.still().map(|replaced| replaced.mapping.range);
+        let mut still = still.peekable();
+        // Where the last ends of those that begin before the mapping ends.
+        let mut lent = None;
+        let mut held = 0;
+        for at in 0..mappings.len() {
+            let mapping = &mappings[at];
+            let range = mapping.range;
+            let leased = leased.has(mapping);
+            let is_held = self.add_holders(mapping, &[range], leased, holders);
+            while let Some(begun) = still.next_if(|other| other.first <= range.last) {
+                lent = lent.max(Some(begun.last));
+            }
+            // Who uses what it was a part of may use it.
+            let is_lent = lent >= Some(range.first);
+            if is_held || is_lent {
+                mappings.swap(held, at);
+                held += 1;
+            }
+        }
+        drop(still);
+        self.mappings = mappings;
+        held
+    }
+
     /// What was replaced and is still used.
     fn still(&self) -> impl Iterator<Item = &Replaced> {
         self.replaced.iter().filter(|replaced| !replaced.over)
     }
 
-    /// Ends the revocation of the first `free` mappings, and the time of what was replaced and is over, whose memory
-    /// goes with the last reference to it.
-    fn remove(&mut self, free: usize) -> u64 {
+    /// Ends the revocation of all but the first `held` mappings, and the time of what was replaced and is over, whose
+    /// memory goes with the last reference to it.
+    fn remove(&mut self, held: usize) -> u64 {
         if self.still().next().is_none() {
             self.undo = None;
         }
@@ -235,8 +242,9 @@ impl<'a> Revocation<'a> {
         let is_over = self.replaced.iter().any(|replaced| replaced.over);
         let harvest = is_over.then(|| lock(&self.space.harvest));
         let mut writer = lock(&self.space.writer);
-        let forgotten = &self.mappings[..free];
+        let forgotten = &self.mappings[held..];
         writer.forget(forgotten);
+        writer.unmaps += forgotten.len() as u64;
         if writer.tracking {
             let logs = forgotten.iter().map(|mapping| mapping.log_bytes());
             writer.log_bytes -= logs.sum::<usize>();
@@ -244,15 +252,16 @@ impl<'a> Revocation<'a> {
         if is_over {
             writer.release(&self.space.table, &self.space.pins, &mut self.replaced);
         }
-        writer.table_bytes -= if self.graced { unlinked.bytes() } else { 0 };
-        if !self.graced {
+        if self.graced {
+            writer.table_bytes -= unlinked.bytes();
+        } else {
             writer.late.append(std::mem::take(&mut unlinked));
         }
         drop(writer);
         drop(harvest);
         self.replaced.retain(|replaced| !replaced.over);
         let unmapped = total(forgotten);
-        drop(self.mappings.drain(..free));
+        self.mappings.truncate(held);
         unmapped
     }
 }
