@@ -97,6 +97,7 @@ fn the_last_has_the_say() {
         .change([map(0, 1, 1), Change::UnmapAll, map(5, 1, 2)])
         .unwrap();
     assert_eq!((space.mappings(), byte(&space, 5)), (1, Ok(2)));
+    assert_eq!(space.stats().maps, 4 + 1);
 }
 
 #[test]
