@@ -26,6 +26,7 @@ use crate::inject::{aside, SET_USER_MEMORY_REGION};
 
 pub const SCENARIOS: &[(&str, fn())] = &[
     ("maps", maps),
+    ("barriers", barriers),
     ("batches", batches),
     ("replacements", replacements),
     ("dirty pages", dirty_pages),
@@ -176,6 +177,50 @@ fn maps() {
     step(&space, "unmap", || space.unmap(p(511), p(2)));
     step(&space, "unmap all", || space.unmap_all());
     assert_eq!(space.stats().table_bytes, 0);
+}
+
+/// What needs the kernel's barrier besides an unmap: a harvest, a replacement, memory that is taken away.
+fn barriers() {
+    let owner = Arc::new(());
+    let space = IoAddressSpace::builder()
+        .reader_barrier(ReaderBarrier::Membarrier)
+        .build();
+    let space = space.held_by(owner.clone());
+    let handle = space.handle();
+    // The slot goes without barriers again.
+    let read_on = || (0..70_000).for_each(|_| handle.read(0, &mut [0]).unwrap());
+    let is_refused = |errno| [libc::EBUSY, libc::EDEADLK, libc::ENOMEM].contains(&errno);
+    map(&space, 0, 1);
+    map(&space, 1, 2);
+    step(&space, "start", || space.start_dirty_tracking());
+    space.write(p(1), &[1]).unwrap();
+    read_on();
+    let pages = step(&space, "take", || space.take_dirty(0, p(3)));
+    assert!(pages.iter().eq([p(1)]));
+    read_on();
+    let backing = memory(2);
+    // Without the barrier the new memory is there, and the old one waits for the unmap.
+    if let Err(error) = space.replace(p(1), backing.clone(), ReadWrite) {
+        assert!(is_refused(error.errno()), "{error}");
+    }
+    check(&space, &[0, 1, 2], &[3]);
+    read_on();
+    let taken = space.invalidate_vaddr(p(1), p(2));
+    if let Err(error) = taken {
+        assert!(is_refused(error.errno()), "{error}");
+        space.invalidate_vaddr(p(1), p(2)).unwrap();
+    }
+    check(&space, &[0], &[1, 2]);
+    step(&space, "give back", || {
+        space.resume_vaddr(p(1), p(2), backing.clone())
+    });
+    check(&space, &[0, 1, 2], &[3]);
+    read_on();
+    if space.unmap_all().is_err() {
+        space.unmap_all().unwrap();
+    }
+    drop((space, handle));
+    assert_eq!(Arc::strong_count(&owner), 1);
 }
 
 fn many(space: &IoAddressSpace, backing: &Backing) {
