@@ -57,9 +57,11 @@ pub struct VgpuDevice {
 }
 
 impl VgpuDevice {
-    pub fn new(counters: Arc<Counters>, once: Option<Stopper>) -> vfio_user_dma::Result<Self> {
-        // A client that shrinks its memory is not to end the server.
-        let dma = DmaTable::builder().guard_files(true).build()?;
+    pub fn new(
+        dma: DmaTable,
+        counters: Arc<Counters>,
+        once: Option<Stopper>,
+    ) -> vfio_user_dma::Result<Self> {
         let interrupts = Arc::new(Interrupts::new(counters.clone()));
         let mut regions = vec![Region::default(); REGIONS];
         regions[BAR0 as usize] = Region::new(BAR_SIZE);

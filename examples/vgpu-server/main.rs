@@ -19,12 +19,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
 use log::LevelFilter;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use vfio_user_dma::{Server, Stopper};
+use vfio_user_dma::{DmaTable, Server, Stopper, MESSAGE_DEADLINE};
 
 use counters::Counters;
 use device::VgpuDevice;
@@ -39,6 +40,9 @@ struct Args {
     /// End when the first client has gone
     #[arg(long)]
     once: bool,
+    /// For how long an engine waits for memory that the client has for itself
+    #[arg(long, value_name = "SECONDS", default_value_t = MESSAGE_DEADLINE.as_secs())]
+    answer_deadline: u64,
     /// Log what the device does to stderr; twice for every register access
     #[arg(long, short, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -68,7 +72,12 @@ fn serve(args: &Args, counters: &Arc<Counters>) -> Result<(), Box<dyn std::error
     let server = Server::bind(&args.socket)?;
     stop_at_signals(server.stopper())?;
     let once = args.once.then(|| server.stopper());
-    let mut device = VgpuDevice::new(counters.clone(), once)?;
+    let dma = DmaTable::builder()
+        // A client that shrinks its memory is not to end the server.
+        .guard_files(true)
+        .message_deadline(Duration::from_secs(args.answer_deadline))
+        .build()?;
+    let mut device = VgpuDevice::new(dma, counters.clone(), once)?;
     println!("vgpu-server: listening on {}", args.socket.display());
     Ok(server.run(&mut device)?)
 }

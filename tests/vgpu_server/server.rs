@@ -40,6 +40,8 @@ impl Server {
         let mut process = Command::new(example())
             .arg("--socket")
             .arg(&socket)
+            // The client may not get the processor for a while, and what it does not answer is ended by a reset.
+            .args(["--answer-deadline", "60"])
             .args(args)
             .stdout(Stdio::piped())
             // What is refused is logged there.
