@@ -62,7 +62,6 @@ impl Request {
     }
 
     /// Looks at some things only.
-    #[inline]
     pub(crate) fn look(&self, space: &Space, checks: &[Check]) -> Result<()> {
         let unit = space.unit();
         // In which order to look matters only where there is something to find.
