@@ -9,7 +9,9 @@
 
 use std::sync::atomic::Ordering;
 
-use vm_memory::{AtomicAccess, Bytes, GuestAddress, ReadVolatile, VolatileSlice, WriteVolatile};
+use vm_memory::{
+    AtomicAccess, Bytes, GuestAddress, Permissions, ReadVolatile, VolatileSlice, WriteVolatile,
+};
 
 use crate::{AccessError, Error, Result, TableHandle};
 
@@ -68,6 +70,39 @@ fn stream(completed: usize) -> impl FnOnce(vm_memory::VolatileMemoryError) -> Er
 }
 
 impl TableHandle {
+    /// How many of `len` bytes from `iova` on, one at least, can be written by now.
+    fn writable(&self, iova: u64, len: usize) -> Result<usize> {
+        let mut there = 0;
+        loop {
+            let at = iova.wrapping_add(there as u64);
+            let space = self.space().space();
+            let Err(error) = space.scatter(at, len - there, Permissions::Write) else {
+                return Ok(len);
+            };
+            there += error.completed();
+            let at = iova.wrapping_add(there as u64);
+            let cause = match self.table().client_room(at, len - there) {
+                Some(0) => AccessError::Permission,
+                Some(room) => {
+                    there += room;
+                    if there == len {
+                        return Ok(len);
+                    }
+                    continue;
+                }
+                None => error.into(),
+            };
+            return match there {
+                0 => Err(Error::Access {
+                    iova,
+                    completed: 0,
+                    cause,
+                }),
+                there => Ok(there),
+            };
+        }
+    }
+
     /// Moves `count` bytes in pieces until `step` moves fewer than it was asked for; says how many.
     fn pieces(
         &self,
@@ -122,12 +157,22 @@ impl Bytes<GuestAddress> for TableHandle {
     where
         F: ReadVolatile,
     {
-        partial(self.pieces(addr, count, |iova, buffer, done| {
+        let mut is_lost = false;
+        let moved = self.pieces(addr, count, |iova, buffer, done| {
+            // No more is taken than there is room for.
+            let room = self.writable(iova, buffer.len()).map_err(behind(done))?;
+            let buffer = &mut buffer[..room];
             let mut slice = VolatileSlice::from(&mut *buffer);
             let len = src.read_volatile(&mut slice).map_err(stream(done))?;
-            self.write(iova, &buffer[..len]).map_err(behind(done))?;
-            Ok(len)
-        }))
+            let written = self.write(iova, &buffer[..len]).map_err(behind(done));
+            is_lost = written.is_err();
+            written.map(|()| len)
+        });
+        match is_lost {
+            // What was taken, and could not be written then, does not go without a word.
+            true => moved,
+            false => partial(moved),
+        }
     }
 
     fn read_exact_volatile_from<F>(

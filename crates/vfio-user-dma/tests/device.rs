@@ -48,6 +48,10 @@ fn whatever_takes_guest_memory_takes_memory_of_both_kinds() {
     let dma = served.table.handle();
     let device = thread::spawn(move || {
         let edge = GuestAddress(0x1ffc);
+        // Of both, up to where there is nothing.
+        let (mut long, all) = (&[4_u8; 0x3000][..], 8 + PAGE as usize);
+        let filled = dma.read_volatile_from(GuestAddress(0x1ff8), &mut long, 0x3000);
+        assert_eq!((filled.unwrap(), long.len()), (all, 0x3000 - all));
         // Four bytes of each kind: one message each.
         dma.write_obj(0x1122_3344_5566_7788_u64, edge).unwrap();
         assert_eq!(dma.read_obj::<u64>(edge).unwrap(), 0x1122_3344_5566_7788);
@@ -96,10 +100,11 @@ fn whatever_takes_guest_memory_takes_memory_of_both_kinds() {
         assert!(matches!(askew, Err(Error::Access { iova: 0x1002, .. })));
     });
     let mut memory = vec![0; PAGE as usize];
-    answer(&mut served.client, &mut memory, 0x2000, 7);
+    answer(&mut served.client, &mut memory, 0x2000, 8);
     ended("accesses end when they are answered", device);
     assert_eq!(memory[..8], [3; 8]);
     assert_eq!(memory[0x10..0x12], [9, 0]);
+    assert_eq!(memory[0x12..0xffc], [4; 0xfea]);
     assert_eq!(memory[0xffc..], [1; 4]);
     served.end().unwrap();
 }
@@ -114,8 +119,14 @@ fn streams_that_stop_say_how_far_they_came() {
     let (rest, more) = (size - PAGE as usize, size);
     let error = dma.read_exact_volatile_from(at, &mut &vec![1; more][..], more);
     assert_eq!(error.unwrap_err().completed(), rest);
-    let filled = dma.read_volatile_from(at, &mut &vec![2; more][..], more);
-    assert_eq!(filled.unwrap(), rest);
+    // What there is no room for stays where it is.
+    let source = vec![2; more];
+    let mut left = &source[..];
+    let filled = dma.read_volatile_from(at, &mut left, more);
+    assert_eq!((filled.unwrap(), left.len()), (rest, more - rest));
+    let full = dma.read_volatile_from(GuestAddress(size as u64), &mut left, more);
+    assert_eq!(full.unwrap_err().errno(), libc::EINVAL);
+    assert_eq!(left.len(), more - rest);
     // What could not be handed on as a whole was not: whole pieces are.
     let mut sink = Vec::new();
     let error = dma.write_all_volatile_to(at, &mut sink, more).unwrap_err();

@@ -191,6 +191,10 @@ impl TableHandle {
         self.table.write_by(iova, buf, write)
     }
 
+    pub(crate) fn table(&self) -> &DmaTable {
+        &self.table
+    }
+
     /// The handle of the address space: memory that came with files, and nothing else.
     pub fn space(&self) -> &DmaHandle {
         &self.space

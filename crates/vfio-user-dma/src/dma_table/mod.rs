@@ -263,6 +263,16 @@ impl DmaTable {
         false
     }
 
+    /// How many of `len` bytes from `iova` on are in one range without a file: none where that does not permit writes.
+    pub(crate) fn client_room(&self, iova: u64, len: usize) -> Option<usize> {
+        let (last, prot) = self.entries().client_range(iova)?;
+        if prot != Permissions::ReadWrite {
+            return Some(0);
+        }
+        let behind_first = usize::try_from(last - iova).unwrap_or(usize::MAX);
+        Some(len.min(behind_first.saturating_add(1)))
+    }
+
     pub(crate) fn messages(&self) -> &MessageDma {
         &self.0.messages
     }
