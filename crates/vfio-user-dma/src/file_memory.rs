@@ -47,7 +47,7 @@ struct Known {
 /// A file as a client has sent it.
 #[derive(Debug)]
 pub(crate) struct SentFile {
-    file: File,
+    file: Arc<File>,
     id: FileId,
     writable: bool,
     bytes: u64,
@@ -75,7 +75,7 @@ impl SentFile {
         };
         let writable = sharing::is_writable(&file);
         Ok(SentFile {
-            file,
+            file: Arc::new(file),
             id,
             writable,
             bytes: metadata.len(),
@@ -143,16 +143,21 @@ impl Files {
     }
 
     /// A part of a file that has been checked, which is mapped now unless it is already.
-    pub(crate) fn map(&mut self, sent: SentFile, part: Part) -> Result<(Arc<FileMemory>, Backing)> {
-        if let Some(found) = self.find(&sent, part)? {
+    pub(crate) fn map(
+        &mut self,
+        sent: &SentFile,
+        part: Part,
+    ) -> Result<(Arc<FileMemory>, Backing)> {
+        if let Some(found) = self.find(sent, part)? {
             return Ok(found);
         }
         let SentFile {
-            file,
+            ref file,
             id,
             writable,
             bytes,
-        } = sent;
+        } = *sent;
+        let file = FileOffset::from_arc(file.clone(), 0);
         let memory = Arc::new(FileMemory::new(file, bytes, writable, self.guard)?);
         let backing = memory.part(part)?;
         self.known.push(Known {
@@ -172,13 +177,13 @@ impl Files {
 }
 
 impl FileMemory {
-    fn new(file: File, len: u64, writable: bool, guard: bool) -> Result<Self> {
+    fn new(file: FileOffset, len: u64, writable: bool, guard: bool) -> Result<Self> {
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let access = match writable {
             true => Permissions::ReadWrite,
             false => Permissions::Read,
         };
-        let memory = Backing::file(FileOffset::new(file, 0), len, access)?;
+        let memory = Backing::file(file, len, access)?;
         #[cfg(feature = "sigbus")]
         if guard {
             return Ok(FileMemory(memory.guarded()?));

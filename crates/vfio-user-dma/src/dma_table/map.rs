@@ -49,9 +49,12 @@ impl DmaTable {
         let last = whole_pages(offset, address, size)?;
         let sent = fd.map(|fd| SentFile::new(fd.into(), self.0.config.require_seals));
         let sent = sent.transpose();
+        // What is wrong with the range comes first.
+        let sent = sent.or_else(|error| self.check_room(address, last).and(Err(error)))?;
+        // Let go before the file, whose closing may wait for the client.
         let mut files = lock(&self.0.turn);
         self.check_room(address, last)?;
-        let memory = match sent? {
+        let memory = match &sent {
             None => Memory::Client(prot),
             Some(sent) => {
                 let size = usize::try_from(size).map_err(|_| Error::Range {
@@ -60,7 +63,7 @@ impl DmaTable {
                     offset,
                 })?;
                 let part = Part { offset, size, prot };
-                let (memory, backing) = match files.find(&sent, part)? {
+                let (memory, backing) = match files.find(sent, part)? {
                     Some(found) => found,
                     None => {
                         drop(files);

@@ -3,9 +3,12 @@
 
 //! What may be mapped and by whom, and what an unmap takes away.
 
-use std::os::fd::OwnedFd;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use iommu_type1::{Interest, PinPages};
@@ -14,7 +17,7 @@ use vfio_user_dma::{AccessError, Capabilities, DmaTable, End, Server, FILE_BYTES
 use vm_memory::Permissions;
 
 use crate::cause;
-use crate::common::deadline::{must_end, skipped};
+use crate::common::deadline::{ended, must_end, skipped, within, DEADLINE};
 use crate::common::{self, map_body, memfd, Served, PAGE, READ_WRITE};
 
 #[test]
@@ -289,6 +292,49 @@ fn seals_can_be_asked_for() {
     let readable = std::fs::File::open("/dev/null").unwrap();
     let refused = table.map(3, 0, PAGE, PAGE, Some(readable.into()));
     assert_eq!(refused.unwrap_err().errno(), libc::EPERM);
+}
+
+/// A socket with much to send, whose closing waits until the other end, which comes with it, has taken that.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    while ours.write(&[0; 4096]).is_ok() {}
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: (10 * DEADLINE.as_secs()) as i32,
+    };
+    // SAFETY: the kernel reads as many bytes of the structure as it has.
+    let set = unsafe {
+        libc::setsockopt(
+            ours.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            size_of_val(&linger) as u32,
+        )
+    };
+    assert_eq!(set, 0);
+    (ours, theirs)
+}
+
+#[test]
+fn nobody_waits_while_a_file_that_is_refused_is_closed() {
+    let table = DmaTable::new().unwrap();
+    let (ours, theirs) = lingering();
+    let fd = ours.as_raw_fd();
+    let link = move || std::fs::read_link(format!("/proc/self/fd/{fd}")).ok();
+    let open = link();
+    let refused = {
+        let table = table.clone();
+        thread::spawn(move || table.map(1, 0, 0, PAGE, Some(ours.into())))
+    };
+    within("a file that is refused is closed", || link() != open);
+    must_end("another map", move || table.map(3, 0, 0, PAGE, None)).unwrap();
+    assert!(!refused.is_finished());
+    drop(theirs);
+    ended("a map of a socket", refused).unwrap_err();
 }
 
 /// Files that the tests of this program have open at a time, and some.
