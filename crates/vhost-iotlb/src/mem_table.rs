@@ -16,6 +16,8 @@ pub const REGION_LIMIT: usize = 512;
 
 /// Most bytes of all regions of a memory table. They are mapped, and a process has addresses for 128 TiB, of which this
 /// is a half: files may be as large as a front end likes, and take no memory themselves.
+/// The memory of a [`MemRegion`] is mapped when a table is made of it: who maps what a front end sends adds the sizes up
+/// before, against this or less.
 pub const TABLE_BYTES_LIMIT: u64 = 64 << 40;
 
 /// Some memory of the front end.
