@@ -9,7 +9,7 @@ use std::time::Duration;
 use vfio_dma::gvt::trace::{AccessTrace, TraceError, TracedAccess};
 use vfio_dma::gvt::{
     ring_context, ring_register, AddressingMode, ContextDescriptor, DeviceMap, EngineId, Error,
-    SimulatedEngine, Step, Vgpu, VgpuConfig,
+    RecordingEngine, SimulatedEngine, Step, Vgpu, VgpuConfig,
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -164,6 +164,14 @@ pub fn workloads() {
     again(&mut device, |device| {
         (0..32).try_for_each(|_| submit(device))
     });
+    device.reset_engine(ENGINE);
+    // Copies that an engine keeps: what it has no memory for is a fault of its own.
+    again(&mut device, submit);
+    let mut recording = RecordingEngine::new(SimulatedEngine::new());
+    match device.run_next(ENGINE, &mut recording) {
+        Ok(_) => assert_eq!(recording.jobs().len(), 1),
+        Err(error) => assert_eq!(error.errno(), libc::EIO, "{error}"),
+    }
     device.reset_engine(ENGINE);
 
     // Judged as one command, of more than a page; the engine does not know it.

@@ -24,6 +24,13 @@ pub(crate) fn push<T>(list: &mut Vec<T>, value: T) -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn copy(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut copy = Vec::new();
+    reserve(&mut copy, bytes.len())?;
+    copy.extend_from_slice(bytes);
+    Ok(copy)
+}
+
 /// So many bytes more, all 0.
 pub(crate) fn grow(bytes: &mut Vec<u8>, more: usize) -> Result<()> {
     reserve(bytes, more)?;

@@ -6,7 +6,8 @@
 use crate::audit::CopiedBatch;
 use crate::descriptor::ContextDescriptor;
 use crate::engine::{Engine, EngineJob, Executed};
-use crate::error::EngineFault;
+use crate::error::{EngineFault, Error};
+use crate::memory;
 use crate::regs::EngineId;
 
 /// A job that was executed, and how that ended.
@@ -107,18 +108,29 @@ impl<E: Engine> Engine for RecordingEngine<E> {
             engine: job.engine,
             descriptor: job.descriptor,
             sequence: job.sequence,
-            ring: job.ring.to_vec(),
-            indirect_ctx: job.indirect_ctx.to_vec(),
+            ring: memory::copy(job.ring)?,
+            indirect_ctx: memory::copy(job.indirect_ctx)?,
             per_ctx: job.per_ctx,
-            batches: job.batches.to_vec(),
+            batches: copies(job.batches)?,
             result: Ok(Executed::default()),
         };
+        memory::reserve(&mut self.jobs, 1)?;
         let result = self.inner.run(job);
         recorded.result.clone_from(&result);
         self.jobs.push(recorded);
         self.bytes = bytes;
         result
     }
+}
+
+fn copies(batches: &[CopiedBatch]) -> Result<Vec<CopiedBatch>, Error> {
+    let mut copies = Vec::new();
+    memory::reserve(&mut copies, batches.len())?;
+    for CopiedBatch { gma, bytes } in batches {
+        let (gma, bytes) = (*gma, memory::copy(bytes)?);
+        copies.push(CopiedBatch { gma, bytes });
+    }
+    Ok(copies)
 }
 
 /// What it takes to keep a job.
