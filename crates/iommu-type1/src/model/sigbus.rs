@@ -53,6 +53,24 @@ fn a_fault_against_an_entry_that_gets_another_region() {
     });
 }
 
+/// What is behind the fault is replaced, too.
+#[test]
+fn a_fault_before_an_entry_that_gets_another_region() {
+    loom::model(|| {
+        let watches = watches();
+        let part = watches.watch(0x2000, 0x1000, 0x1000, 3);
+        let whole = watches.watch(0x1000, 0x2000, 0x1000, 3);
+        let changer = thread::spawn(move || {
+            drop(part);
+            watches.watch(0x8000, 0x1000, 0x1000, 3)
+        });
+        assert!(watches.fault(0x1800).is_some());
+        assert_eq!(whole.fault_offset(), Some(0));
+        let next = changer.join().unwrap();
+        assert_eq!(next.fault_offset(), None);
+    });
+}
+
 /// Memory that is not watched, between what an entry had and what it gets.
 #[test]
 fn a_fault_of_others_against_regions_that_come_and_go() {

@@ -60,6 +60,15 @@ const PAGE: usize = 4096;
 /// An entry has no other after this one, in which it is nobody's.
 const LAST_GENERATION: u64 = u64::MAX >> OFFSET_BITS;
 
+/// An entry as a handler finds it.
+struct Seen {
+    generation: u64,
+    first: usize,
+    last: usize,
+    unit: usize,
+    prot: i32,
+}
+
 /// A region that is watched until this is dropped.
 pub(crate) struct Watch {
     watches: &'static Watches,
@@ -126,32 +135,52 @@ impl Watches {
     /// is not watched. Async-signal-safe.
     pub(crate) fn fault(&self, address: usize) -> Option<Rest> {
         let mut rest = None::<Rest>;
+        self.each(|entry| {
+            // A region may be a part of another: both hear of it. Which of them is accessed, and so cannot go meanwhile,
+            // nobody knows: only what they have in common is replaced.
+            rest = match (rest.take(), entry.fault(address)) {
+                (Some(one), Some(other)) => Some(one.common(&other)),
+                (one, other) => one.or(other),
+            };
+        });
+        // So do those that begin behind it: nobody will miss anything there any more.
+        if let Some(rest) = rest.as_ref().filter(|rest| rest.len > PAGE) {
+            self.each(|entry| entry.replaced(rest));
+        }
+        rest
+    }
+
+    fn each(&self, mut visit: impl FnMut(&Entry)) {
         let mut next = self.newest.load(Ordering::Acquire);
         while !next.is_null() {
             // SAFETY: entries are never freed.
             let entry = unsafe { &*next };
-            // A region may be a part of another: both hear of it. Which of them is accessed, and so cannot go meanwhile,
-            // nobody knows: only what they have in common is replaced.
-            rest = match (rest, entry.fault(address)) {
-                (Some(one), Some(other)) => Some(one.common(&other)),
-                (one, other) => one.or(other),
-            };
+            visit(entry);
             next = entry.next.load(Ordering::Acquire);
         }
-        rest
     }
 }
 
 impl Rest {
+    fn last(&self) -> usize {
+        self.first + (self.len - 1)
+    }
+
     /// What two have in common, which is the page of the fault at least; with all that either allows.
     fn common(&self, other: &Rest) -> Rest {
-        let last = |rest: &Rest| rest.first + (rest.len - 1);
         let first = self.first.max(other.first);
         Rest {
             first,
-            len: last(self).min(last(other)) - first + 1,
+            len: self.last().min(other.last()) - first + 1,
             prot: self.prot | other.prot,
         }
+    }
+}
+
+impl Seen {
+    /// Of the page of an address.
+    fn offset(&self, address: usize) -> usize {
+        (address - self.first) / self.unit * self.unit
     }
 }
 
@@ -208,23 +237,42 @@ impl Entry {
         generation
     }
 
-    fn fault(&self, address: usize) -> Option<Rest> {
+    /// What it is of, while it is somebody's; which it is as long as [`lose`](Entry::lose) says so.
+    fn look(&self) -> Option<Seen> {
         let mark = self.mark(Ordering::Acquire);
-        let first = self.first.load(Ordering::Relaxed);
-        let last = self.last.load(Ordering::Relaxed);
-        let unit = self.unit.load(Ordering::Relaxed);
-        let prot = self.prot.load(Ordering::Relaxed) as i32;
+        let seen = Seen {
+            generation: mark.generation(),
+            first: self.first.load(Ordering::Relaxed),
+            last: self.last.load(Ordering::Relaxed),
+            unit: self.unit.load(Ordering::Relaxed),
+            prot: self.prot.load(Ordering::Relaxed) as i32,
+        };
         fence(Ordering::Acquire);
-        if !mark.is_used() || address < first || address > last {
+        mark.is_used().then_some(seen)
+    }
+
+    fn fault(&self, address: usize) -> Option<Rest> {
+        let seen = self.look()?;
+        if address < seen.first || address > seen.last {
             return None;
         }
-        let offset = (address - first) / unit * unit;
-        self.lose(mark.generation(), offset).then(|| Rest {
-            first: first + offset,
+        let offset = seen.offset(address);
+        let first = seen.first + offset;
+        self.lose(seen.generation, offset).then(|| Rest {
+            first,
             // To the end of the page where the region ends: a large one goes as a whole.
-            len: (last - (first + offset) + 1).next_multiple_of(unit),
-            prot,
+            len: (seen.last - first + 1).next_multiple_of(seen.unit),
+            prot: seen.prot,
         })
+    }
+
+    /// Marks what is replaced of its memory because of a fault in another region.
+    fn replaced(&self, rest: &Rest) {
+        let Some(seen) = self.look() else { return };
+        if seen.first <= rest.last() && rest.first <= seen.last {
+            let offset = seen.offset(rest.first.max(seen.first));
+            self.lose(seen.generation, offset);
+        }
     }
 
     /// Marks memory as gone from an offset on, unless another generation has begun.
@@ -320,6 +368,20 @@ mod tests {
         assert_eq!(watches.fault(0x1_3800), Some(rest));
         assert_eq!(part.fault_offset(), Some(0x1000));
         assert_eq!(whole.fault_offset(), Some(0x3000));
+    }
+
+    #[test]
+    fn who_watches_only_what_is_behind_the_fault_hears_that_it_is_replaced() {
+        let watches = watches();
+        let part = watches.watch(0x1_4000, 0x2000, 0x1000, 3);
+        let whole = watches.watch(0x1_0000, 0x8000, 0x1000, 3);
+        let beside = watches.watch(0x1_8000, 0x1000, 0x1000, 3);
+        let before = watches.watch(0x1_0000, 0x1000, 0x1000, 3);
+        assert_eq!(watches.fault(0x1_1000).map(|rest| rest.len), Some(0x7000));
+        assert_eq!(whole.fault_offset(), Some(0x1000));
+        assert_eq!(part.fault_offset(), Some(0));
+        assert_eq!(beside.fault_offset(), None);
+        assert_eq!(before.fault_offset(), None);
     }
 
     #[test]
