@@ -59,10 +59,14 @@ fn ended_by<T>(deadline: Duration, what: &str, thread: JoinHandle<T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Runs what is named in a thread of its own, which is left behind where it does not end.
+/// Runs what is named in a thread of its own, which is left behind where it does not end. It has the name of the test.
 #[track_caller]
 pub fn must_end<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
-    ended(&format!("{what} ends"), thread::spawn(run))
+    let mut thread = thread::Builder::new();
+    if let Some(test) = thread::current().name() {
+        thread = thread.name(test.to_owned());
+    }
+    ended(&format!("{what} ends"), thread.spawn(run).unwrap())
 }
 
 /// What a program says, which is left behind where it does not end. It may have much to do, and others do as much.
