@@ -18,10 +18,10 @@ use crate::{Backing, PermissionPolicy, Profile};
 /// The layout of [`Snapshot`] that this version writes and reads.
 pub const SNAPSHOT_VERSION: u32 = 1;
 
-/// What an address space was at one moment, from [`IoAddressSpace::snapshot`].
+/// What an address space was at one moment, from [`IoAddressSpace::snapshot`](crate::IoAddressSpace::snapshot).
 ///
 /// Data and nothing else. With the feature `serde` it can be written and read in any format of serde; whoever
-/// reads it need not be trusted ([`IoAddressSpaceBuilder::restore`]).
+/// reads it need not be trusted ([`IoAddressSpaceBuilder::restore`](crate::IoAddressSpaceBuilder::restore)).
 ///
 /// Not in it: the bytes of the memory; pins, leases, handles, listeners and the sets that mappings belong to;
 /// mappings that are being unmapped or whose unmap has ended at its deadline; deadline and policy of unmaps, the
@@ -49,7 +49,7 @@ pub struct Snapshot {
     pub mappings: Vec<SavedMapping>,
 }
 
-/// The limits of a space, as [`IoAddressSpaceBuilder`] has them.
+/// The limits of a space, as [`IoAddressSpaceBuilder`](crate::IoAddressSpaceBuilder) has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(Serialize, Deserialize))]
 pub struct SavedLimits {
@@ -72,7 +72,7 @@ pub struct SavedMapping {
     /// What it is mapped for.
     pub access: SavedAccess,
     /// The memory; none of a mapping whose memory was taken away
-    /// ([`IoAddressSpace::invalidate_vaddr`]).
+    /// ([`IoAddressSpace::invalidate_vaddr`](crate::IoAddressSpace::invalidate_vaddr)).
     pub backing: Option<BackingRef>,
     /// While dirty pages are tracked, a bit for each page, the first in the lowest bit of the first word; else
     /// none.

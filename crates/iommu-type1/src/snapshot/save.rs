@@ -44,7 +44,7 @@ impl IoAddressSpace {
     ///
     /// # Errors
     ///
-    /// [`Error::NoMemory`] (ENOMEM): it takes about 100 bytes a mapping, and a bit a page while dirty pages are
+    /// [`Error::NoMemory`](crate::Error::NoMemory) (ENOMEM): it takes about 100 bytes a mapping, and a bit a page while dirty pages are
     /// tracked.
     pub fn snapshot(&self) -> Result<(Snapshot, SnapshotMemory)> {
         let space = &*self.view.space;
