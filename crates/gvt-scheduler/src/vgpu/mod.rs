@@ -344,6 +344,10 @@ impl<M: GuestDma, P: PinPages, O: Observer> Vgpu<M, P, O> {
 
     /// Stores a register, of which there may be as many as `REGISTER_SPACE` has.
     fn store(&mut self, offset: u32, value: u32) -> Result<()> {
+        if let Some(stored) = self.registers.get_mut(&offset) {
+            *stored = value;
+            return Ok(());
+        }
         let room = self.registers.try_reserve(1);
         room.map_err(|_| memory::no_memory::<(u32, u32)>(self.registers.len() + 1))?;
         self.registers.insert(offset, value);
